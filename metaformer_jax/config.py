@@ -1,0 +1,316 @@
+"""ConfigDict in, a checked `Experiment` out.
+
+A config file builds a `ConfigDict` from `default()` and sets what differs;
+`resolve` turns it, with the command line's overrides, into an `Experiment`.
+Everything that can be wrong is found here, before jax is imported, and told in
+one line.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from metaformer_jax import errors
+from metaformer_jax.experiment import Data, Experiment, Mesh
+from metaformer_jax.models import registry
+
+# Sections that may differ when a run is resumed: they change no number beyond
+# the order of a sum.
+RESUMABLE = ("mesh", "log", "checkpoint", "eval")
+
+
+def default() -> ml_collections.ConfigDict:
+  """Every key of an experiment at its default, for a config file to change."""
+
+  def build(cls):
+    config = ml_collections.ConfigDict()
+    for f in dataclasses.fields(cls):
+      if dataclasses.is_dataclass(f.type):
+        config[f.name] = build(f.type)
+      elif f.default is None:
+        config[f.name] = config_dict.placeholder(_base_type(f.type))
+      else:
+        config[f.name] = f.default
+    return config
+
+  return build(Experiment)
+
+
+def keys() -> list[str]:
+  """Every "section.key" of an experiment."""
+  return [key for key, _ in _flatten(dataclasses.asdict(Experiment()))]
+
+
+def describe(cls: type = Experiment, prefix: str = "") -> list[str]:
+  """A line for each key: "section.key=default  meaning"."""
+  lines = []
+  for f in dataclasses.fields(cls):
+    if dataclasses.is_dataclass(f.type):
+      lines += describe(f.type, f"{prefix}{f.name}.")
+    else:
+      lines.append(f"{prefix}{f.name}={f.default!r}  {f.metadata['help']}")
+  return lines
+
+
+def to_json(cfg: Experiment) -> str:
+  """The experiment as JSON, as it is written to the workdir."""
+  return json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
+
+
+def differences(cfg: Experiment, saved_json: str) -> list[str]:
+  """What `cfg` changes, "key: old -> new", beyond what a resume may change."""
+  new = dict(_flatten(json.loads(to_json(cfg))))
+  old = dict(_flatten(json.loads(saved_json)))
+  return [
+      f"{key}: {old.get(key)} -> {new.get(key)}"
+      for key in sorted(new.keys() | old.keys())
+      if old.get(key) != new.get(key)
+      and key.split(".")[0] not in RESUMABLE
+      and key not in ("data.workers", "data.threads", "data.path")]
+
+
+def resolve(config: Mapping[str, Any]) -> Experiment:
+  """Checks a config and returns it as dataclasses.
+
+  Args:
+    config: a ConfigDict, or a dict of the same shape; absent keys take their
+      defaults.
+
+  Raises:
+    ConfigError: one line that names every key that is wrong, its value, the
+      reason and the nearest valid choice.
+  """
+  problems = []
+  if isinstance(config, ml_collections.ConfigDict):
+    config = config.to_dict()
+  cfg = _build(Experiment, config, "config", problems)
+  if not problems:
+    problems = list(_check(cfg))
+  if problems:
+    raise errors.ConfigError("; also ".join(problems))
+  return cfg
+
+
+def _flatten(tree: Mapping[str, Any], prefix="") -> Iterator[tuple[str, Any]]:
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      yield from _flatten(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key, value
+
+
+def _base_type(annotation):
+  """tuple for `tuple[int, ...] | None`, float for `float | None`, ..."""
+  if isinstance(annotation, types.UnionType):
+    annotation, = (a for a in typing.get_args(annotation)
+                   if a is not types.NoneType)
+  return typing.get_origin(annotation) or annotation
+
+
+def _build(cls, values, path, problems):
+  """Makes `cls` of a mapping; adds what is wrong to `problems`."""
+  if not isinstance(values, Mapping):
+    problems.append(f"{path}: {values!r} is not a section of keys")
+    return None
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  for key in values:
+    if key not in fields:
+      problems.append(f"{path}.{key}: no such key"
+                      f"{errors.did_you_mean(key, fields)}")
+  made = {}
+  for name, f in fields.items():
+    if name not in values:
+      continue
+    key, value = f"{path}.{name}", values[name]
+    if dataclasses.is_dataclass(f.type):
+      made[name] = _build(f.type, value, key, problems)
+      continue
+    try:
+      made[name] = _convert(value, f)
+    except ValueError as e:
+      problems.append(f"{key}: {value!r} {e}")
+  return None if problems else cls(**made)
+
+
+def _convert(value, field):
+  """Returns the value in the field's type; ValueError says why it has none."""
+  base = _base_type(field.type)
+  if value is None:
+    if isinstance(field.type, types.UnionType):
+      return None
+    raise ValueError(f"is not a {base.__name__}")
+  if base is not tuple:
+    return _convert_one(value, base, field.metadata)
+  if isinstance(value, str) or not isinstance(value, (tuple, list)):
+    raise ValueError("is not a tuple")
+  length = field.metadata["length"]
+  if length is not None and len(value) != length:
+    raise ValueError(f"has {len(value)} items, not {length}")
+  annotation = field.type
+  if isinstance(annotation, types.UnionType):
+    annotation = typing.get_args(annotation)[0]
+  item = typing.get_args(annotation)[0]
+  if typing.get_origin(item) is tuple:
+    if not all(isinstance(v, (tuple, list)) for v in value):
+      raise ValueError("is not a tuple of tuples")
+    return tuple(tuple(v) for v in value)
+  made = []
+  for v in value:
+    try:
+      made.append(_convert_one(v, item, field.metadata))
+    except ValueError as e:
+      raise ValueError(f"holds {v!r}, which {e}") from None
+  return tuple(made)
+
+
+def _convert_one(value, kind, limits):
+  """One value of `kind` within its limits."""
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if not isinstance(value, kind) or (
+      isinstance(value, bool) and kind is not bool):
+    raise ValueError(f"is not {'an' if kind is int else 'a'} {kind.__name__}")
+  if kind is float and not math.isfinite(value):
+    raise ValueError("is not a finite number")
+  if limits["low"] is not None and value < limits["low"]:
+    raise ValueError(f"is below the least, {limits['low']}")
+  if limits["high"] is not None and value > limits["high"]:
+    raise ValueError(f"is above the largest, {limits['high']}")
+  if limits["above"] is not None and value <= limits["above"]:
+    raise ValueError(f"is not above {limits['above']}")
+  if limits["each"] == "odd" and value % 2 == 0:
+    raise ValueError(f"is even; nearest: {value + 1}")
+  if limits["choices"] and value not in limits["choices"]:
+    raise ValueError(
+        f"is not a choice{errors.did_you_mean(value, limits['choices'])}")
+  return value
+
+
+def _check(cfg: Experiment) -> Iterator[str]:
+  """What only several keys together, or the file system, can tell."""
+  try:
+    spec = registry.get_spec(cfg.model.name)
+  except ValueError as e:
+    yield f"config.model.name: {e}"
+  else:
+    yield from _check_model(cfg, spec)
+  train, optim = cfg.train, cfg.optim
+  if train.batch_size % train.accumulate:
+    yield (f"config.train.batch_size: {train.batch_size} is not divisible by "
+           f"config.train.accumulate = {train.accumulate}; nearest: "
+           f"{nearest_multiple(train.batch_size, train.accumulate)}")
+  if train.steps is None and optim.warmup_epochs >= train.epochs:
+    yield (f"config.optim.warmup_epochs: {optim.warmup_epochs} is not below "
+           f"config.train.epochs = {train.epochs}")
+  peak = optim.base_lr * train.batch_size / 1024
+  for key in ("min_lr", "warmup_lr"):
+    if getattr(optim, key) > peak:
+      yield (f"config.optim.{key}: {getattr(optim, key)} is above the peak "
+             f"learning rate, base_lr * batch_size / 1024 = {peak:g}")
+  for key in ("crop_area", "crop_ratio"):
+    low, high = getattr(cfg.data, key)
+    if low > high:
+      yield f"config.data.{key}: ({low}, {high}) does not ascend"
+  yield from _check_mesh(cfg)
+  yield from _check_data(cfg.data)
+
+
+def check_batch(cfg: Experiment, n_devices: int) -> Iterator[str]:
+  """Whether each device gets the same number of images in a micro-batch."""
+  divisor = n_devices * cfg.train.accumulate
+  if cfg.train.batch_size % divisor:
+    yield (f"config.train.batch_size: {cfg.train.batch_size} is not divisible "
+           f"by {n_devices} devices x {cfg.train.accumulate} micro-batches; "
+           f"nearest: {nearest_multiple(cfg.train.batch_size, divisor)}")
+
+
+def nearest_multiple(value: int, divisor: int) -> int:
+  """The multiple of `divisor` nearest to `value`, at least `divisor`."""
+  return max(divisor, round(value / divisor) * divisor)
+
+
+def _check_model(cfg: Experiment, spec) -> Iterator[str]:
+  overrides = cfg.model.overrides()
+  for key in overrides:
+    if key not in spec.hparams:
+      yield (f"config.model.{key}: {spec.name} has no such hyper-parameter"
+             f"{errors.did_you_mean(key, spec.hparams)}")
+  hparams = {**spec.hparams, **overrides}
+  stages = {k: len(hparams[k]) for k in ("depths", "dims", "token_mixers")
+            if k in hparams}
+  if len(set(stages.values())) > 1 or 0 in stages.values():
+    yield ("config.model: " + ", ".join(
+        f"{k} has {n}" for k, n in stages.items()) +
+           " stages; give each the same number")
+  stem = {k: hparams.get(k) for k in ("in_patch_size", "in_pad")}
+  if None not in stem.values() and (
+      cfg.data.image_size + 2 * stem["in_pad"] < stem["in_patch_size"]):
+    yield (f"config.data.image_size: {cfg.data.image_size} is less than the "
+           f"stem's kernel, {stem['in_patch_size']}, with its padding; nearest: "
+           f"{stem['in_patch_size'] - 2 * stem['in_pad']}")
+  for dim, mixer in zip(hparams.get("dims", ()),
+                        hparams.get("token_mixers", ())):
+    if mixer == "attention" and dim % 32:
+      yield (f"config.model.dims: {dim} is not a multiple of the attention's "
+             f"head dimension, 32; nearest: {nearest_multiple(dim, 32)}")
+
+
+def _check_mesh(cfg: Experiment) -> Iterator[str]:
+  mesh = cfg.mesh
+  if mesh.data == -1 and mesh.fsdp == -1:
+    yield "config.mesh: data and fsdp are both -1; give one of them a size"
+  for axis in ("data", "fsdp"):
+    if getattr(mesh, axis) == 0:
+      yield f"config.mesh.{axis}: 0 is no number of devices; -1 takes the rest"
+  if mesh.data > 0 and mesh.fsdp > 0:
+    yield from check_batch(cfg, mesh.data * mesh.fsdp)
+  for rule in mesh.rules:
+    if (len(rule) != 2 or not isinstance(rule[0], str)
+        or not isinstance(rule[1], int)):
+      yield (f"config.mesh.rules: {rule!r} is not (regular expression, axis "
+             "to split or -1)")
+      continue
+    try:
+      re.compile(rule[0])
+    except re.error as e:
+      yield f"config.mesh.rules: {rule[0]!r} is no regular expression: {e}"
+
+
+def _check_data(data: Data) -> Iterator[str]:
+  if data.source == "tfds" and not data.name:
+    yield ("config.data.name: None with source tfds; give a data set's name, "
+           "e.g. imagenet2012")
+  if data.source == "folder" and not data.path:
+    yield ("config.data.path: None with source folder; give the folder that "
+           "holds train/ and val/")
+  if data.path is None or "://" in data.path:
+    return
+  root = pathlib.Path(data.path).expanduser()
+  if not root.is_dir():
+    yield (f"config.data.path: {data.path} is not a folder"
+           f"{_nearest_folder(root)}")
+  elif data.source == "folder":
+    for key, split in (("train_split", data.train_split or "train"),
+                       ("eval_split", data.eval_split or "val")):
+      if not (root / split).is_dir():
+        yield (f"config.data.{key}: {data.path} has no folder {split!r}"
+               f"{_nearest_folder(root / split)}")
+
+
+def _nearest_folder(path: pathlib.Path) -> str:
+  """Names what the deepest existing parent holds that comes near."""
+  while not path.parent.is_dir():
+    path = path.parent
+  siblings = [p.name for p in path.parent.iterdir() if p.is_dir()]
+  if not siblings:
+    return f"; {path.parent} has no folders"
+  return f" (in {path.parent}{errors.did_you_mean(path.name, siblings)})"

@@ -1,0 +1,1 @@
+"""Sources, transforms and the loader; the only place that decodes an image."""

@@ -1,0 +1,157 @@
+"""Batches in an order that depends on nothing but (seed, epoch, index).
+
+Training images form one endless stream: epoch after epoch, each a permutation
+of the data set. Step s takes the positions [s B, (s + 1) B) of it, and each
+process its own contiguous part of them. The position in the data is therefore
+one integer, whatever the number of processes, workers and threads; resuming
+there is exact. Reading ahead, threads and worker processes are grain's.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from metaformer_jax.data.sources import Source
+
+Batch = dict[str, np.ndarray]
+
+# Domains of the seeds, so that no two uses draw the same numbers.
+_ORDER, _AUGMENT = 0, 1
+
+# More batches than any run takes: the stream has no end of its own.
+_ENDLESS = 2**40
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+  """Where batches come from.
+
+  Attributes:
+    source: the data set.
+    transform: `(record, rng) -> example`, a dict of arrays of equal shapes.
+    batch_size: over all processes.
+    seed: of the order and the augmentation.
+    process_index, process_count: this process's part of each batch.
+    workers: processes that prepare batches; 0 for none, -1 for one a core.
+    threads: reading threads of each process.
+  """
+
+  source: Source
+  transform: Callable[..., dict[str, Any]]
+  batch_size: int
+  seed: int = 0
+  process_index: int = 0
+  process_count: int = 1
+  workers: int = 0
+  threads: int = 4
+
+  def __post_init__(self):
+    if self.batch_size % self.process_count:
+      raise ValueError(f"a batch of {self.batch_size} cannot be divided among "
+                       f"{self.process_count} processes")
+
+  @property
+  def n_examples(self) -> int:
+    return len(self.source)
+
+  @property
+  def n_eval_batches(self) -> int:
+    return -(-self.n_examples // self.batch_size)
+
+  def train_batches(self, position: int) -> Iterator[Batch]:
+    """Endless batches of this process, from `position` images into the stream.
+
+    Yields:
+      The transform's arrays, stacked: {"image": [b, ...], "label": [b], ...}
+      with b = batch_size / process_count.
+    """
+    stream = _Part(_TrainStream(self.source, self.transform, self.seed),
+                   self, position, _ENDLESS)
+    yield from self._read(stream)
+
+  def eval_batches(self) -> Iterator[Batch]:
+    """The whole data set in order, once; the last batch is filled up.
+
+    Yields:
+      As `train_batches`, with "mask": bool [b], false for what fills up.
+    """
+    stream = _Part(_EvalStream(self.source, self.transform), self, 0,
+                   self.n_eval_batches)
+    yield from self._read(stream)
+
+  def _read(self, stream: "_Part") -> Iterator[Batch]:
+    if not flags.FLAGS.is_parsed():  # grain's options are absl flags.
+      flags.FLAGS.mark_as_parsed()
+    local = self.batch_size // self.process_count
+    batches = grain.MapDataset.source(stream).batch(local).to_iter_dataset(
+        grain.ReadOptions(num_threads=self.threads,
+                          prefetch_buffer_size=2 * self.threads))
+    workers = (os.cpu_count() or 1) if self.workers == -1 else self.workers
+    if workers:
+      batches = batches.mp_prefetch(grain.MultiprocessingOptions(
+          num_workers=workers, per_worker_buffer_size=2))
+    iterator = iter(batches)
+    try:
+      yield from iterator
+    finally:
+      iterator.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainStream:
+  """The endless stream: position -> augmented example."""
+
+  source: Source
+  transform: Callable[..., dict[str, Any]]
+  seed: int
+
+  def __getitem__(self, position: int) -> dict[str, Any]:
+    n = len(self.source)
+    epoch, place = divmod(position, n)
+    index = int(_permutation(self.seed, epoch, n)[place])
+    rng = np.random.default_rng((self.seed, _AUGMENT, epoch, index))
+    return self.transform(self.source[index], rng)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+  """The order of an epoch; two are kept, as batches cross from one to the next."""
+  return np.random.default_rng((seed, _ORDER, epoch)).permutation(n)
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalStream:
+  """The data set in its own order, then filling, marked by "mask"."""
+
+  source: Source
+  transform: Callable[..., dict[str, Any]]
+
+  def __getitem__(self, position: int) -> dict[str, Any]:
+    valid = position < len(self.source)
+    example = self.transform(self.source[position if valid else 0], None)
+    return {**example, "mask": np.bool_(valid)}
+
+
+class _Part:
+  """This process's part of a stream, for grain: index -> example."""
+
+  def __init__(self, stream, loader: Loader, start: int, n_batches: int):
+    self._stream, self._start = stream, start
+    self._global = loader.batch_size
+    self._local = loader.batch_size // loader.process_count
+    self._offset = loader.process_index * self._local
+    self._n = n_batches * self._local
+
+  def __len__(self) -> int:
+    return self._n
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    batch, place = divmod(int(i), self._local)
+    return self._stream[self._start + batch * self._global + self._offset +
+                        place]

@@ -1,0 +1,180 @@
+"""Random access to data sets: `len(source)`, `source[i] -> record`.
+
+A record of a classification source is {"image", "label"}: the image either
+encoded, as bytes, or uint8 [H, W] or [H, W, 3]; the label an int. A source has
+`n_classes`, or None where it cannot know. Sources are read by several threads
+and pickled to worker processes.
+"""
+
+import gzip
+import os
+import pathlib
+import zlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from metaformer_jax import errors
+from metaformer_jax.experiment import Data
+
+Record = Mapping[str, Any]
+
+
+class Source(Protocol):
+  """What the loader needs of a data set."""
+
+  n_classes: int | None
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Record: ...
+
+
+def create(cfg: Data, split: str) -> Source:
+  """Opens the "train" or the "eval" split that the config names.
+
+  Raises:
+    ConfigError: what is missing, or cannot be read, and where.
+  """
+  train = split == "train"
+  named = cfg.train_split if train else cfg.eval_split
+  match cfg.source:
+    case "digits":
+      return digits(train)
+    case "idx":
+      return idx(cfg.path or FASHION_MNIST, train)
+    case "folder":
+      return ClassFolders(
+          pathlib.Path(cfg.path).expanduser() / (named or
+                                                 ("train", "val")[not train]))
+    case "tfds":
+      # A module of its own, as only this source needs the extra `tfds`.
+      from metaformer_jax.data import tfds_source  # noqa: PLC0415
+
+      return tfds_source.create(cfg.name, cfg.path, named, train)
+  raise ValueError(f"unknown source {cfg.source!r}")
+
+
+class InMemory:
+  """Images and labels held as arrays."""
+
+  def __init__(self, images: np.ndarray, labels: np.ndarray):
+    """Takes uint8 images [N, H, W] or [N, H, W, 3] and integer labels [N]."""
+    if len(images) != len(labels) or not len(images):
+      raise ValueError(f"{len(images)} images but {len(labels)} labels")
+    self._images, self._labels = images, labels
+    self.n_classes = int(labels.max()) + 1
+
+  def __len__(self) -> int:
+    return len(self._labels)
+
+  def __getitem__(self, index: int) -> Record:
+    return {"image": self._images[index], "label": int(self._labels[index])}
+
+
+def digits(train: bool) -> InMemory:
+  """scikit-learn's 1,797 handwritten digits, 8x8: 1,500 to train, 297 to test.
+
+  The split is in file order, so that other writers write the test digits.
+  """
+  from sklearn import datasets  # noqa: PLC0415  A second to import.
+
+  data = datasets.load_digits()
+  images = (data.images * (255 / 16)).round().astype(np.uint8)
+  part = slice(None, 1500) if train else slice(1500, None)
+  return InMemory(images[part], data.target[part])
+
+
+# Where Debian's package dataset-fashion-mnist puts its four files.
+FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
+
+
+def idx(path: str, train: bool) -> InMemory:
+  """MNIST's four idx files, gzipped or not; n x H x W and n values of uint8."""
+  prefix = "train" if train else "t10k"
+  images = _read_idx(path, f"{prefix}-images-idx3-ubyte", 3)
+  labels = _read_idx(path, f"{prefix}-labels-idx1-ubyte", 1)
+  if len(images) != len(labels):
+    raise errors.ConfigError(
+        f"config.data.path: {path} has {len(images)} {prefix} images but "
+        f"{len(labels)} labels")
+  return InMemory(images, labels)
+
+
+def _read_idx(folder: str, name: str, n_dims: int) -> np.ndarray:
+  root = pathlib.Path(folder).expanduser()
+  file = next((f for f in (root / name, root / f"{name}.gz") if f.is_file()),
+              None)
+  if file is None:
+    hint = ("; install Debian's dataset-fashion-mnist, or set config.data.path"
+            if folder == FASHION_MNIST else "")
+    raise errors.ConfigError(
+        f"config.data.path: {root} has no {name}[.gz]{hint}")
+  try:
+    data = file.read_bytes()
+    data = gzip.decompress(data) if file.suffix == ".gz" else data
+  except (EOFError, zlib.error, OSError) as e:
+    raise errors.ConfigError(f"{file}: cannot be read: {e}") from e
+  # Two zero bytes, the type (8: uint8), the number of dimensions, their sizes.
+  header = 4 + 4 * n_dims
+  if len(data) < header or data[:4] != bytes((0, 0, 8, n_dims)):
+    raise errors.ConfigError(
+        f"{file}: is no idx file of uint8 with {n_dims} dimensions")
+  shape = np.frombuffer(data[4:header], ">u4").astype(np.int64)
+  if len(data) - header != shape.prod():
+    raise errors.ConfigError(
+        f"{file}: holds {len(data) - header} values, not "
+        f"{'x'.join(map(str, shape))}")
+  return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+# As torchvision's ImageFolder takes them.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif",
+                  ".tiff", ".webp")
+
+
+class ClassFolders:
+  """A folder of class folders of images, as ImageNet is commonly kept.
+
+  Classes are numbered in the order of their sorted names, as torchvision's
+  ImageFolder and timm do; images are sorted within a class. Names are kept in
+  one array, so that millions are cheap to hold and to send to workers.
+  """
+
+  def __init__(self, root: str | os.PathLike[str]):
+    self._root = os.fspath(root)
+    self.classes = sorted(e.name for e in os.scandir(root) if e.is_dir())
+    files, labels, empty = [], [], []
+    for label, name in enumerate(self.classes):
+      found = _image_files(os.path.join(self._root, name))
+      if not found:
+        empty.append(name)
+      files += [f"{name}/{file}".encode() for file in found]
+      labels += [label] * len(found)
+    if empty or not files:
+      what = (f"no images in {len(empty)} class folders, e.g. {empty[0]}"
+              if empty else "no class folders")
+      raise errors.ConfigError(f"config.data.path: {root} has {what}")
+    self._files = np.array(files)
+    self._labels = np.array(labels, np.int32)
+    self.n_classes = len(self.classes)
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int) -> Record:
+    path = os.path.join(self._root, self._files[index].decode())
+    with open(path, "rb") as f:
+      return {"image": f.read(), "label": int(self._labels[index]),
+              "path": path}
+
+
+def _image_files(folder: str) -> list[str]:
+  """The images below a class folder, sub-folders included, sorted."""
+  found = []
+  for where, _, names in os.walk(folder, followlinks=True):
+    inside = os.path.relpath(where, folder)
+    found += [os.path.normpath(os.path.join(inside, name)) for name in names
+              if name.lower().endswith(IMAGE_SUFFIXES)]
+  return sorted(found)

@@ -1,0 +1,188 @@
+"""Data sets prepared by TensorFlow Datasets, read without TensorFlow.
+
+Preparing one needs TensorFlow, reading does not: both of TFDS' formats are
+read here by index, and images stay encoded, to be decoded by `transforms`.
+"""
+
+import os
+import struct
+from typing import Any
+
+import numpy as np
+
+from metaformer_jax import errors
+from metaformer_jax.data.sources import Record, Source
+
+_LENGTH = struct.Struct("<Q")
+_PREFIX, _SUFFIX = 12, 4  # Length and its checksum; the data's checksum.
+
+
+def create(name: str, data_dir: str | None, split: str | None,
+           train: bool) -> Source:
+  """Opens a split of a prepared data set.
+
+  Args:
+    name: of the data set, "imagenet2012" or "name/config:version".
+    data_dir: where it was prepared; None for TFDS' default.
+    split: in TFDS' language, "train[:90%]"; None for "train", and for
+      "validation", or "test" where there is none, to evaluate.
+    train: which of the two.
+  """
+  try:
+    import tensorflow_datasets as tfds  # noqa: PLC0415  An extra, and slow.
+  except ImportError as e:
+    raise errors.ConfigError(
+        "config.data.source: tfds needs TensorFlow Datasets; "
+        "pip install 'metaformer-jax[tfds]'") from e
+
+  data_dir = os.path.expanduser(data_dir) if data_dir else None
+  try:
+    builder = tfds.builder(name, data_dir=data_dir)
+  except tfds.core.DatasetNotFoundError as e:
+    raise errors.ConfigError(
+        f"config.data.name: TFDS has no data set {name!r}"
+        f"{errors.did_you_mean(name, tfds.list_builders())}") from e
+  splits = builder.info.splits
+  if not splits:
+    raise errors.ConfigError(
+        f"config.data.path: {name} is not prepared in {builder.data_dir}; "
+        f"prepare it where TensorFlow is installed: tfds build {name} "
+        f"--data_dir={data_dir or '~/tensorflow_datasets'}")
+  if split is None:
+    split = ("train" if train else
+             "validation" if "validation" in splits else "test")
+  key = "config.data." + ("train_split" if train else "eval_split")
+  try:
+    info = splits[split]
+  except (KeyError, ValueError) as e:
+    raise errors.ConfigError(
+        f"{key}: {name} has no split {split!r}"
+        f"{errors.did_you_mean(split, splits)}") from e
+  features = builder.info.features
+  for feature in ("image", "label"):
+    if feature not in features:
+      raise errors.ConfigError(
+          f"config.data.name: {name} has no feature {feature!r}, only "
+          f"{', '.join(features)}")
+  if not info.num_examples:
+    raise errors.ConfigError(f"{key}: {split!r} of {name} is empty")
+  if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+    records = _ArrayRecords(builder, split)
+  elif builder.info.file_format == tfds.core.FileFormat.TFRECORD:
+    records = _TFRecords(info.file_instructions)
+  else:
+    raise errors.ConfigError(
+        f"config.data.path: {name} is prepared as "
+        f"{builder.info.file_format.value}, which has no random access; "
+        f"prepare it with --file_format=array_record")
+  return TfdsSource(records, features)
+
+
+class TfdsSource:
+  """A split of a TFDS data set with an image and a label."""
+
+  def __init__(self, records, features):
+    """Takes the serialized examples by index, and TFDS' features of them."""
+    self._records, self._features = records, features
+    self._decoders: dict[str, Any] | None = None
+    self.n_classes = features["label"].num_classes
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> Record:
+    if self._decoders is None:
+      import tensorflow_datasets as tfds  # noqa: PLC0415
+
+      self._decoders = {"image": tfds.decode.SkipDecoding()}
+    example = self._features.deserialize_example_np(
+        self._records[index], decoders=self._decoders)
+    return {"image": example["image"], "label": int(example["label"])}
+
+
+class _ArrayRecords:
+  """Serialized examples of an array_record data set."""
+
+  def __init__(self, builder, split: str):
+    self._builder, self._split = builder, split
+    self._source = None
+    self._n = builder.info.splits[split].num_examples
+
+  def __len__(self) -> int:
+    return self._n
+
+  def __getitem__(self, index: int) -> bytes:
+    if self._source is None:
+      from tensorflow_datasets.core import decode  # noqa: PLC0415
+
+      self._source = self._builder.as_data_source(
+          self._split, deserialize_method=decode.DeserializeMethod.RAW_BYTES)
+    return self._source[index]
+
+  def __getstate__(self):
+    return {**self.__dict__, "_source": None}  # Each process opens its own.
+
+
+class _TFRecords:
+  """Serialized examples of TFRecord files, by an index of their offsets.
+
+  A record is its length (uint64), the length's checksum (4 bytes), the data,
+  and the data's checksum (4 bytes). Opening reads the lengths of all records.
+  """
+
+  def __init__(self, file_instructions):
+    self._paths, shards, offsets, lengths = [], [], [], []
+    for shard, part in enumerate(file_instructions):
+      self._paths.append(os.fspath(part.filename))
+      found = _scan(self._paths[-1])
+      if len(found) != part.examples_in_shard:
+        raise errors.ConfigError(
+            f"{part.filename}: holds {len(found)} examples, not "
+            f"{part.examples_in_shard}; prepare the data set again")
+      take = part.take if part.take >= 0 else len(found)
+      found = found[part.skip:part.skip + take]
+      shards.append(np.full(len(found), shard, np.int32))
+      offsets.append(found[:, 0])
+      lengths.append(found[:, 1])
+    self._shards = np.concatenate(shards)
+    self._offsets = np.concatenate(offsets)
+    self._lengths = np.concatenate(lengths)
+    self._files: dict[int, int] = {}  # Shard to file descriptor.
+
+  def __len__(self) -> int:
+    return len(self._shards)
+
+  def __getitem__(self, index: int) -> bytes:
+    shard, length = int(self._shards[index]), int(self._lengths[index])
+    # setdefault: two threads may open a file, one descriptor is kept open.
+    file = self._files.get(shard)
+    if file is None:
+      file = self._files.setdefault(
+          shard, os.open(self._paths[shard], os.O_RDONLY))
+    data = os.pread(file, length, int(self._offsets[index]))
+    if len(data) != length:
+      raise OSError(f"{self._paths[shard]}: was cut off while being read")
+    return data
+
+  def __getstate__(self):
+    return {**self.__dict__, "_files": {}}  # Each process opens its own.
+
+
+def _scan(path: str) -> np.ndarray:
+  """The offset and length of each record's data: int64 [n, 2]."""
+  found = []
+  try:
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+      while header := f.read(_PREFIX):
+        length = _LENGTH.unpack_from(header)[0] if len(header) == _PREFIX else -1
+        start = f.tell()
+        end = start + length + _SUFFIX
+        if length < 0 or end > size:
+          raise errors.ConfigError(
+              f"{path}: is cut off; prepare the data set again")
+        found.append((start, length))
+        f.seek(end)
+  except OSError as e:
+    raise errors.ConfigError(f"{path}: cannot be read: {e}") from e
+  return np.array(found, np.int64).reshape(-1, 2)

@@ -1,0 +1,188 @@
+"""What an experiment is: frozen dataclasses, each value with its limits.
+
+The one place where defaults live. `config` makes an `Experiment` of a
+`ConfigDict` and checks it; whatever a run reads, it reads from here.
+"""
+
+import dataclasses
+from typing import Any
+
+
+def option(default, help_text, *, low=None, high=None, above=None, choices=None,
+           length=None, each=None):
+  """A dataclass field with its meaning and limits.
+
+  Args:
+    default: the value where a config says nothing.
+    help_text: what it is, and its unit.
+    low, high: inclusive bounds of a number, or of each number of a tuple.
+    above: exclusive lower bound.
+    choices: the valid values of a string, or of each string of a tuple.
+    length: of a tuple.
+    each: `"odd"` for odd numbers only.
+  """
+  return dataclasses.field(default=default, metadata=dict(
+      help=help_text, low=low, high=high, above=above, choices=choices,
+      length=length, each=each))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """The network. A hyper-parameter left at None is as the named model has it."""
+
+  name: str = option("poolformer_s12", "a name of metaformer_jax.list_models()")
+  num_classes: int = option(1000, "outputs of the head", low=1)
+  drop_path_rate: float = option(
+      0.0, "stochastic depth of the last block", low=0, high=0.999)
+  dtype: str = option("float32", "of the computation; parameters are float32",
+                      choices=("float32", "bfloat16"))
+  depths: tuple[int, ...] | None = option(None, "blocks of each stage", low=1)
+  dims: tuple[int, ...] | None = option(None, "channels of each stage", low=1)
+  token_mixers: tuple[str, ...] | None = option(
+      None, "mixer of each stage", choices=("attention", "identity", "pooling"))
+  pool_size: int | None = option(
+      None, "window side of pooling", low=1, each="odd")
+  norm: str | None = option(
+      None, "of the blocks", choices=("group_norm", "layer_norm"))
+  norm_eps: float | None = option(None, "epsilon of the norms", above=0)
+  activation: str | None = option(
+      None, "of the MLPs", choices=("gelu", "relu", "silu"))
+  mlp_ratio: float | None = option(None, "hidden / outer channels", above=0)
+  layer_scale_init: float | None = option(None, "first value of LayerScale")
+  in_patch_size: int | None = option(None, "kernel of the stem", low=1)
+  in_stride: int | None = option(None, "stride of the stem", low=1)
+  in_pad: int | None = option(None, "padding of the stem", low=0)
+
+  def overrides(self) -> dict[str, Any]:
+    """The hyper-parameters that are set: keywords for `create_model`."""
+    common = ("name", "num_classes", "drop_path_rate", "dtype")
+    return {k: v for k, v in dataclasses.asdict(self).items()
+            if k not in common and v is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Where images come from and how they become a batch."""
+
+  source: str = option("folder", "kind of data set",
+                       choices=("digits", "folder", "idx", "tfds"))
+  path: str | None = option(
+      None, "folder: with a folder per split, of class folders; idx: with the "
+      "four files; tfds: the data_dir")
+  name: str | None = option(None, "tfds: name of the data set")
+  train_split: str | None = option(
+      None, "folder: name of its folder; tfds: split; None: by the source")
+  eval_split: str | None = option(None, "as train_split")
+  image_size: int = option(224, "side of the square input, pixels", low=1)
+  crop_pct: float = option(
+      0.9, "evaluation: shorter side to floor(image_size / crop_pct), then "
+      "centre crop", above=0, high=1)
+  interpolation: str = option("bicubic", "of the evaluation's resize",
+                              choices=("bilinear", "bicubic"))
+  train_interpolation: str = option(
+      "random", "of the training crop's resize; random: either, by image",
+      choices=("bilinear", "bicubic", "random"))
+  crop_area: tuple[float, ...] = option(
+      (0.08, 1.0), "RandomResizedCrop: area over the image's",
+      above=0, high=1, length=2)
+  crop_ratio: tuple[float, ...] = option(
+      (3 / 4, 4 / 3), "RandomResizedCrop: width over height", above=0, length=2)
+  flip: float = option(0.5, "probability of a left-right flip", low=0, high=1)
+  mean: tuple[float, ...] = option(
+      (0.485, 0.456, 0.406), "of R, G, B in [0, 1]", low=0, high=1, length=3)
+  std: tuple[float, ...] = option(
+      (0.229, 0.224, 0.225), "of R, G, B in [0, 1]", above=0, length=3)
+  workers: int = option(
+      0, "processes that prepare batches; 0: threads of this one; -1: one for "
+      "each core", low=-1, high=1024)
+  threads: int = option(4, "reading threads of each process", low=1, high=256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+  """AdamW and its schedule."""
+
+  base_lr: float = option(
+      1e-3, "peak learning rate for a batch of 1024; scales with batch_size",
+      above=0)
+  min_lr: float = option(1e-5, "learning rate at the end", low=0)
+  warmup_lr: float = option(1e-6, "learning rate at the start", low=0)
+  warmup_epochs: float = option(5.0, "linear warm-up", low=0)
+  weight_decay: float = option(
+      0.05, "decoupled; norms, biases and other vectors are exempt", low=0)
+  beta1: float = option(0.9, "decay of the first moment", low=0, high=0.9999)
+  beta2: float = option(0.999, "of the second", low=0, high=0.999999)
+  eps: float = option(1e-8, "AdamW's epsilon", above=0)
+  clip_norm: float | None = option(
+      None, "largest global norm of the gradient", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """How long, how large, how regularised."""
+
+  batch_size: int = option(1024, "images of a step, over all devices", low=1)
+  epochs: float = option(300.0, "length of the run", above=0)
+  steps: int | None = option(None, "length of the run, instead of epochs", low=1)
+  accumulate: int = option(1, "micro-batches of a step", low=1)
+  label_smoothing: float = option(0.1, "mass on all classes", low=0, high=0.999)
+  ema_decay: float = option(
+      0.0, "moving average of the parameters, used to evaluate; 0: none",
+      low=0, high=0.999999)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  """Evaluation, on the whole evaluation split; always at the end."""
+
+  batch_size: int = option(1024, "images, over all devices", low=1)
+  every_epochs: float = option(1.0, "how often", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """One is saved every so often, after each evaluation, and at the end."""
+
+  every_steps: int = option(1000, "how often", low=1)
+  keep_last: int = option(2, "newest ones kept", low=1)
+  keep_best: int = option(1, "ones of highest top-1 kept besides", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Devices as a grid; the batch is split over both axes."""
+
+  data: int = option(-1, "devices that hold a copy; -1: what is left", low=-1)
+  fsdp: int = option(1, "devices that share a copy; -1: what is left", low=-1)
+  min_size: int = option(
+      2**16, "arrays with fewer values than this are not split", low=0)
+  rules: tuple[tuple[Any, ...], ...] = option(
+      (), "(regular expression of a parameter's path, axis to split or -1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+  """What a run writes besides checkpoints."""
+
+  every_steps: int = option(50, "how often metrics are written", low=1)
+  tensorboard: bool = option(True, "write TensorBoard events")
+  compilation_cache: str = option(
+      "~/.cache/metaformer_jax", "folder of compiled programs; empty: none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A whole run; every value of it is one `--config.section.key=value`."""
+
+  task: str = option("classification", "what is learned",
+                     choices=("classification",))
+  seed: int = option(0, "of initialisation, order, augmentation", low=0,
+                     high=2**31 - 1)
+  model: Model = dataclasses.field(default_factory=Model)
+  data: Data = dataclasses.field(default_factory=Data)
+  optim: Optim = dataclasses.field(default_factory=Optim)
+  train: Train = dataclasses.field(default_factory=Train)
+  eval: Eval = dataclasses.field(default_factory=Eval)
+  checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  log: Log = dataclasses.field(default_factory=Log)

@@ -1,0 +1,1 @@
+"""Pure JAX and Flax models: no data, no config, no TensorFlow."""
