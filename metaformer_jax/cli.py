@@ -85,6 +85,18 @@ def parse(argv: Sequence[str]) -> tuple[Experiment, pathlib.Path]:
   return config_lib.resolve(_CONFIG.value), _check_workdir(workdir)
 
 
+def start_jax(cfg: Experiment):
+  """Sets up jax, and returns the mesh; ConfigError if the devices do not fit."""
+  import jax  # noqa: PLC0415  After the config is checked.
+
+  from metaformer_jax.training import sharding  # noqa: PLC0415
+
+  folder = cfg.log.compilation_cache
+  if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+  return sharding.make_mesh(cfg)
+
+
 def _help() -> str:
   """The flags, and every key of a config with its default and meaning."""
   lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]

@@ -1,7 +1,25 @@
-from metaformer_jax import cli
+"""Trains and evaluates an experiment:
 
-def main(cfg, workdir):
-  print(cfg, workdir)
+    python -m metaformer_jax.main --config=configs/quickstart.py
+
+Started again with the same workdir, it goes on where it was.
+"""
+
+import pathlib
+
+from metaformer_jax import cli
+from metaformer_jax.experiment import Experiment
+
+
+def main(cfg: Experiment, workdir: pathlib.Path) -> None:
+  """Runs a checked experiment."""
+  mesh = cli.start_jax(cfg)
+  # Imported when the devices are known to fit: a mistake is told at once.
+  from metaformer_jax import tasks  # noqa: PLC0415
+  from metaformer_jax.training import loop  # noqa: PLC0415
+
+  loop.train_and_evaluate(cfg, tasks.create(cfg), mesh, workdir)
+
 
 if __name__ == "__main__":
   cli.run(main)

@@ -6,6 +6,7 @@ read here by index, and images stay encoded, to be decoded by `transforms`.
 
 import os
 import struct
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -131,41 +132,34 @@ class _TFRecords:
   """
 
   def __init__(self, file_instructions):
-    self._paths, shards, offsets, lengths = [], [], [], []
-    for shard, part in enumerate(file_instructions):
-      self._paths.append(os.fspath(part.filename))
-      found = _scan(self._paths[-1])
-      if len(found) != part.examples_in_shard:
+    self._paths = [os.fspath(part.filename) for part in file_instructions]
+    with futures.ThreadPoolExecutor() as pool:
+      found = list(pool.map(_scan, self._paths))
+    shards, records = [], []
+    for i, (part, record) in enumerate(zip(file_instructions, found)):
+      if len(record) != part.examples_in_shard:
         raise errors.ConfigError(
-            f"{part.filename}: holds {len(found)} examples, not "
+            f"{part.filename}: holds {len(record)} examples, not "
             f"{part.examples_in_shard}; prepare the data set again")
-      take = part.take if part.take >= 0 else len(found)
-      found = found[part.skip:part.skip + take]
-      shards.append(np.full(len(found), shard, np.int32))
-      offsets.append(found[:, 0])
-      lengths.append(found[:, 1])
+      take = part.take if part.take >= 0 else len(record)
+      records.append(record[part.skip:part.skip + take])
+      shards.append(np.full(len(records[-1]), i, np.int32))
     self._shards = np.concatenate(shards)
-    self._offsets = np.concatenate(offsets)
-    self._lengths = np.concatenate(lengths)
-    self._files: dict[int, int] = {}  # Shard to file descriptor.
+    self._records = np.concatenate(records)
 
   def __len__(self) -> int:
     return len(self._shards)
 
   def __getitem__(self, index: int) -> bytes:
-    shard, length = int(self._shards[index]), int(self._lengths[index])
-    # setdefault: two threads may open a file, one descriptor is kept open.
-    file = self._files.get(shard)
-    if file is None:
-      file = self._files.setdefault(
-          shard, os.open(self._paths[shard], os.O_RDONLY))
-    data = os.pread(file, length, int(self._offsets[index]))
+    path = self._paths[self._shards[index]]
+    offset, length = self._records[index]
+    # Opened for each read: ImageNet has more shards than a process may open.
+    with open(path, "rb", buffering=0) as f:
+      f.seek(offset)
+      data = f.read(length)
     if len(data) != length:
-      raise OSError(f"{self._paths[shard]}: was cut off while being read")
+      raise OSError(f"{path}: was cut off while being read")
     return data
-
-  def __getstate__(self):
-    return {**self.__dict__, "_files": {}}  # Each process opens its own.
 
 
 def _scan(path: str) -> np.ndarray:
@@ -173,7 +167,7 @@ def _scan(path: str) -> np.ndarray:
   found = []
   try:
     size = os.path.getsize(path)
-    with open(path, "rb") as f:
+    with open(path, "rb", buffering=0) as f:
       while header := f.read(_PREFIX):
         length = _LENGTH.unpack_from(header)[0] if len(header) == _PREFIX else -1
         start = f.tell()

@@ -1,0 +1,1 @@
+"""Measures over a whole evaluation split, each example exactly once."""

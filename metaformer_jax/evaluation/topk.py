@@ -1,0 +1,43 @@
+"""Top-1, top-5 and loss of a classifier."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+class TopK:
+  """Fractions of examples whose label is the first, or among the first five.
+
+  Of equal logits the lower class ranks first. With fewer than five classes
+  "top5" counts all of them. The loss is plain cross-entropy.
+  """
+
+  def __init__(self):
+    self._sums = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "n_examples": 0.0}
+
+  def statistics(self, outputs: jax.Array, batch) -> dict[str, jax.Array]:
+    """Sums over the valid examples of logits [B, C] and labels [B]."""
+    mask = batch["mask"].astype(jnp.float32)
+    label = batch["label"]
+    _, ranked = jax.lax.top_k(outputs, min(5, outputs.shape[-1]))
+    hits = ranked == label[:, None]
+    # where: an example that only fills up may have any loss.
+    loss = jnp.where(
+        batch["mask"],
+        optax.softmax_cross_entropy_with_integer_labels(outputs, label), 0)
+    return {
+        "top1": (hits[:, 0] * mask).sum(),
+        "top5": (hits.any(-1) * mask).sum(),
+        "loss": loss.sum(),
+        "n_examples": mask.sum(),
+    }
+
+  def update(self, statistics: dict[str, np.ndarray]) -> None:
+    for name, value in statistics.items():
+      self._sums[name] += float(value)
+
+  def result(self) -> dict[str, float]:
+    n = self._sums["n_examples"]
+    return {name: value / n for name, value in self._sums.items()
+            if name != "n_examples"} | {"n_examples": int(n)}

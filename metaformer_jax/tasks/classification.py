@@ -1,0 +1,95 @@
+"""Image classification: one label an image."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from metaformer_jax import errors
+from metaformer_jax.data import loader, sources, transforms
+from metaformer_jax.evaluation import topk
+from metaformer_jax.experiment import Experiment
+from metaformer_jax.models import registry
+from metaformer_jax.tasks import base
+
+
+def normalize(image: jax.Array, mean, std) -> jax.Array:
+  """uint8 [..., 3] -> float32 with the data set's mean 0 and deviation 1."""
+  shape = (1,) * (image.ndim - 1) + (-1,)
+  mean, std = (jnp.reshape(jnp.array(v, jnp.float32), shape)
+               for v in (mean, std))
+  return (image.astype(jnp.float32) / 255 - mean) / std
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+  """Softmax cross-entropy with label smoothing; top-1 and top-5.
+
+  Batches are {"image": uint8 [B, H, W, 3], "label": int32 [B]}, and "mask":
+  bool [B] to evaluate.
+  """
+
+  cfg: Experiment
+
+  @functools.cached_property
+  def model(self) -> nn.Module:
+    cfg = self.cfg.model
+    return registry.create_model(
+        cfg.name, num_classes=cfg.num_classes,
+        drop_path_rate=cfg.drop_path_rate, dtype=jnp.dtype(cfg.dtype),
+        **cfg.overrides())
+
+  def init_inputs(self) -> tuple[jax.Array]:
+    size = self.cfg.data.image_size
+    return (jnp.zeros((1, size, size, 3)),)
+
+  def _images(self, batch: base.Batch) -> jax.Array:
+    return normalize(batch["image"], self.cfg.data.mean, self.cfg.data.std)
+
+  def loss(self, variables, batch, rngs, train):
+    logits, updates = self.model.apply(
+        variables, self._images(batch), train=train, rngs=rngs,
+        mutable=["batch_stats"])
+    logits = logits.astype(jnp.float32)
+    targets = optax.smooth_labels(
+        jax.nn.one_hot(batch["label"], logits.shape[-1]),
+        self.cfg.train.label_smoothing)
+    loss = optax.softmax_cross_entropy(logits, targets).mean()
+    top1 = (logits.argmax(-1) == batch["label"]).mean()
+    state = {k: v for k, v in variables.items() if k != "params"}
+    return loss, {"loss": loss, "top1": top1}, {**state, **updates}
+
+  def predict(self, variables, batch):
+    """Returns float32 logits [B, num_classes]."""
+    logits = self.model.apply(variables, self._images(batch), train=False)
+    return logits.astype(jnp.float32)
+
+  def make_data(self, split: str) -> loader.Loader:
+    cfg = self.cfg
+    train = split == "train"
+    source = sources.create(cfg.data, split)
+    if source.n_classes is not None and (
+        source.n_classes > cfg.model.num_classes):
+      raise errors.ConfigError(
+          f"config.model.num_classes: {cfg.model.num_classes}, but the {split} "
+          f"data has labels of {source.n_classes} classes")
+    transform = transforms.TrainTransform if train else transforms.EvalTransform
+    batch_size = cfg.train.batch_size
+    if not train:
+      # Filled up so that every device has the same number of images.
+      n = jax.device_count()
+      batch_size = -(-cfg.eval.batch_size // n) * n
+    return loader.Loader(
+        source, transform(cfg.data), batch_size, seed=cfg.seed,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+        workers=cfg.data.workers, threads=cfg.data.threads)
+
+  def make_evaluators(self) -> dict[str, base.Evaluator]:
+    return {"classification": topk.TopK()}
+
+
+def create(cfg: Experiment) -> base.Task:
+  return Classification(cfg)

@@ -1,0 +1,109 @@
+"""Checkpoints: every call of Orbax is here.
+
+A step is saved as separate items: `params`, `ema_params` and `model_state` can
+be read without the optimizer's state, which is the larger part.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from metaformer_jax import errors
+from metaformer_jax import experiment
+from metaformer_jax.training.state import TrainState
+
+# The items of a step that are trees of arrays; empty ones are not written.
+_TREES = ("params", "model_state", "opt_state", "ema_params")
+
+# What a checkpoint is ranked by: a name that evaluators may report.
+BEST = "top1"
+
+
+class Checkpoints:
+  """The checkpoints of a workdir, saved in the background."""
+
+  def __init__(self, workdir: pathlib.Path, cfg: experiment.Checkpoint):
+    policy = ocp.checkpoint_managers
+    keep = [policy.LatestN(cfg.keep_last)]
+    if cfg.keep_best:
+      keep.append(policy.BestN(
+          get_metric_fn=lambda metrics: metrics[BEST], n=cfg.keep_best,
+          keep_checkpoints_without_metrics=False))
+    self.directory = workdir.absolute() / "checkpoints"
+    self._manager = ocp.CheckpointManager(
+        self.directory,
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=policy.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True))
+
+  def save(self, state: TrainState, position: int,
+           metrics: dict[str, float] | None = None) -> None:
+    """Starts to save a state; returns once it is copied off the devices.
+
+    Args:
+      state: after `state.step` steps.
+      position: training examples consumed: where the data goes on.
+      metrics: of this state's evaluation, if there was one.
+    """
+    items = {name: ocp.args.StandardSave(tree) for name, tree in
+             _present(state).items()}
+    step = int(jax.device_get(state.step))
+    self._manager.save(
+        step, metrics=metrics,
+        args=ocp.args.Composite(
+            position=ocp.args.JsonSave({"step": step, "examples": position}),
+            **items))
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def best_step(self) -> int | None:
+    """The step of highest top-1 among those kept; None without evaluations."""
+    ranked = [(self._manager.metrics(step)[BEST], step)
+              for step in self._manager.all_steps()
+              if BEST in (self._manager.metrics(step) or {})]
+    return max(ranked)[1] if ranked else None
+
+  def restore(self, step: int, abstract_state: TrainState,
+              ) -> tuple[TrainState, int]:
+    """Returns a saved state, placed as `abstract_state` says, and the position."""
+    trees = self._read(step, _present(abstract_state), position=True)
+    position = trees.pop("position")
+    arrays = {**{name: getattr(abstract_state, name) for name in _TREES},
+              **trees}
+    restored = jax.device_put(
+        position["step"], abstract_state.step.sharding).astype(
+            abstract_state.step.dtype)
+    return TrainState(step=restored, **arrays), position["examples"]
+
+  def restore_variables(self, step: int, abstract_state: TrainState,
+                        ) -> TrainState:
+    """Returns a saved state without what only the optimizer needs."""
+    trees = self._read(step, {
+        name: tree for name, tree in _present(abstract_state).items()
+        if name != "opt_state"})
+    return abstract_state.replace(opt_state=(), **trees)
+
+  def _read(self, step, abstract_trees, position=False) -> dict[str, Any]:
+    args = {name: ocp.args.StandardRestore(tree)
+            for name, tree in abstract_trees.items()}
+    if position:
+      args["position"] = ocp.args.JsonRestore()
+    try:
+      return dict(self._manager.restore(step, ocp.args.Composite(**args)))
+    except (ValueError, KeyError, FileNotFoundError, OSError) as e:
+      raise errors.ConfigError(
+          f"{self.directory / str(step)}: cannot be restored into this "
+          f"experiment: {str(e).strip().splitlines()[0]}") from e
+
+  def close(self) -> None:
+    """Waits until everything is written."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def _present(state: TrainState) -> dict[str, Any]:
+  return {name: getattr(state, name) for name in _TREES
+          if jax.tree.leaves(getattr(state, name))}

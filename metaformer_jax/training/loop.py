@@ -1,0 +1,286 @@
+"""The training loop: one function for the command line, tests and notebooks."""
+
+import functools
+import logging
+import math
+import os
+import pathlib
+import signal
+import statistics
+import time
+from typing import Any
+
+import jax
+
+from metaformer_jax import config as config_lib
+from metaformer_jax import errors
+from metaformer_jax.experiment import Experiment
+from metaformer_jax.tasks import base
+from metaformer_jax.training import (
+    checkpoints as checkpoints_lib,
+)
+from metaformer_jax.training import (
+    optim,
+    report,
+    sharding,
+    step,
+    writers,
+)
+from metaformer_jax.training import (
+    state as state_lib,
+)
+
+log = logging.getLogger(__name__)
+
+
+def total_steps(cfg: Experiment, n_examples: int) -> int:
+  """Steps of the run: `train.steps`, or `train.epochs` of the data set."""
+  if cfg.train.steps is not None:
+    return cfg.train.steps
+  return max(1, round(cfg.train.epochs * n_examples / cfg.train.batch_size))
+
+
+def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
+                       workdir: pathlib.Path) -> dict[str, Any]:
+  """Trains to the end, from where the workdir's last checkpoint is.
+
+  Args:
+    cfg: the experiment.
+    task: what it learns.
+    mesh: from `sharding.make_mesh(cfg)`.
+    workdir: made if need be; holds the run when this returns, and what is
+      needed to resume it whenever this is interrupted.
+
+  Returns:
+    The summary, as in summary.json.
+
+  Raises:
+    ConfigError: the workdir holds another experiment, or data is missing.
+    DivergedError: the loss was not finite.
+    Preempted: told to end by SIGTERM or SIGINT; the last step is saved.
+  """
+  train_data, eval_data = task.make_data("train"), task.make_data("eval")
+  n_train = train_data.n_examples
+  n_steps = total_steps(cfg, n_train)
+  steps_per_epoch = n_train / cfg.train.batch_size
+  tx, schedule = optim.create(cfg, n_steps, steps_per_epoch)
+
+  create = functools.partial(state_lib.create, task, tx, cfg.seed,
+                             cfg.train.ema_decay)
+  shapes = jax.eval_shape(create)
+  shardings = sharding.state_shardings(mesh, shapes, cfg.mesh)
+  first = jax.process_index() == 0
+  claim_workdir(cfg, workdir, write=first)
+  checkpoints = checkpoints_lib.Checkpoints(workdir, cfg.checkpoint)
+  if first:
+    log.info("%s", report.plan(cfg, shapes, mesh, n_train,
+                               eval_data.n_examples, n_steps))
+
+  # How the state starts; the first that applies wins.
+  # 1. The workdir has a checkpoint: resume it, data position included.
+  # 2. From scratch.
+  restored = checkpoints.latest_step()
+  if restored is not None:
+    state, position = checkpoints.restore(
+        restored, sharding.abstract(shapes, shardings))
+    log.info("resumed %s at step %d", workdir, restored)
+  else:
+    state = jax.jit(create, out_shardings=shardings)()
+    restored, position = 0, 0
+
+  everywhere = sharding.replicated(mesh)
+  train_step = jax.jit(
+      functools.partial(step.train_step, task=task, tx=tx, schedule=schedule,
+                        seed=cfg.seed, ema_decay=cfg.train.ema_decay,
+                        accumulate=cfg.train.accumulate),
+      donate_argnums=0, out_shardings=(shardings, everywhere))
+  evaluate = Evaluation(task, mesh, eval_data)
+
+  writer = writers.Writer(workdir, cfg.log, restored, enabled=first)
+  progress = report.Progress(restored, n_steps, cfg.train.batch_size, n_train,
+                             enabled=first)
+  eval_every = max(1, round(cfg.eval.every_epochs * steps_per_epoch))
+  batches = train_data.train_batches(position)
+  window = Window()
+  stop = StopSignal()
+  result = _last_evaluation(writer.records, restored)
+  try:
+    with stop, jax.transfer_guard("disallow"):
+      for i in range(restored + 1, n_steps + 1):
+        start = time.perf_counter()
+        batch = sharding.put_batch(next(batches), mesh)
+        progress.wait(time.perf_counter() - start)
+        state, metrics = train_step(state, batch)
+        position += cfg.train.batch_size
+        # The metrics of the step before: the device has this one to work on.
+        window.add(i, metrics)
+        if i == restored + 1:
+          window.flush()
+          progress.say(f"first step, compilation included: "
+                       f"{time.perf_counter() - start:.1f} s")
+          progress.restart(i)
+        progress.advance()
+
+        last = i == n_steps or stop.signal is not None
+        evaluating = i == n_steps or (i % eval_every == 0 and not last)
+        saving = evaluating or last or i % cfg.checkpoint.every_steps == 0
+        if i % cfg.log.every_steps == 0 or i == n_steps:
+          metrics = window.means() | progress.window(i)
+          writer.write(i, "train", metrics)
+          progress.show(i, metrics)
+        if saving:
+          window.flush()  # What is not finite must not be saved.
+        if evaluating:
+          result = evaluate(state.eval_variables())
+          writer.write(i, "eval", result)
+          progress.say(f"step {i}  eval  " + "  ".join(
+              f"{k} {v:.4g}" for k, v in result.items()))
+        if saving:
+          checkpoints.save(state, position, result if evaluating else None)
+          progress.restart(i)
+        if last and i < n_steps:
+          raise errors.Preempted(
+              f"{signal.Signals(stop.signal).name} at step {i}; saved in "
+              f"{workdir}; the same command goes on from there")
+  finally:
+    progress.close()
+    batches.close()
+    checkpoints.close()
+    writer.close()
+
+  if result is None:
+    result = evaluate(state.eval_variables())
+  speeds = [r["images_per_second"] for r in writer.records
+            if r["split"] == "train"]
+  summary = {
+      "step": n_steps, **result,
+      "n_params": sum(x.size for x in jax.tree.leaves(shapes.params)),
+      "images_per_second": statistics.median(speeds) if speeds else None,
+      "checkpoint": str(checkpoints.directory / str(n_steps)),
+  }
+  curves = writer.finish(summary)
+  if curves:
+    log.info("done: %s\ncheckpoint %s\ncurves     %s", "  ".join(
+        f"{k} {v:.4g}" for k, v in result.items()), summary["checkpoint"],
+             curves)
+  return summary
+
+
+class Evaluation:
+  """Measures variables on the whole of a split; compiled once."""
+
+  def __init__(self, task: base.Task, mesh, data: base.Data):
+    self._task, self._mesh, self._data = task, mesh, data
+    self._step = jax.jit(functools.partial(step.eval_step, task=task),
+                         out_shardings=sharding.replicated(mesh))
+
+  def __call__(self, variables: base.Variables) -> dict[str, float]:
+    evaluators = self._task.make_evaluators()
+    for batch in self._data.eval_batches():
+      found = jax.device_get(self._step(
+          variables, sharding.put_batch(batch, self._mesh)))
+      for name, evaluator in evaluators.items():
+        evaluator.update(found[name])
+    results = {}
+    for evaluator in evaluators.values():
+      results |= evaluator.result()
+    return results
+
+
+class Window:
+  """The metrics since the last `means`, fetched from the device a step late."""
+
+  def __init__(self):
+    self._pending = None
+    self._fetched = []
+
+  def add(self, i: int, metrics) -> None:
+    """Takes the metrics of step i; waits for those of the step before."""
+    pending, self._pending = self._pending, (i, metrics)
+    self._fetch(pending)
+
+  def flush(self) -> None:
+    """Waits for the metrics of the last step too."""
+    pending, self._pending = self._pending, None
+    self._fetch(pending)
+
+  def _fetch(self, pending) -> None:
+    if pending is None:
+      return
+    i, metrics = pending
+    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    if not math.isfinite(metrics["loss"]):
+      raise errors.DivergedError(
+          f"the loss of step {i} is {metrics['loss']}; lower "
+          "config.optim.base_lr, or set config.optim.clip_norm=1.0")
+    self._fetched.append(metrics)
+
+  def means(self) -> dict[str, float]:
+    """The means since the last call; of the learning rate, the last."""
+    self.flush()
+    names = self._fetched[-1]
+    means = {k: statistics.fmean(m[k] for m in self._fetched) for k in names}
+    means["learning_rate"] = names["learning_rate"]
+    self._fetched = []
+    return means
+
+
+class StopSignal:
+  """Notes SIGTERM or SIGINT, for the loop to end after its step.
+
+  A second one acts at once, as if nothing had been installed.
+  """
+
+  def __init__(self):
+    self.signal: int | None = None
+    self._before = {}
+
+  def __enter__(self):
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._before[number] = signal.signal(number, self._note)
+    return self
+
+  def _note(self, number, frame):
+    del frame
+    self.signal = number
+    self._restore()
+
+  def _restore(self):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+    self._before = {}
+
+  def __exit__(self, *exc):
+    self._restore()
+
+
+def claim_workdir(cfg: Experiment, workdir: pathlib.Path, write: bool) -> None:
+  """Makes the workdir this experiment's.
+
+  Raises:
+    ConfigError: it holds a run of another experiment, or cannot be written.
+  """
+  path = workdir / "config.json"
+  if path.is_file():
+    different = config_lib.differences(cfg, path.read_text())
+    if different:
+      raise errors.ConfigError(
+          f"--workdir: {workdir} holds another experiment "
+          f"({'; '.join(different)}); choose a new folder")
+  if not write:
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(config_lib.to_json(cfg))
+    os.replace(beside, path)
+  except OSError as e:
+    raise errors.ConfigError(f"--workdir: {e}") from e
+
+
+def _last_evaluation(records, i: int) -> dict[str, float] | None:
+  """What the evaluation after step i measured, if that was recorded."""
+  for record in reversed(records):
+    if record["split"] == "eval" and record["step"] == i:
+      return {k: v for k, v in record.items() if k not in ("step", "split")}
+  return None

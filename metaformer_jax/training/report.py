@@ -1,0 +1,116 @@
+"""What the user sees of a run: the plan at its start, progress as it goes."""
+
+import logging
+import sys
+import time
+
+import jax
+from clu import parameter_overview
+from tqdm import auto as tqdm
+
+from metaformer_jax.experiment import Experiment
+from metaformer_jax.training import sharding
+
+log = logging.getLogger(__name__)
+
+
+def plan(cfg: Experiment, abstract_state, mesh, n_train: int, n_eval: int,
+         total_steps: int) -> str:
+  """The parameter table, and what the run is about to do."""
+  n_params = sum(x.size for x in jax.tree.leaves(abstract_state.params))
+  table = parameter_overview.get_parameter_overview(
+      abstract_state.params, include_stats=False)
+  train = cfg.train
+  device = mesh.devices.flat[0]
+  rows = {
+      "model": f"{cfg.model.name}, {n_params:,} parameters, {cfg.model.dtype}",
+      "data": f"{cfg.data.source}: {n_train:,} to train, {n_eval:,} to "
+              f"evaluate, {cfg.data.image_size}x{cfg.data.image_size}",
+      "steps": f"{total_steps:,} of {train.batch_size} images"
+               + (f" in {train.accumulate} micro-batches"
+                  if train.accumulate > 1 else "")
+               + f", {total_steps * train.batch_size / n_train:.4g} epochs",
+      "devices": f"{mesh.size} x {device.device_kind}, "
+                 f"{jax.process_count()} processes, mesh "
+                 + " x ".join(f"{k}={v}" for k, v in mesh.shape.items()),
+      "state": f"{sharding.n_bytes(abstract_state) / 2**20:,.1f} MiB in all",
+      "learning rate": f"{cfg.optim.base_lr * train.batch_size / 1024:.4g} at "
+                       "its peak",
+  }
+  width = max(map(len, rows))
+  return "\n".join([table, "", *(
+      f"{name:<{width}}  {value}" for name, value in rows.items())])
+
+
+class Progress:
+  """A bar on a terminal, lines in a file; and the figures of a window.
+
+  A window is what lies between two calls of `window`. Time in `pause` counts
+  neither for the speed nor for the time that is left.
+  """
+
+  def __init__(self, first_step: int, total_steps: int, batch_size: int,
+               n_train: int, enabled: bool):
+    self._total, self._batch_size, self._n_train = (
+        total_steps, batch_size, n_train)
+    self._enabled = enabled
+    self._step = first_step
+    self._waited = 0.0
+    self._start = time.perf_counter()
+    self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit="step",
+                          dynamic_ncols=True,
+                          disable=not (enabled and sys.stderr.isatty()))
+
+  def wait(self, seconds: float) -> None:
+    """Adds time that the step waited for its batch."""
+    self._waited += seconds
+
+  def restart(self, step: int) -> None:
+    """Begins a new window: compiling and evaluating are not training."""
+    self._step, self._waited = step, 0.0
+    self._start = time.perf_counter()
+
+  def window(self, step: int) -> dict[str, float]:
+    """Ends a window after `step` steps; returns its figures."""
+    elapsed = max(time.perf_counter() - self._start, 1e-9)
+    n = step - self._step
+    figures = {
+        "images_per_second": n * self._batch_size / elapsed,
+        "step_seconds": elapsed / max(n, 1),
+        "input_wait": min(self._waited / elapsed, 1.0),
+        "epoch": step * self._batch_size / self._n_train,
+    }
+    self.restart(step)
+    return figures
+
+  def advance(self) -> None:
+    self._bar.update()
+
+  def show(self, step: int, metrics: dict[str, float]) -> None:
+    """Shows the metrics of a window."""
+    if not self._enabled:
+      return
+    left = (self._total - step) * metrics["step_seconds"]
+    parts = [f"epoch {metrics['epoch']:.2f}"]
+    parts += [f"{name} {metrics[name]:.4f}" for name in ("loss", "top1")
+              if name in metrics]
+    parts += [f"lr {metrics['learning_rate']:.2e}",
+              f"{metrics['images_per_second']:.0f} img/s",
+              f"input wait {metrics['input_wait']:.0%}"]
+    if self._bar.disable:
+      log.info("step %d/%d  %s  eta %s", step, self._total, "  ".join(parts),
+               tqdm.tqdm.format_interval(left))
+    else:
+      self._bar.set_postfix_str("  ".join(parts))
+
+  def say(self, message: str) -> None:
+    """Prints a line, above the bar if there is one."""
+    if not self._enabled:
+      return
+    if self._bar.disable:
+      log.info("%s", message)
+    else:
+      self._bar.write(message, file=sys.stderr)
+
+  def close(self) -> None:
+    self._bar.close()
