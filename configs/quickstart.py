@@ -1,23 +1,33 @@
-"""scikit-learn's handwritten digits: a small PoolFormer in a minute."""
+"""A small PoolFormer on scikit-learn's handwritten digits.
+
+    python -m metaformer_jax.main --config=configs/quickstart.py
+
+Hardware: two CPU cores, about a minute; nothing is downloaded.
+Expected: above 95% top-1 on the 297 test digits (docs/results.md).
+"""
 
 from metaformer_jax import config as config_lib
 
 
 def get_config():
   config = config_lib.default()
+  config.model.name = "poolformer_s12"
   config.model.num_classes = 10
   config.model.depths = (1, 1, 2, 1)
   config.model.dims = (32, 64, 128, 256)
-  config.model.in_patch_size = 3
-  config.model.in_stride = 2
-  config.model.in_pad = 1
+  # Large: a short run cannot wait for branches that start near zero.
+  config.model.layer_scale_init = 0.1
+  config.model.drop_path_rate = 0.1
   config.data.source = "digits"
+  # Four times their size, so that the stem's stride of 4 keeps each pixel.
   config.data.image_size = 32
   config.data.crop_pct = 1.0
-  config.data.crop_area = (0.6, 1.0)
+  config.data.crop_area = (0.5, 1.0)
   config.data.flip = 0.0
   config.optim.base_lr = 8e-3
   config.train.batch_size = 128
-  config.train.epochs = 30.0
-  config.eval.every_epochs = 5.0
+  config.train.epochs = 50.0
+  config.train.ema_decay = 0.98
+  config.eval.batch_size = 256
+  config.eval.every_epochs = 10.0
   return config

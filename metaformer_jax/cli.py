@@ -78,7 +78,10 @@ def parse(argv: Sequence[str]) -> tuple[Experiment, pathlib.Path]:
         f"command line: {rest[1]!r} is not a flag; write --flag=value")
   if config is None:
     raise errors.ConfigError(
-        "command line: --config is missing, e.g. --config=configs/quickstart.py")
+        "--config: " + (
+            "get_config() of the file returned None"
+            if flags.FLAGS["config"].present else
+            "is missing; give e.g. --config=configs/quickstart.py"))
   name = pathlib.Path(config_flags.get_config_filename(
       flags.FLAGS["config"]).partition(":")[0]).stem
   workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / name)
@@ -86,7 +89,7 @@ def parse(argv: Sequence[str]) -> tuple[Experiment, pathlib.Path]:
 
 
 def start_jax(cfg: Experiment):
-  """Sets up jax, and returns the mesh; ConfigError if the devices do not fit."""
+  """Sets up jax; returns the mesh. ConfigError: the devices do not fit."""
   import jax  # noqa: PLC0415  After the config is checked.
 
   from metaformer_jax.training import sharding  # noqa: PLC0415

@@ -20,7 +20,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from metaformer_jax import errors
-from metaformer_jax.experiment import Data, Experiment, Mesh
+from metaformer_jax.experiment import Data, Experiment
 from metaformer_jax.models import registry
 
 # Sections that may differ when a run is resumed: they change no number beyond
@@ -211,11 +211,6 @@ def _check(cfg: Experiment) -> Iterator[str]:
   if train.steps is None and optim.warmup_epochs >= train.epochs:
     yield (f"config.optim.warmup_epochs: {optim.warmup_epochs} is not below "
            f"config.train.epochs = {train.epochs}")
-  peak = optim.base_lr * train.batch_size / 1024
-  for key in ("min_lr", "warmup_lr"):
-    if getattr(optim, key) > peak:
-      yield (f"config.optim.{key}: {getattr(optim, key)} is above the peak "
-             f"learning rate, base_lr * batch_size / 1024 = {peak:g}")
   for key in ("crop_area", "crop_ratio"):
     low, high = getattr(cfg.data, key)
     if low > high:
@@ -255,8 +250,8 @@ def _check_model(cfg: Experiment, spec) -> Iterator[str]:
   if None not in stem.values() and (
       cfg.data.image_size + 2 * stem["in_pad"] < stem["in_patch_size"]):
     yield (f"config.data.image_size: {cfg.data.image_size} is less than the "
-           f"stem's kernel, {stem['in_patch_size']}, with its padding; nearest: "
-           f"{stem['in_patch_size'] - 2 * stem['in_pad']}")
+           f"stem's kernel, {stem['in_patch_size']}, with its padding; "
+           f"nearest: {stem['in_patch_size'] - 2 * stem['in_pad']}")
   for dim, mixer in zip(hparams.get("dims", ()),
                         hparams.get("token_mixers", ())):
     if mixer == "attention" and dim % 32:

@@ -21,14 +21,14 @@ def option(default, help_text, *, low=None, high=None, above=None, choices=None,
     length: of a tuple.
     each: `"odd"` for odd numbers only.
   """
-  return dataclasses.field(default=default, metadata=dict(
-      help=help_text, low=low, high=high, above=above, choices=choices,
-      length=length, each=each))
+  return dataclasses.field(default=default, metadata={
+      "help": help_text, "low": low, "high": high, "above": above,
+      "choices": choices, "length": length, "each": each})
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """The network. A hyper-parameter left at None is as the named model has it."""
+  """The network. Hyper-parameters left at None are as the named model's."""
 
   name: str = option("poolformer_s12", "a name of metaformer_jax.list_models()")
   num_classes: int = option(1000, "outputs of the head", low=1)
@@ -123,7 +123,8 @@ class Train:
 
   batch_size: int = option(1024, "images of a step, over all devices", low=1)
   epochs: float = option(300.0, "length of the run", above=0)
-  steps: int | None = option(None, "length of the run, instead of epochs", low=1)
+  steps: int | None = option(
+      None, "length of the run, instead of epochs", low=1)
   accumulate: int = option(1, "micro-batches of a step", low=1)
   label_smoothing: float = option(0.1, "mass on all classes", low=0, high=0.999)
   ema_decay: float = option(

@@ -3,9 +3,9 @@
 Real JPEGs of random smooth colours, at ImageNet's odd sizes, named and packed
 like the official ones:
 
-    python tests/tiny_imagenet.py folder DIR      # DIR/{train,val}/nXXXXXXXX/
-    python tests/tiny_imagenet.py tars DIR        # ILSVRC2012_img_{train,val}.tar
-    python tests/tiny_imagenet.py tfds TARS DIR   # TFDS imagenet2012, prepared
+    python tests/tiny_imagenet.py folder DIR     # DIR/{train,val}/nXXXXXXXX/
+    python tests/tiny_imagenet.py tars DIR       # ILSVRC2012_img_*.tar
+    python tests/tiny_imagenet.py tfds TARS DIR  # TFDS imagenet2012, prepared
 """
 
 import io

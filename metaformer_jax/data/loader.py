@@ -98,7 +98,9 @@ class Loader:
           num_workers=workers, per_worker_buffer_size=2))
     iterator = iter(batches)
     try:
-      yield from iterator
+      for batch in iterator:
+        # Workers hand over shared memory, which jax would hold on to.
+        yield {k: v.copy() for k, v in batch.items()} if workers else batch
     finally:
       iterator.close()
 
@@ -121,7 +123,7 @@ class _TrainStream:
 
 @functools.lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-  """The order of an epoch; two are kept, as batches cross from one to the next."""
+  """The order of an epoch; two are kept, as batches lie across epochs."""
   return np.random.default_rng((seed, _ORDER, epoch)).permutation(n)
 
 

@@ -45,9 +45,7 @@ def create(cfg: Data, split: str) -> Source:
     case "idx":
       return idx(cfg.path or FASHION_MNIST, train)
     case "folder":
-      return ClassFolders(
-          pathlib.Path(cfg.path).expanduser() / (named or
-                                                 ("train", "val")[not train]))
+      return _class_folders(cfg, train)
     case "tfds":
       # A module of its own, as only this source needs the extra `tfds`.
       from metaformer_jax.data import tfds_source  # noqa: PLC0415
@@ -142,23 +140,29 @@ class ClassFolders:
   one array, so that millions are cheap to hold and to send to workers.
   """
 
-  def __init__(self, root: str | os.PathLike[str]):
+  def __init__(self, root: pathlib.Path, classes: list[str]):
+    """Finds the images of `classes`; a folder of another name is an error."""
     self._root = os.fspath(root)
-    self.classes = sorted(e.name for e in os.scandir(root) if e.is_dir())
-    files, labels, empty = [], [], []
-    for label, name in enumerate(self.classes):
+    self.n_classes = len(classes)
+    present = set(class_names(root))
+    unknown = sorted(present.difference(classes))
+    if unknown:
+      raise errors.ConfigError(
+          f"config.data.path: {root} has the class {unknown[0]!r}, which the "
+          f"training split has not{errors.did_you_mean(unknown[0], classes)}")
+    files, labels = [], []
+    for label, name in enumerate(classes):
+      if name not in present:
+        continue
       found = _image_files(os.path.join(self._root, name))
       if not found:
-        empty.append(name)
+        raise errors.ConfigError(
+            f"config.data.path: {root / name} has no images "
+            f"({', '.join(IMAGE_SUFFIXES)})")
       files += [f"{name}/{file}".encode() for file in found]
       labels += [label] * len(found)
-    if empty or not files:
-      what = (f"no images in {len(empty)} class folders, e.g. {empty[0]}"
-              if empty else "no class folders")
-      raise errors.ConfigError(f"config.data.path: {root} has {what}")
     self._files = np.array(files)
     self._labels = np.array(labels, np.int32)
-    self.n_classes = len(self.classes)
 
   def __len__(self) -> int:
     return len(self._files)
@@ -168,6 +172,24 @@ class ClassFolders:
     with open(path, "rb") as f:
       return {"image": f.read(), "label": int(self._labels[index]),
               "path": path}
+
+
+def class_names(root: pathlib.Path) -> list[str]:
+  """The sorted names of the class folders; hidden folders are none."""
+  names = sorted(e.name for e in os.scandir(root)
+                 if e.is_dir() and not e.name.startswith("."))
+  if not names:
+    raise errors.ConfigError(f"config.data.path: {root} has no class folders")
+  return names
+
+
+def _class_folders(cfg: Data, train: bool) -> ClassFolders:
+  root = pathlib.Path(cfg.path).expanduser()
+  train_root = root / (cfg.train_split or "train")
+  # Both splits number the classes by the training split's folders: a class
+  # without evaluation images must not shift the ones after it.
+  return ClassFolders(train_root if train else root / (cfg.eval_split or "val"),
+                      class_names(train_root))
 
 
 def _image_files(folder: str) -> list[str]:

@@ -169,10 +169,11 @@ def _scan(path: str) -> np.ndarray:
     size = os.path.getsize(path)
     with open(path, "rb", buffering=0) as f:
       while header := f.read(_PREFIX):
-        length = _LENGTH.unpack_from(header)[0] if len(header) == _PREFIX else -1
         start = f.tell()
-        end = start + length + _SUFFIX
-        if length < 0 or end > size:
+        if len(header) == _PREFIX:
+          length, = _LENGTH.unpack_from(header)
+          end = start + length + _SUFFIX
+        if len(header) < _PREFIX or end > size:
           raise errors.ConfigError(
               f"{path}: is cut off; prepare the data set again")
         found.append((start, length))

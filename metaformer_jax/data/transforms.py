@@ -100,7 +100,7 @@ class TrainTransform:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-  """Resize of the shorter side and centre crop: record -> {"image", "label"}."""
+  """Resize by the shorter side, centre crop: record -> {"image", "label"}."""
 
   cfg: Data
 

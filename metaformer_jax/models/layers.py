@@ -216,16 +216,16 @@ class Downsample(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, mask: jax.Array | None = None):
     k, s, p = self.kernel_size, self.stride, self.padding
-    fan_in = k * k * x.shape[-1]
+    bias_init = torch_conv_bias(fan_in=k * k * x.shape[-1])
     y = nn.Conv(self.dim, (k, k), strides=(s, s), padding=((p, p), (p, p)),
-                kernel_init=torch_conv_kernel, bias_init=torch_conv_bias(fan_in),
+                kernel_init=torch_conv_kernel, bias_init=bias_init,
                 dtype=self.dtype, name="conv")(apply_mask(x, mask))
     if mask is None:
       return y, None
-    # The window of output i ends at pixel s*i + k - 1 - p, which may lie p
-    # beyond the image.
+    # The unpadded image has output i where its window, which ends at pixel
+    # s*i + k - 1 - p, ends at most p pixels beyond the image.
     last = k - 1 - 2 * p
-    edge = ((max(-last, 0), 0),) * 2
-    mask = jnp.pad(mask, ((0, 0), *edge), mode="edge")
+    before = max(-last, 0)
+    mask = jnp.pad(mask, ((0, 0), (before, 0), (before, 0)), mode="edge")
     mask = mask[:, max(last, 0)::s, max(last, 0)::s]
     return y, mask[:, :y.shape[1], :y.shape[2]]

@@ -15,7 +15,8 @@ Dtype = Any
 
 def _lookup(table, kind, name):
   if name not in table:
-    raise ValueError(f"unknown {kind} {name!r}{errors.did_you_mean(name, table)}")
+    raise ValueError(
+        f"unknown {kind} {name!r}{errors.did_you_mean(name, table)}")
   return table[name]
 
 

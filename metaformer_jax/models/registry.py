@@ -16,7 +16,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def get_spec(name: str) -> spec_lib.ModelSpec:
-  """Returns the table's row; an unknown name is a ValueError with the nearest."""
+  """Returns the table's row; ValueError names the nearest to an unknown."""
   if name not in _MODELS:
     raise ValueError(
         f"unknown model {name!r}{errors.did_you_mean(name, _MODELS)}")

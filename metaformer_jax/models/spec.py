@@ -1,4 +1,4 @@
-"""What the registry knows about a model. Imports no jax: configs check by it."""
+"""What the registry knows of a model; no jax, as configs are checked by it."""
 
 import dataclasses
 import importlib

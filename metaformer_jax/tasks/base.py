@@ -22,7 +22,7 @@ class Data(Protocol):
   def n_eval_batches(self) -> int: ...
 
   def train_batches(self, position: int) -> Iterator[dict[str, np.ndarray]]:
-    """This process's part of each batch, from `position` examples on, endless."""
+    """This process's part of each batch from `position` on; endless."""
 
   def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
     """Each example once; "mask" is false where the last batch is filled up."""

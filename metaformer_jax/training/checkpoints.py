@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from metaformer_jax import errors
-from metaformer_jax import experiment
+from metaformer_jax import errors, experiment
 from metaformer_jax.training.state import TrainState
 
 # The items of a step that are trees of arrays; empty ones are not written.
@@ -56,6 +55,10 @@ class Checkpoints:
             position=ocp.args.JsonSave({"step": step, "examples": position}),
             **items))
 
+  def steps(self) -> list[int]:
+    """The steps that are complete on disk, ascending."""
+    return sorted(self._manager.all_steps())
+
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
@@ -68,7 +71,7 @@ class Checkpoints:
 
   def restore(self, step: int, abstract_state: TrainState,
               ) -> tuple[TrainState, int]:
-    """Returns a saved state, placed as `abstract_state` says, and the position."""
+    """Returns a saved state, placed like `abstract_state`, and the position."""
     trees = self._read(step, _present(abstract_state), position=True)
     position = trees.pop("position")
     arrays = {**{name: getattr(abstract_state, name) for name in _TREES},

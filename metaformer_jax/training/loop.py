@@ -2,33 +2,30 @@
 
 import functools
 import logging
-import math
 import os
 import pathlib
-import signal
 import statistics
 import time
 from typing import Any
 
 import jax
+import optax
 
 from metaformer_jax import config as config_lib
 from metaformer_jax import errors
 from metaformer_jax.experiment import Experiment
 from metaformer_jax.tasks import base
+from metaformer_jax.training import checkpoints as checkpoints_lib
+from metaformer_jax.training import metrics as metrics_lib
 from metaformer_jax.training import (
-    checkpoints as checkpoints_lib,
+  optim,
+  report,
+  sharding,
+  signals,
+  step,
+  writers,
 )
-from metaformer_jax.training import (
-    optim,
-    report,
-    sharding,
-    step,
-    writers,
-)
-from metaformer_jax.training import (
-    state as state_lib,
-)
+from metaformer_jax.training import state as state_lib
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +98,8 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
                              enabled=first)
   eval_every = max(1, round(cfg.eval.every_epochs * steps_per_epoch))
   batches = train_data.train_batches(position)
-  window = Window()
-  stop = StopSignal()
+  window = metrics_lib.Window()
+  stop = signals.StopSignal()
   result = _last_evaluation(writer.records, restored)
   try:
     with stop, jax.transfer_guard("disallow"):
@@ -140,7 +137,7 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
           progress.restart(i)
         if last and i < n_steps:
           raise errors.Preempted(
-              f"{signal.Signals(stop.signal).name} at step {i}; saved in "
+              f"{stop.signal.name} at step {i}; saved in "
               f"{workdir}; the same command goes on from there")
   finally:
     progress.close()
@@ -187,71 +184,45 @@ class Evaluation:
     return results
 
 
-class Window:
-  """The metrics since the last `means`, fetched from the device a step late."""
+def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
+                        workdir: pathlib.Path, which: str | int,
+                        ) -> dict[str, Any]:
+  """Evaluates a checkpoint of a workdir.
 
-  def __init__(self):
-    self._pending = None
-    self._fetched = []
+  Args:
+    cfg: the experiment; its data may differ from the training run's.
+    task: what to measure.
+    mesh: from `sharding.make_mesh(cfg)`.
+    workdir: of the training run.
+    which: "last", "best" (of top-1) or a step.
 
-  def add(self, i: int, metrics) -> None:
-    """Takes the metrics of step i; waits for those of the step before."""
-    pending, self._pending = self._pending, (i, metrics)
-    self._fetch(pending)
+  Returns:
+    {"step", the evaluators' measures...}.
 
-  def flush(self) -> None:
-    """Waits for the metrics of the last step too."""
-    pending, self._pending = self._pending, None
-    self._fetch(pending)
-
-  def _fetch(self, pending) -> None:
-    if pending is None:
-      return
-    i, metrics = pending
-    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    if not math.isfinite(metrics["loss"]):
-      raise errors.DivergedError(
-          f"the loss of step {i} is {metrics['loss']}; lower "
-          "config.optim.base_lr, or set config.optim.clip_norm=1.0")
-    self._fetched.append(metrics)
-
-  def means(self) -> dict[str, float]:
-    """The means since the last call; of the learning rate, the last."""
-    self.flush()
-    names = self._fetched[-1]
-    means = {k: statistics.fmean(m[k] for m in self._fetched) for k in names}
-    means["learning_rate"] = names["learning_rate"]
-    self._fetched = []
-    return means
-
-
-class StopSignal:
-  """Notes SIGTERM or SIGINT, for the loop to end after its step.
-
-  A second one acts at once, as if nothing had been installed.
+  Raises:
+    ConfigError: there is no such checkpoint, or it is of another model.
   """
-
-  def __init__(self):
-    self.signal: int | None = None
-    self._before = {}
-
-  def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._before[number] = signal.signal(number, self._note)
-    return self
-
-  def _note(self, number, frame):
-    del frame
-    self.signal = number
-    self._restore()
-
-  def _restore(self):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-    self._before = {}
-
-  def __exit__(self, *exc):
-    self._restore()
+  if not (workdir / "checkpoints").is_dir():
+    raise errors.ConfigError(f"--workdir: {workdir} holds no checkpoints")
+  checkpoints = checkpoints_lib.Checkpoints(workdir, cfg.checkpoint)
+  try:
+    steps = checkpoints.steps()
+    i = {"last": checkpoints.latest_step, "best": checkpoints.best_step}.get(
+        which, lambda: which)()
+    if i not in steps:
+      raise errors.ConfigError(
+          f"--checkpoint: {workdir} holds no checkpoint {which}; it holds "
+          f"{', '.join(map(str, steps)) or 'none'}")
+    shapes = jax.eval_shape(functools.partial(
+        state_lib.create, task, optax.identity(), cfg.seed,
+        cfg.train.ema_decay))
+    shardings = sharding.state_shardings(mesh, shapes, cfg.mesh)
+    state = checkpoints.restore_variables(
+        i, sharding.abstract(shapes, shardings))
+  finally:
+    checkpoints.close()
+  evaluate = Evaluation(task, mesh, task.make_data("eval"))
+  return {"step": i, **evaluate(state.eval_variables())}
 
 
 def claim_workdir(cfg: Experiment, workdir: pathlib.Path, write: bool) -> None:

@@ -29,4 +29,5 @@ def create(cfg: Experiment, total_steps: int, steps_per_epoch: float,
       weight_decay=optim.weight_decay, mask=decay_mask)
   if optim.clip_norm is None:
     return adamw, schedule
-  return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw), schedule
+  clip = optax.clip_by_global_norm(optim.clip_norm)
+  return optax.chain(clip, adamw), schedule

@@ -12,8 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from metaformer_jax import config as config_lib
-from metaformer_jax import errors
-from metaformer_jax import experiment
+from metaformer_jax import errors, experiment
 
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()

@@ -15,7 +15,7 @@ Record = dict[str, Any]
 
 
 class Writer:
-  """Writes the metrics of a run; a process that is not the first writes none."""
+  """Writes the metrics of a run, if enabled: by the first process only."""
 
   def __init__(self, workdir: pathlib.Path, cfg: experiment.Log,
                restored_step: int, enabled: bool):

@@ -1,0 +1,1 @@
+"""Programs besides training: `python -m metaformer_jax.tools.NAME`."""

@@ -1,0 +1,56 @@
+"""Packaging; every bound below is tested at both ends (CONTRIBUTING.md)."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"',
+    (ROOT / "metaformer_jax" / "__init__.py").read_text())[1]
+
+# Reading data sets that TFDS prepared needs no TensorFlow; preparing does.
+TFDS = ["tensorflow-datasets>=4.9.10,<4.10", "importlib_resources>=6"]
+
+setuptools.setup(
+    name="metaformer-jax",
+    version=VERSION,
+    description="MetaFormer vision backbones in JAX/Flax",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=setuptools.find_packages(include=["metaformer_jax*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.1,<3",
+        "clu>=0.0.12,<0.1",
+        "flax>=0.12.8,<0.13",
+        "grain>=0.2.18,<0.3",
+        "jax>=0.10.2,<0.13",
+        "matplotlib>=3.10,<4",
+        "ml-collections>=1.1,<2",
+        "numpy>=2.1,<3",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "pillow>=11",
+        "scikit-learn>=1.6,<2",
+        "tensorboardX>=2.6.2,<3",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "tfds": TFDS,
+        "convert": ["torch>=2.6"],
+        "test": [*TFDS, "tensorflow-cpu>=2.21,<2.22", "pytest>=8,<10",
+                 "ruff>=0.14"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
