@@ -188,12 +188,12 @@ class DropPath(nn.Module):
 class LayerScale(nn.Module):
   """Multiplies a residual branch by a learned vector (arXiv 2103.17239)."""
 
-  init: float
+  init_value: float
   dtype: Dtype | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array):
-    scale = self.param("scale", nn.initializers.constant(self.init),
+    scale = self.param("scale", nn.initializers.constant(self.init_value),
                        (x.shape[-1],))
     return x * per_channel(scale, x).astype(self.dtype or jnp.float32)
 

@@ -61,6 +61,9 @@ class Pooling(nn.Module):
 
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
     del train
+    if self.pool_size % 2 == 0:
+      raise ValueError(f"pool_size {self.pool_size} is not odd: its window has "
+                       "no middle")
     total = _window_sum(layers.apply_mask(x, mask), self.pool_size)
     if mask is None:
       count = jnp.asarray(

@@ -4,6 +4,7 @@ A step is saved as separate items: `params`, `ema_params` and `model_state` can
 be read without the optimizer's state, which is the larger part.
 """
 
+import logging
 import pathlib
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from metaformer_jax import errors, experiment
+from metaformer_jax.training import sharding
 from metaformer_jax.training.state import TrainState
 
 # The items of a step that are trees of arrays; empty ones are not written.
@@ -18,6 +20,11 @@ _TREES = ("params", "model_state", "opt_state", "ema_params")
 
 # What a checkpoint is ranked by: a name that evaluators may report.
 BEST = "top1"
+
+
+# Not every checkpoint follows an evaluation; Orbax warns of each of those.
+logging.getLogger("absl").addFilter(
+    lambda record: "did not provide metrics" not in record.getMessage())
 
 
 class Checkpoints:
@@ -33,7 +40,11 @@ class Checkpoints:
     self.directory = workdir.absolute() / "checkpoints"
     self._manager = ocp.CheckpointManager(
         self.directory,
+        item_handlers={name: ocp.StandardCheckpointHandler()
+                       for name in _TREES}
+        | {"position": ocp.JsonCheckpointHandler()},
         options=ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics[BEST],  # Or no metrics are kept.
             preservation_policy=policy.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True))
 
@@ -64,10 +75,7 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The step of highest top-1 among those kept; None without evaluations."""
-    ranked = [(self._manager.metrics(step)[BEST], step)
-              for step in self._manager.all_steps()
-              if BEST in (self._manager.metrics(step) or {})]
-    return max(ranked)[1] if ranked else None
+    return self._manager.best_step()
 
   def restore(self, step: int, abstract_state: TrainState,
               ) -> tuple[TrainState, int]:
@@ -90,21 +98,44 @@ class Checkpoints:
     return abstract_state.replace(opt_state=(), **trees)
 
   def _read(self, step, abstract_trees, position=False) -> dict[str, Any]:
+    self._compare(step, abstract_trees)
     args = {name: ocp.args.StandardRestore(tree)
             for name, tree in abstract_trees.items()}
     if position:
       args["position"] = ocp.args.JsonRestore()
-    try:
-      return dict(self._manager.restore(step, ocp.args.Composite(**args)))
-    except (ValueError, KeyError, FileNotFoundError, OSError) as e:
+    return dict(self._manager.restore(step, args=ocp.args.Composite(**args)))
+
+  def _compare(self, step: int, abstract_trees) -> None:
+    """Raises ConfigError that lists every array that is not as saved."""
+    found = self._manager.item_metadata(step)
+    problems = []
+    for item, tree in abstract_trees.items():
+      saved = found[item] if item in found else None
+      if saved is None:
+        problems.append(f"{item} is missing")
+        continue
+      have, want = _arrays(saved), _arrays(tree)
+      problems += [f"{item}/{name} is missing" for name in want.keys() - have]
+      problems += [f"{item}/{name} has no place" for name in have.keys() - want]
+      problems += [
+          f"{item}/{name} is {have[name]}, not {want[name]}"
+          for name in have.keys() & want if have[name] != want[name]]
+    if problems:
       raise errors.ConfigError(
           f"{self.directory / str(step)}: cannot be restored into this "
-          f"experiment: {str(e).strip().splitlines()[0]}") from e
+          f"experiment: {'; '.join(sorted(problems))}")
 
   def close(self) -> None:
     """Waits until everything is written."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def _arrays(tree) -> dict[str, str]:
+  """Name -> "dtype[shape]" of every array of a tree, or of its metadata."""
+  return {
+      sharding.path_name(path): f"{x.dtype}{list(x.shape)}"
+      for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _present(state: TrainState) -> dict[str, Any]:

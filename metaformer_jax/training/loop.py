@@ -130,8 +130,7 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
         if evaluating:
           result = evaluate(state.eval_variables())
           writer.write(i, "eval", result)
-          progress.say(f"step {i}  eval  " + "  ".join(
-              f"{k} {v:.4g}" for k, v in result.items()))
+          progress.say(f"step {i}  eval  {report.measures(result)}")
         if saving:
           checkpoints.save(state, position, result if evaluating else None)
           progress.restart(i)
@@ -157,9 +156,8 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
   }
   curves = writer.finish(summary)
   if curves:
-    log.info("done: %s\ncheckpoint %s\ncurves     %s", "  ".join(
-        f"{k} {v:.4g}" for k, v in result.items()), summary["checkpoint"],
-             curves)
+    log.info("done: %s\ncheckpoint %s\ncurves     %s",
+             report.measures(result), summary["checkpoint"], curves)
   return summary
 
 

@@ -42,6 +42,12 @@ def plan(cfg: Experiment, abstract_state, mesh, n_train: int, n_eval: int,
       f"{name:<{width}}  {value}" for name, value in rows.items())])
 
 
+def measures(result: dict[str, float]) -> str:
+  """An evaluation's result in a line."""
+  return "  ".join(f"{name} {value:,}" if isinstance(value, int) else
+                   f"{name} {value:.4f}" for name, value in result.items())
+
+
 class Progress:
   """A bar on a terminal, lines in a file; and the figures of a window.
 

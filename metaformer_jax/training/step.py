@@ -22,7 +22,7 @@ def train_step(state: TrainState, batch: base.Batch, *, task: base.Task,
   if ema_params is not None:
     ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
   metrics |= {"learning_rate": schedule(state.step),
-              "grad_norm": optax.global_norm(grads)}
+              "grad_norm": optax.tree.norm(grads)}
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state,
                     model_state=model_state, ema_params=ema_params), metrics
 
