@@ -14,8 +14,9 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -30,14 +31,16 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics, curves; a run "
     "that it holds is resumed. Default: runs/NAME_OF_THE_CONFIG.")
 
+_MISSING = "--config: is missing; give e.g. --config=configs/quickstart.py"
+
 # What an override looks like on the command line: key, and value if attached.
-_OVERRIDE = re.compile(r"--?config\.([^=\s]+)(?:=(.*))?", re.DOTALL)
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
 
 def run(main: Callable[[Experiment, pathlib.Path], None]) -> None:
   """Parses the command line, runs `main` and ends the process."""
   try:
-    cfg, workdir = parse(sys.argv)
+    cfg, workdir = parse()
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("metaformer_jax").setLevel(logging.INFO)
     main(cfg, workdir)
@@ -47,45 +50,92 @@ def run(main: Callable[[Experiment, pathlib.Path], None]) -> None:
     sys.exit(e.exit_code)
 
 
-def parse(argv: Sequence[str]) -> tuple[Experiment, pathlib.Path]:
-  """Returns the experiment and its workdir; ConfigError says what is wrong."""
-  known = set(config_lib.keys())
-  for arg in argv[1:]:
-    if arg in ("--help", "-help", "-h"):
-      print(_help())
-      sys.exit(0)
-    match = _OVERRIDE.fullmatch(arg)
-    if match and any(key.startswith(match[1] + ".") for key in known):
-      raise errors.ConfigError(
-          f"config.{match[1]}: is a section; set one of its keys, e.g. "
-          f"config.{min(k for k in known if k.startswith(match[1] + '.'))}")
-    if match and match[1] not in known:
-      raise errors.ConfigError(f"config.{match[1]}: no such key" +
-                               errors.did_you_mean(match[1], known))
+def parse() -> tuple[Experiment, pathlib.Path]:
+  """Returns the experiment and the workdir that the command line names.
+
+  Raises:
+    ConfigError: what is wrong with the command line, the file or the config.
+  """
+  logging.getLogger("absl").setLevel(logging.ERROR)
   try:
-    rest = flags.FLAGS(list(argv))
-    config = _CONFIG.value
-    if config is not None:
-      config = dict(config.items())  # A file that failed to load raises here.
-  except flags.IllegalFlagValueError as e:
-    raise errors.ConfigError(_explain_value(str(e))) from e
+    # ml_collections finds the overrides in sys.argv itself.
+    sys.argv = flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
   except flags.Error as e:
+    raise errors.ConfigError(f"command line: {e}") from e
+  if not {"--help", "-help", "-h"}.isdisjoint(sys.argv):
+    print(_help())
+    sys.exit(0)
+  cleared = _check_overrides()
+  config = _load()
+  with config.unlocked():
+    for key in cleared:
+      section, _, name = key.rpartition(".")
+      config.get_ref(section).get()[name] = None
+  name = pathlib.Path(config_flags.get_config_filename(
+      flags.FLAGS["config"]).partition(":")[0]).stem
+  workdir = _WORKDIR.value or os.path.join("runs", name)
+  return config_lib.resolve(config), _check_workdir(workdir)
+
+
+def _check_overrides() -> list[str]:
+  """Checks the keys of the overrides, before the config is loaded.
+
+  Returns:
+    The optional keys that are set to None, which ml_collections cannot do:
+    their overrides are taken out of sys.argv.
+  """
+  known, optional = config_lib.keys(), config_lib.optional_keys()
+  rest, cleared = sys.argv[:1], []
+  for arg in sys.argv[1:]:
+    match = _OVERRIDE.fullmatch(arg)
+    key, value = match.groups() if match else (None, None)
+    inside = [k for k in known if k.startswith(f"{key}.")]
+    if inside:
+      raise errors.ConfigError(f"config.{key}: is a section; set one of its "
+                               f"keys, e.g. config.{inside[0]}")
+    if key is not None and key not in known:
+      raise errors.ConfigError(
+          f"config.{key}: no such key{errors.did_you_mean(key, known)}")
+    if key in optional and value == "None":
+      cleared.append(key)
+    else:
+      rest.append(arg)
+  sys.argv = rest
+  return cleared
+
+
+def _load() -> ml_collections.ConfigDict:
+  """Parses the flags, which runs the config file and applies the overrides."""
+  missing = "--config: is missing; give e.g. --config=configs/quickstart.py"
+  try:
+    rest = flags.FLAGS(sys.argv)
+    config = _CONFIG.value
+    getattr(config, "items", None)  # A file that failed to load raises.
+  except flags.IllegalFlagValueError as e:
+    cause = e.__context__
+    if str(e).startswith("flag --config="):
+      # ml_collections raises anew, with a traceback for a message.
+      raise errors.ConfigError(
+          _explain_file(cause.__context__ or cause)) from e
+    raise errors.ConfigError(_explain_value(str(e), str(cause))) from e
+  except flags.Error as e:
+    if "config." in str(e) and not any(
+        re.match(r"--?config(=|$)", arg) for arg in sys.argv):
+      raise errors.ConfigError(missing) from e  # So no override is known.
     raise errors.ConfigError(f"command line: {e}; see --help") from e
-  except Exception as e:  # The config file is a program: it may raise anything.
-    raise errors.ConfigError(_explain_file(argv, e)) from e
+  except (Exception, SystemExit) as e:  # The file is a program.
+    raise errors.ConfigError(_explain_file(e)) from e
   if len(rest) > 1:
     raise errors.ConfigError(
         f"command line: {rest[1]!r} is not a flag; write --flag=value")
-  if config is None:
-    raise errors.ConfigError(
-        "--config: " + (
-            "get_config() of the file returned None"
-            if flags.FLAGS["config"].present else
-            "is missing; give e.g. --config=configs/quickstart.py"))
-  name = pathlib.Path(config_flags.get_config_filename(
-      flags.FLAGS["config"]).partition(":")[0]).stem
-  workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / name)
-  return config_lib.resolve(_CONFIG.value), _check_workdir(workdir)
+  if not flags.FLAGS["config"].present:
+    raise errors.ConfigError(missing)
+  if isinstance(config, dict):
+    config = ml_collections.ConfigDict(config)
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise errors.ConfigError("--config: get_config() of the file returned "
+                             f"{config!r}, not a ConfigDict")
+  return config
 
 
 def start_jax(cfg: Experiment):
@@ -112,43 +162,49 @@ def _help() -> str:
   return "\n".join(lines)
 
 
-def _explain_value(message: str) -> str:
+def _explain_value(message: str, reason: str) -> str:
   """'flag --config.a.b=x: reason' -> "config.a.b: 'x': reason"."""
-  match = re.match(r"flag --([^=\s]+)=(.*?): (.*)", message, re.DOTALL)
+  match = re.fullmatch(r"flag --([^=]+)=(.*)",
+                       message.removesuffix(f": {reason}"), re.DOTALL)
   if not match:
     return message
-  key, value, reason = match.groups()
+  key, value = match.groups()
   return f"{key}: {value!r} is not valid: {reason}"
 
 
-def _explain_file(argv: Sequence[str], error: Exception) -> str:
-  """Why the config file cannot be loaded: the last line of what it raised."""
-  path = next((b.partition("=")[2] if "=" in b else a for a, b in
-               zip([*argv[1:], ""], argv) if b.split("=")[0].lstrip("-")
-               == "config"), "")
+def _explain_file(error: BaseException) -> str:
+  """Why the config file cannot be loaded: it is not there, or it raised."""
+  # --config=PATH or --config PATH; the flag itself may not be parsed yet.
+  line = "\n".join([*sys.argv[1:], ""])
+  path = re.search(r"^--?config[=\n](.*)\n", line, re.MULTILINE)[1]
   file = pathlib.Path(path.partition(":")[0])
   if not file.is_file():
     near = ""
     if file.parent.is_dir():
-      near = errors.did_you_mean(
-          file.name, [p.name for p in file.parent.glob("*.py")])
+      folder = file if file.is_dir() else file.parent
+      near = errors.did_you_mean(file.name, [
+          str(p) for where in {folder, pathlib.Path("configs")}
+          for p in where.glob("*.py") if p.is_file()])
     return f"--config: {file} is not a file{near}"
-  lines = [line for line in str(error).splitlines() if line.strip()]
-  reason = lines[-1].strip() if lines else ""
+  while error.args and isinstance(error.args[0], BaseException):
+    error = error.args[0]  # As ml_collections wraps a KeyError.
+  reason = str(error.args[0] if isinstance(error, KeyError) else error)
   if not re.match(r"[\w.]*(Error|Exception|Interrupt)\b", reason):
     reason = f"{type(error).__name__}: {reason}"
   return f"{file}: {reason}"
 
 
-def _check_workdir(workdir: pathlib.Path) -> pathlib.Path:
+def _check_workdir(value: str) -> pathlib.Path:
   """Whether a run can write there; nothing is made yet."""
-  workdir = workdir.expanduser()
-  if "://" in str(workdir):
+  if "://" in value:
     raise errors.ConfigError(
-        f"--workdir: {workdir} is not a local folder, which runs need so far")
-  parent = workdir
-  while not parent.exists():
-    parent = parent.parent
+        f"--workdir: {value} is not a local folder, which runs need so far")
+  try:
+    parent = workdir = pathlib.Path(value).expanduser()
+    while not parent.exists():
+      parent = parent.parent
+  except (OSError, RuntimeError) as e:  # Too long; the home of nobody.
+    raise errors.ConfigError(f"--workdir: {value}: {e}") from e
   if not parent.is_dir():
     raise errors.ConfigError(f"--workdir: {parent} is a file, not a folder")
   if not os.access(parent, os.W_OK):

@@ -47,18 +47,31 @@ def default() -> ml_collections.ConfigDict:
 
 def keys() -> list[str]:
   """Every "section.key" of an experiment."""
-  return [key for key, _ in _flatten(dataclasses.asdict(Experiment()))]
+  return [key for key, _ in _fields(Experiment)]
 
 
-def describe(cls: type = Experiment, prefix: str = "") -> list[str]:
+def optional_keys() -> list[str]:
+  """Those of `keys` that may be None."""
+  return [key for key, f in _fields(Experiment) if _is_optional(f)]
+
+
+def describe() -> list[str]:
   """A line for each key: "section.key=default  meaning"."""
-  lines = []
+  return [f"{key}={f.default!r}  {f.metadata['help']}"
+          for key, f in _fields(Experiment)]
+
+
+def _fields(cls: type, prefix: str = "",
+            ) -> Iterator[tuple[str, dataclasses.Field]]:
   for f in dataclasses.fields(cls):
     if dataclasses.is_dataclass(f.type):
-      lines += describe(f.type, f"{prefix}{f.name}.")
+      yield from _fields(f.type, f"{prefix}{f.name}.")
     else:
-      lines.append(f"{prefix}{f.name}={f.default!r}  {f.metadata['help']}")
-  return lines
+      yield prefix + f.name, f
+
+
+def _is_optional(field: dataclasses.Field) -> bool:
+  return isinstance(field.type, types.UnionType)
 
 
 def to_json(cfg: Experiment) -> str:
@@ -96,7 +109,7 @@ def resolve(config: Mapping[str, Any]) -> Experiment:
   if not problems:
     problems = list(_check(cfg))
   if problems:
-    raise errors.ConfigError("; also ".join(problems))
+    raise errors.ConfigError(" ".join("; also ".join(problems).split()))
   return cfg
 
 
@@ -145,9 +158,9 @@ def _convert(value, field):
   """Returns the value in the field's type; ValueError says why it has none."""
   base = _base_type(field.type)
   if value is None:
-    if isinstance(field.type, types.UnionType):
+    if _is_optional(field):
       return None
-    raise ValueError(f"is not a {base.__name__}")
+    raise ValueError(f"is not {'an' if base is int else 'a'} {base.__name__}")
   if base is not tuple:
     return _convert_one(value, base, field.metadata)
   if isinstance(value, str) or not isinstance(value, (tuple, list)):
@@ -156,7 +169,7 @@ def _convert(value, field):
   if length is not None and len(value) != length:
     raise ValueError(f"has {len(value)} items, not {length}")
   annotation = field.type
-  if isinstance(annotation, types.UnionType):
+  if _is_optional(field):
     annotation = typing.get_args(annotation)[0]
   item = typing.get_args(annotation)[0]
   if typing.get_origin(item) is tuple:
@@ -175,7 +188,10 @@ def _convert(value, field):
 def _convert_one(value, kind, limits):
   """One value of `kind` within its limits."""
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
+    try:
+      value = float(value)
+    except OverflowError:
+      raise ValueError("is too large") from None
   if not isinstance(value, kind) or (
       isinstance(value, bool) and kind is not bool):
     raise ValueError(f"is not {'an' if kind is int else 'a'} {kind.__name__}")
@@ -230,7 +246,7 @@ def check_batch(cfg: Experiment, n_devices: int) -> Iterator[str]:
 
 def nearest_multiple(value: int, divisor: int) -> int:
   """The multiple of `divisor` nearest to `value`, at least `divisor`."""
-  return max(divisor, round(value / divisor) * divisor)
+  return max(divisor, (value + divisor // 2) // divisor * divisor)
 
 
 def _check_model(cfg: Experiment, spec) -> Iterator[str]:
@@ -252,6 +268,10 @@ def _check_model(cfg: Experiment, spec) -> Iterator[str]:
     yield (f"config.data.image_size: {cfg.data.image_size} is less than the "
            f"stem's kernel, {stem['in_patch_size']}, with its padding; "
            f"nearest: {stem['in_patch_size'] - 2 * stem['in_pad']}")
+  ratio = hparams.get("mlp_ratio")
+  if ratio is not None and int(min(hparams["dims"], default=1) * ratio) < 1:
+    yield (f"config.model.mlp_ratio: {ratio} gives an MLP without channels; "
+           f"least: {1 / min(hparams['dims'])}")
   for dim, mixer in zip(hparams.get("dims", ()),
                         hparams.get("token_mixers", ())):
     if mixer == "attention" and dim % 32:
@@ -270,13 +290,13 @@ def _check_mesh(cfg: Experiment) -> Iterator[str]:
     yield from check_batch(cfg, mesh.data * mesh.fsdp)
   for rule in mesh.rules:
     if (len(rule) != 2 or not isinstance(rule[0], str)
-        or not isinstance(rule[1], int)):
+        or type(rule[1]) is not int or rule[1] < -1):
       yield (f"config.mesh.rules: {rule!r} is not (regular expression, axis "
              "to split or -1)")
       continue
     try:
       re.compile(rule[0])
-    except re.error as e:
+    except (re.error, OverflowError, RecursionError) as e:
       yield f"config.mesh.rules: {rule[0]!r} is no regular expression: {e}"
 
 
@@ -285,14 +305,32 @@ def _check_data(data: Data) -> Iterator[str]:
     yield ("config.data.name: None with source tfds; give a data set's name, "
            "e.g. imagenet2012")
   if data.source == "folder" and not data.path:
-    yield ("config.data.path: None with source folder; give the folder that "
+    yield (f"config.data.path: {data.path!r} "
+           "with source folder; give the folder that "
            "holds train/ and val/")
-  if data.path is None or "://" in data.path:
+  if not data.path:
     return
+  if "://" in data.path:
+    if data.source != "tfds":
+      yield (f"config.data.path: {data.path} is not a local folder, which "
+             f"source {data.source} needs")
+    return
+  try:
+    yield from _check_folders(data)
+  except (OSError, RuntimeError) as e:  # Not permitted, too long, no home.
+    yield f"config.data.path: {data.path}: {e}"
+
+
+def _check_folders(data: Data) -> Iterator[str]:
   root = pathlib.Path(data.path).expanduser()
   if not root.is_dir():
     yield (f"config.data.path: {data.path} is not a folder"
            f"{_nearest_folder(root)}")
+  elif data.source == "idx":
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+                 "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+      if not ((root / name).is_file() or (root / f"{name}.gz").is_file()):
+        yield f"config.data.path: {data.path} has no {name}[.gz]"
   elif data.source == "folder":
     for key, split in (("train_split", data.train_split or "train"),
                        ("eval_split", data.eval_split or "val")):

@@ -76,7 +76,7 @@ class Data:
   image_size: int = option(224, "side of the square input, pixels", low=1)
   crop_pct: float = option(
       0.9, "evaluation: shorter side to floor(image_size / crop_pct), then "
-      "centre crop", above=0, high=1)
+      "centre crop", low=0.1, high=1)
   interpolation: str = option("bicubic", "of the evaluation's resize",
                               choices=("bilinear", "bicubic"))
   train_interpolation: str = option(
@@ -121,7 +121,8 @@ class Optim:
 class Train:
   """How long, how large, how regularised."""
 
-  batch_size: int = option(1024, "images of a step, over all devices", low=1)
+  batch_size: int = option(1024, "images of a step, over all devices", low=1,
+                           high=2**24)
   epochs: float = option(300.0, "length of the run", above=0)
   steps: int | None = option(
       None, "length of the run, instead of epochs", low=1)
@@ -137,7 +138,7 @@ class Eval:
   """Evaluation, on the whole evaluation split; always at the end."""
 
   batch_size: int = option(1024, "images, over all devices", low=1)
-  every_epochs: float = option(1.0, "how often", above=0)
+  every_epochs: float = option(1.0, "how often", above=0, high=1e6)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,13 @@ _CHECKPOINT = flags.DEFINE_string(
 
 def main(cfg: Experiment, workdir: pathlib.Path) -> None:
   """Evaluates what the flags name."""
+  checkpoint = which()
   mesh = cli.start_jax(cfg)
   from metaformer_jax import tasks  # noqa: PLC0415
   from metaformer_jax.training import loop  # noqa: PLC0415
 
   result = loop.evaluate_checkpoint(cfg, tasks.create(cfg), mesh, workdir,
-                                    which())
+                                    checkpoint)
   print(json.dumps(result), flush=True)
 
 

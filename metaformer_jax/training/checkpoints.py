@@ -110,7 +110,7 @@ class Checkpoints:
     found = self._manager.item_metadata(step)
     problems = []
     for item, tree in abstract_trees.items():
-      saved = found[item] if item in found else None
+      saved = found.get(item)
       if saved is None:
         problems.append(f"{item} is missing")
         continue

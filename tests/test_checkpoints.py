@@ -1,0 +1,107 @@
+"""Checkpoints: what is saved comes back; the last and the best are kept."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaformer_jax import errors, experiment
+from metaformer_jax.training import checkpoints as checkpoints_lib
+from metaformer_jax.training import sharding
+from metaformer_jax.training import state as state_lib
+
+CFG = experiment.Checkpoint(keep_last=2, keep_best=1)
+
+
+def make_state(step, seed=0, ema=True):
+  rng = np.random.default_rng(seed)
+  params = {"a": {"kernel": jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)},
+            "b": jnp.asarray(rng.normal(size=(3,)), jnp.bfloat16)}
+  return state_lib.TrainState(
+      step=jnp.int32(step), params=params, model_state={},
+      opt_state=(jax.tree.map(lambda x: x * 2, params), jnp.int32(step)),
+      ema_params=jax.tree.map(lambda x: x * 3, params) if ema else None)
+
+
+def abstract(state, sharding_of=None):
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=sharding_of(x) if sharding_of else device),
+      state)
+
+
+def assert_same(got, want):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+    assert a.dtype == b.dtype
+    assert np.array_equal(np.asarray(a, np.float64), np.asarray(b, np.float64))
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_round_trip_is_exact(tmp_path, ema):
+  state = make_state(7, ema=ema)
+  saved = checkpoints_lib.Checkpoints(tmp_path, CFG)
+  saved.save(state, position=224)
+  saved.close()
+  again = checkpoints_lib.Checkpoints(tmp_path, CFG)
+  assert again.latest_step() == 7 and again.best_step() is None
+  got, position = again.restore(7, abstract(make_state(0, seed=1, ema=ema)))
+  assert position == 224
+  assert_same(got, state)
+  variables = again.restore_variables(7, abstract(state)).eval_variables()
+  assert_same(variables, state.eval_variables())
+  again.close()
+
+
+def test_restores_onto_another_mesh(tmp_path):
+  state = make_state(1)
+  saved = checkpoints_lib.Checkpoints(tmp_path, CFG)
+  saved.save(state, position=1)
+  saved.close()
+  mesh = jax.make_mesh((2, 4), ("data", "fsdp"),
+                       axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  place = sharding.state_shardings(
+      mesh, state, experiment.Mesh(min_size=8))
+  again = checkpoints_lib.Checkpoints(tmp_path, CFG)
+  got, _ = again.restore(1, sharding.abstract(state, place))
+  again.close()
+  assert_same(got, state)
+  kernel = got.params["a"]["kernel"]
+  assert kernel.addressable_shards[0].data.shape == (4, 8)
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+  cfg = dataclasses.replace(CFG, keep_last=2, keep_best=1)
+  saved = checkpoints_lib.Checkpoints(tmp_path, cfg)
+  for step, top1 in ((1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, None)):
+    saved.save(make_state(step), step,
+               None if top1 is None else {"top1": top1, "loss": 1.0})
+  saved.close()
+  again = checkpoints_lib.Checkpoints(tmp_path, cfg)
+  assert again.steps() == [2, 4, 5]
+  assert again.best_step() == 2 and again.latest_step() == 5
+  again.close()
+
+
+def test_a_checkpoint_of_another_model_is_one_clear_error(tmp_path):
+  saved = checkpoints_lib.Checkpoints(tmp_path, CFG)
+  saved.save(make_state(1), position=1)
+  saved.close()
+  again = checkpoints_lib.Checkpoints(tmp_path, CFG)
+  state = make_state(1)
+  other_shape = state.replace(
+      params={**state.params, "b": jnp.zeros((4,), jnp.bfloat16)})
+  other_name = state.replace(
+      params={"a": state.params["a"], "c": state.params["b"]})
+  for other, what in (
+      (other_shape, r"params/b is bfloat16\[3\], not bfloat16\[4\]"),
+      (other_name, "params/b has no place; params/c is missing"),
+      (state.replace(model_state={"batch_stats": {"mean": jnp.zeros(2)}}),
+       "model_state is missing")):
+    with pytest.raises(errors.ConfigError, match=f"restored.*: {what}$") as e:
+      again.restore(1, abstract(other))
+    assert str(tmp_path) in str(e.value)
+  again.close()

@@ -1,0 +1,373 @@
+"""The command line: a mistake is one line on stderr and exit code 2.
+
+absl's flags are global, and starting a process for each case would take a
+minute: all cases run in forks of one process that has imported the entry
+point. Some run again as a user runs them. `TMP` in a case is a folder of files
+that `tmp` makes.
+"""
+
+import ast
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+
+import pytest
+
+from metaformer_jax import cli
+from metaformer_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOOD = "--config=configs/quickstart.py"
+FOLDER = "--config=configs/poolformer_s12.py --config.data.path=TMP/data"
+
+
+def _case(args, *says):
+  return pytest.param(args, says, id=args[:70])
+
+
+# --config.KEY=VALUE for quickstart.py, and what the message must say.
+OVERRIDES = [_case(f"{GOOD} --config.{override}", *says)
+             for override, *says in [
+    # No such key.
+    ("optim.baselr=3", "config.optim.baselr: no such key", "optim.base_lr?"),
+    ("optimizer.base_lr=3", "config.optimizer.base_lr", "optim.base_lr?"),
+    ("base_lr=3", "config.base_lr: no such key", "optim.base_lr?"),
+    ("optim.base_lr.x=3", "config.optim.base_lr.x", "optim.base_lr?"),
+    ("zzz=1", "config.zzz: no such key", "valid: "),
+    ("optim=3", "config.optim: is a section", "config.optim.base_lr"),
+    ("optim", "config.optim: is a section"),
+    ("model.=3", "config.model."),
+    # Values that cannot be read; test_config.py has those that can.
+    ("optim.base_lr=nan", "config.optim.base_lr: nan is not a finite number"),
+    ("optim.base_lr=-1", "config.optim.base_lr: -1.0 is not above 0"),
+    ("optim.base_lr=fast", "config.optim.base_lr: 'fast'", "float"),
+    ("optim.base_lr=True", "config.optim.base_lr: 'True'", "float"),
+    ("optim.base_lr", "--config.optim.base_lr", "Missing value"),
+    ("train.batch_size=1.5", "config.train.batch_size: '1.5'", "int"),
+    ("train.batch_size=1e3", "config.train.batch_size: '1e3'", "int"),
+    ("train.accumulate=3", "config.train.batch_size: 128",
+     "config.train.accumulate = 3", "nearest: 129"),
+    ("log.tensorboard=maybe", "config.log.tensorboard: 'maybe'", "boolean"),
+    ("model.name=poolfomer_s24", "config.model.name: ", "'poolfomer_s24'",
+     "did you mean poolformer_s24?"),
+    ("data.source=folder", "config.data.path: None", "train/", "val/"),
+    ("model.depths=3", "config.model: depths has 1, dims has 4"),
+    ("model.depths=(1,2,2,True)", "config.model.depths: ", "holds True"),
+    ("model.depths=deep", "config.model.depths: ", "'deep'"),
+    ("model.depths='(1, 2'", "config.model.depths: '(1, 2'"),
+    ("data.mean=(0,0)", "config.data.mean: (0, 0) has 2 items, not 3"),
+    ("mesh.rules=\"('a',0)\"", "config.mesh.rules: ('a', 0)", "of tuples"),
+]]
+
+LINES = [_case(*row) for row in [
+    ("", "--config: is missing", "--config=configs/quickstart.py"),
+    ("--config", "--config", "Missing value"),
+    ("--config=configs/quickstar.py", "--config: configs/quickstar.py",
+     "did you mean ", "quickstart.py?"),
+    ("--config=configs/quickstart", "--config: configs/q", "quickstart.py?"),
+    ("--config configs/quickstar.py:x", "quickstart.py?"),
+    ("--config=/no/such.py", "--config: /no/such.py is not a file"),
+    ("--confg=configs/quickstart.py", "confg", "Did you mean: config"),
+    ("configs/quickstart.py", "'configs/quickstart.py'", "--flag=value"),
+    (f"{GOOD} --wrkdir=/tmp/x", "wrkdir", "Did you mean: workdir"),
+    (f"{GOOD} stray", "'stray'", "--flag=value"),
+    (f"{GOOD} -- --config.seed=1", "--config.seed=1"),
+    (f"{GOOD} --config.log.tensorboard false", "'false'", "--flag=value"),
+    (f"{GOOD} --config.seed=1 --config.seed=x", "config.seed: 'x'"),
+    (f"--config.seed=1 {GOOD}", "--config.seed", "before"),
+    (f"{GOOD} --workdir", "--workdir", "Missing value"),
+    (f"{GOOD} --workdir=TMP/file", "--workdir: TMP/file is a file"),
+    (f"{GOOD} --workdir=TMP/file/a/b", "--workdir: TMP/file is a file"),
+    (f"{GOOD} --config.data.path=TMP/dat", "config.data.path: TMP/dat",
+     "did you mean data?"),
+    (f"{GOOD} --config.data.path=TMP/file", "config.data.path: TMP/file is "
+     "not a folder"),
+    (f"{GOOD} --config.data.path=TMP/file/x", "config.data.path: TMP/file/x"),
+    (f"{GOOD} --config.data.path=TMP/a/b/c", "config.data.path: TMP/a/b/c",
+     "(in TMP;"),
+    ("--config=configs/poolformer_s12.py --config.data.path=TMP/empty",
+     "config.data.train_split", "'train'", "config.data.eval_split", "'val'",
+     "TMP/empty has no folders"),
+    (f"{FOLDER} --config.data.train_split=trian",
+     "config.data.train_split: TMP/data has no folder 'trian'",
+     "did you mean train?"),
+    (f"{FOLDER} --config.data.eval_split=valid", "config.data.eval_split",
+     "'valid'", "did you mean val?"),
+    (f"{FOLDER} --config.mesh.data=8 --config.mesh.fsdp=3",
+     "config.train.batch_size: 4096", "24 devices", "nearest: 4104"),
+]]
+
+# A config file's text, which gets _HEAD where it is indented.
+_HEAD = ("from metaformer_jax import config as c\n\ndef get_config():\n"
+         "  config = c.default()\n  config.data.source = 'digits'\n")
+FILES = {
+    "no_function": ("x = 1\n", "get_config"),
+    "syntax": ("def get_config(:\n", "SyntaxError", "line 1"),
+    "indented": ("def get_config():\n  x = 1\n   y\n", "Indent", "line 3"),
+    "latin": ("x = '\udcff'\n", "SyntaxError", "decode byte 0xff"),
+    "raises": ("def get_config():\n  return 1 / 0\n", "division by zero"),
+    "asserts": ("assert False, 'no luck'\n", "AssertionError: no luck"),
+    "recursive": ("def get_config():\n  return get_config()\n", "Recursion"),
+    "disk": ("open('/no/such')\n", "No such file", "/no/such"),
+    "imports": ("import nosuchmodule\n", "nosuchmodule"),
+    "returns_dict": ("get_config = lambda: {'sed': 3}\n",
+                     "config.sed: no such key", "did you mean seed?"),
+    "key": ("  config.optim.baselr = 3\n  return config\n",
+            "config.optim.baselr: no such key", "did you mean base_lr?"),
+    "section": ("  config.optm.base_lr = 3\n  return config\n", "optm",
+                "optim"),
+    "not_a_number": ("  config.seed = float('nan')\n", "seed", "nan"),
+    "nan": ("  config.optim.eps = float('nan')\n  return config\n",
+            "config.optim.eps: nan"),
+    "bool": ("  config.train.batch_size = True\n  return config\n",
+             "config.train.batch_size: True is not an int"),
+    "none": ("  config.data.mean = None\n  return config\n",
+             "config.data.mean: None"),
+    "unset": ("  config.eval.batch_size = config.train.get_ref('steps')\n"
+              "  return config\n", "config.eval.batch_size: None"),
+    "returns_none": ("get_config = lambda: None\n", "get_config() ", "None"),
+    "returns_int": ("get_config = lambda: 3\n", "get_config() ", "3"),
+    "value_error": ("raise ValueError('no luck')\n", "ValueError: no luck"),
+    "two_lines": ("raise RuntimeError('first\\nlast')\n", "first", "last"),
+    "json": ("import json\njson.loads('{')\n", "Expecting property"),
+    "wrong_type": ("  config.optim.base_lr = 'x'\n  return config\n",
+                   "base_lr", "x"),
+    "float": ("  config.train.batch_size = 3.5\n  return config\n",
+              "batch_size", "3.5"),
+    "scalar": ("  config.optim = 3\n  return config\n", "optim", "3"),
+    "exits": ("raise SystemExit('no luck')\n", "no luck"),
+}
+LINES += [
+    _case(f"--config=TMP/{name}.py", *says)
+    for name, (_, *says) in FILES.items()]
+
+HOSTILE = [_case(*row) for row in [
+    (f"{GOOD}:arg", "quickstart.py", "get_config()"),
+    (f"{GOOD} --workdir=~nobody-here/x",
+     "--workdir: ~nobody-here/x"),
+    (f"{GOOD} --config.data.path=~nobody-here", "config.data.path: ~nobody"),
+    (f"{GOOD} --workdir={'x' * 300}", "--workdir: xxx"),
+    (f"{GOOD} --config.data.path={'x' * 300}",
+     "config.data.path: xxx"),
+    (f"{FOLDER} --config.data.train_split={'x' * 300}",
+     "config.data."),
+    (f"{GOOD} --workdir=gs://b/x",
+     "--workdir: gs://b/x"),
+    ("--config=configs/poolformer_s12.py --config.data.path=gs://b/x",
+     "config.data.path: gs://b/x"),
+    ("--config=configs/fashion_mnist.py "
+     "--config.data.path=TMP/empty", "config.data.path: TMP/empty"),
+    ("--config=configs/poolformer_s12.py --config.data.path=",
+     "config.data.path: ''"),
+    (f"{GOOD} --noconfig.log.tensorbord",
+     "config.log.tensorbord: no such key", "log.tensorboard?"),
+    (f"{GOOD} --flagfile=TMP/flags",
+     "config.sed: no such key", "did you mean seed?"),
+    ("--config.seed=1",
+     "--config: is missing"),
+    ("--config=", "--config: ",
+     "configs/quickstart.py"),
+    ("--config=quickstart.py", "--config: ",
+     "did you mean configs/quickstart.py?"),
+    ("--config=configs", "--config: configs is ",
+     "quickstart.py"),
+    (f"{GOOD} '--config.seed=a: b'",
+     "config.seed: 'a: b'"),
+    (f"{GOOD} --config.mesh.rules=\"(('a',-7),)\"",
+     "config.mesh.rules: ('a', -7)"),
+    (f"{GOOD} --config.mesh.rules=\"(('a',True),)\"", "config.mesh.rules: "),
+    (f"{GOOD} --config.model.mlp_ratio=0.001",
+     "config.model.mlp_ratio: 0.001"),
+    (f"{GOOD} --config.train.batch_size=9{'0' * 30}",
+     "config.train.batch_size: 9"),
+]]
+
+MALFORMED = OVERRIDES + LINES + HOSTILE
+
+VALID = [_case(f"{GOOD} {line}", *values) for line, *values in [
+    ("", ("seed", 0), ("data.path", None), ("model.depths", (1, 1, 2, 1))),
+    ("--config.seed 7", ("seed", 7)),
+    ("--config.optim.base_lr=1", ("optim.base_lr", 1.0)),
+    ("--config.optim.clip_norm=2", ("optim.clip_norm", 2.0)),
+    ("--config.train.steps=3", ("train.steps", 3)),
+    ("--config.log.tensorboard=false", ("log.tensorboard", False)),
+    ("--noconfig.log.tensorboard", ("log.tensorboard", False)),
+    ("--config.model.norm=layer_norm", ("model.norm", "layer_norm")),
+    ("--config.model.depths=(1,2,3,4)", ("model.depths", (1, 2, 3, 4))),
+    ("--config.model.depths=1,2,3,4", ("model.depths", (1, 2, 3, 4))),
+    ("--config.data.mean=(0,0.5,1)", ("data.mean", (0.0, 0.5, 1.0))),
+    ("--config.mesh.rules=\"(('k',-1),)\"", ("mesh.rules", (("k", -1),))),
+    ("--config.data.path=TMP/data", ("data.path", "TMP/data")),
+    ("--workdir=TMP/new/run --config.seed=1", ("seed", 1)),
+]] + [
+    _case(f"{FOLDER} --config.train.accumulate=8", ("train.accumulate", 8)),
+    _case(f"{GOOD} --config.model.depths=None", ("model.depths", None))]
+
+
+@dataclasses.dataclass
+class Result:
+  code: int
+  out: str
+  err: str
+  seconds: float
+
+
+@pytest.fixture(scope="module")
+def tmp(tmp_path_factory):
+  """The folder that TMP stands for."""
+  root = tmp_path_factory.mktemp("cli")
+  for name in ("data/train/cat", "data/val/cat", "empty"):
+    (root / name).mkdir(parents=True)
+  (root / "file").write_text("")
+  (root / "flags").write_text("--config.sed=3\n")
+  for name, (text, *_) in FILES.items():
+    (root / f"{name}.py").write_text(
+        _HEAD + text if text.startswith(" ") else text,
+        errors="surrogateescape")
+  return root
+
+
+def _argv(args, tmp):
+  return [arg.replace("TMP", str(tmp)) for arg in shlex.split(args)]
+
+
+def _python(args, **kwargs):
+  """Runs Python at the root of the repository."""
+  path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+  env = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+  return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, text=True,
+                        capture_output=True, timeout=30, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def results(tmp):
+  """{command line: its Result}."""
+  lines = [param.values[0] for param in MALFORMED + VALID]
+  done = _python([__file__], input=json.dumps([_argv(a, tmp) for a in lines]))
+  assert not done.returncode, done.stderr
+  return {line: Result(*result)
+          for line, result in zip(lines, json.loads(done.stdout), strict=True)}
+
+
+def _check_refused(result, says, tmp):
+  assert result.code == 2, result
+  assert result.out == ""
+  assert result.err.startswith("ConfigError: "), result.err
+  assert result.err.endswith("\n")
+  assert len(result.err.splitlines()) == 1, result.err
+  assert "Traceback" not in result.err, result.err
+  for part in says:
+    assert part.replace("TMP", str(tmp)) in result.err
+  assert result.seconds < 2
+
+
+@pytest.mark.parametrize("line, says", MALFORMED)
+def test_malformed_line_is_refused(line, says, results, tmp):
+  _check_refused(results[line], says, tmp)
+
+
+@pytest.mark.parametrize("line, values", VALID)
+def test_override_arrives_in_its_type(line, values, results, tmp):
+  result = results[line]
+  assert (result.code, result.err) == (0, ""), result
+  cfg, workdir = ast.literal_eval(result.out)
+  flags = dict(arg.split("=", 1) for arg in _argv(line, tmp) if "=" in arg)
+  assert workdir == flags.get("--workdir", "runs/" + pathlib.Path(
+      flags["--config"]).stem)
+  for key, value in values:
+    found = cfg
+    for part in key.split("."):
+      found = found[part]
+    if isinstance(value, str):
+      value = value.replace("TMP", str(tmp))
+    assert repr(found) == repr(value)  # 1 is not 1.0, nor True.
+
+
+@pytest.mark.parametrize("line, says", [
+    p for p in OVERRIDES + LINES if not p.marks][::6])
+def test_malformed_line_is_refused_by_the_entry_point(line, says, tmp):
+  for _ in range(2):  # A busy machine may be slow once.
+    start = time.perf_counter()
+    done = _python(["-m", "metaformer_jax.main", f"--workdir={tmp}/run",
+                    *_argv(line, tmp)])
+    seconds = time.perf_counter() - start
+    if seconds < 2:
+      break
+  _check_refused(Result(done.returncode, done.stdout, done.stderr, seconds),
+                 says, tmp)
+
+
+def test_entry_point_imports_no_framework_for_a_mistake():
+  done = _python(["-X", "importtime", "-m", "metaformer_jax.main", GOOD,
+                  "--config.seed=-1"])
+  assert done.returncode == 2
+  modules = {line.rpartition("|")[2].strip().partition(".")[0]
+             for line in done.stderr.splitlines()}
+  assert {"absl", "metaformer_jax"} <= modules
+  assert not modules & {"jax", "flax", "tensorflow", "torch", "numpy"}
+
+
+def test_help_names_every_flag_and_key():
+  done = _python(["-m", "metaformer_jax.main", "--help"])
+  assert (done.returncode, done.stderr) == (0, "")
+  keys = config_lib.keys()
+  for name in ("config", "workdir", *(f"config.{key}" for key in keys)):
+    assert f"--{name}" in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_workdir_must_be_writable(tmp_path):
+  tmp_path.chmod(0o500)
+  done = _python(["-m", "metaformer_jax.main", GOOD, f"--workdir={tmp_path}/x"])
+  _check_refused(Result(done.returncode, done.stdout, done.stderr, 0),
+                 (f"--workdir: {tmp_path} is not writable",), tmp_path)
+
+
+def _serve():
+  """Runs each argv of the JSON list on stdin in a fork; prints Results."""
+  results = []
+  for argv in json.load(sys.stdin):
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+      start = time.perf_counter()
+      pid = os.fork()
+      if not pid:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        _run(argv)
+      status = os.waitpid(pid, 0)[1]
+      seconds = time.perf_counter() - start
+      out.seek(0)
+      err.seek(0)
+      results.append((os.waitstatus_to_exitcode(status), out.read().decode(),
+                      err.read().decode(), seconds))
+  json.dump(results, sys.stdout)
+
+
+def _run(argv):
+  """Ends the process as the entry point does; prints what it would run."""
+  code = 1
+  try:
+    sys.argv = ["main.py", *argv]
+    cli.run(lambda cfg, workdir: print((dataclasses.asdict(cfg), str(workdir))))
+    code = 0
+  except SystemExit as e:
+    code = e.code if isinstance(e.code, int) else 1
+  except BaseException:
+    traceback.print_exc()
+  finally:
+    if "jax" in sys.modules:
+      code = 99
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+  _serve()

@@ -1,0 +1,394 @@
+"""Configs: valid ones arrive typed, the rest is refused in one line.
+
+`DATA` in a case is a folder that the fixture `data` makes. tests/test_cli.py
+has the command line.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import pathlib
+import random
+import runpy
+import types
+import typing
+
+import ml_collections
+import pytest
+
+from metaformer_jax import config as config_lib
+from metaformer_jax import errors, experiment
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "configs").glob("*.py"))
+NAN, INF = math.nan, math.inf
+DIGITS = {"data.source": "digits"}
+IMAGES = {"data.source": "folder", "data.path": "DATA"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """A folder that suits the sources folder and idx."""
+  root = tmp_path_factory.mktemp("data")
+  for split in ("train", "val"):
+    (root / split / "cat").mkdir(parents=True)
+    (root / split / "cat" / "1.png").write_bytes(b"")
+  for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3",
+               "t10k-labels-idx1"):
+    (root / f"{name}-ubyte").write_bytes(b"")
+  (root / "empty").mkdir()
+  return root
+
+
+def _load(path, data):
+  """A shipped config as a dict, its data in place."""
+  config = runpy.run_path(str(path))["get_config"]().to_dict()
+  if config["data"]["source"] in ("folder", "idx"):
+    config["data"]["path"] = str(data)
+  return config
+
+
+def _tree(flat, data):
+  """{"a.b": 1} -> {"a": {"b": 1}}."""
+  tree = {}
+  for key, value in flat.items():
+    *sections, name = key.split(".")
+    holder = tree
+    for section in sections:
+      holder = holder.setdefault(section, {})
+    if isinstance(value, str):
+      value = value.replace("DATA", str(data))
+    holder[name] = value
+  return tree
+
+
+def _refusal(config):
+  with pytest.raises(errors.ConfigError) as caught:
+    config_lib.resolve(config)
+  message = str(caught.value)
+  assert len(message.splitlines()) == 1, message
+  return message
+
+
+def _case(changes, *says):
+  return pytest.param(changes, says, id=str(changes)[:60])
+
+
+# One key at a wrong value, and what the message says after "config.KEY: ".
+WRONG = [_case({**DIGITS, key: value}, f"config.{key}: {value!r}", *says)
+         for key, value, *says in [
+    # Types.
+    ("train.batch_size", True, "is not an int"),
+    ("train.batch_size", 8.0, "is not an int"),
+    ("train.batch_size", "8", "is not an int"),
+    ("train.batch_size", None, "is not a"),
+    ("train.batch_size", (8,), "is not an int"),
+    ("train.steps", "all", "is not an int"),
+    ("optim.base_lr", True, "is not a float"),
+    ("optim.base_lr", "1e-3", "is not a float"),
+    ("optim.base_lr", None, "is not a float"),
+    ("optim.clip_norm", {}, "is not a float"),
+    ("log.tensorboard", 1, "is not a bool"),
+    ("log.tensorboard", None, "is not a bool"),
+    ("data.path", 3, "is not a str"),
+    ("task", None, "is not a str"),
+    ("model.depths", "2262", "is not a tuple"),
+    ("model.depths", (2, 2, 6, 2.0), "holds 2.0, which is not an int"),
+    ("model.depths", (2, 2, 6, True), "holds True, which is not an int"),
+    ("model.depths", (2, 2, 6, (2,)), "holds (2,), which is not an int"),
+    ("data.mean", None, "is not a tuple"),
+    ("data.mean", (0, 0, "0"), "holds '0', which is not a float"),
+    ("mesh.rules", "ab", "is not a tuple"),
+    ("mesh.rules", ("a", 0), "is not a tuple of tuples"),
+    # Numbers.
+    ("optim.base_lr", NAN, "is not a finite number"),
+    ("optim.base_lr", -INF, "is not a finite number"),
+    ("optim.base_lr", 0.0, "is not above 0"),
+    ("optim.weight_decay", -0.1, "is below the least, 0"),
+    ("optim.beta1", 1.0, "is above the largest, 0.9999"),
+    ("optim.clip_norm", 0.0, "is not above 0"),
+    ("optim.warmup_epochs", -1.0, "is below the least, 0"),
+    ("model.layer_scale_init", NAN, "is not a finite number"),
+    ("model.drop_path_rate", 1.0, "is above the largest, 0.999"),
+    ("model.num_classes", 0, "is below the least, 1"),
+    ("model.pool_size", 4, "is even", "nearest: 5"),
+    ("model.pool_size", -1, "is below the least, 1"),
+    ("model.dims", (64, 0, 320, 512), "holds 0, which is below the least, 1"),
+    ("train.batch_size", 0, "is below the least, 1"),
+    ("train.steps", -5, "is below the least, 1"),
+    ("train.accumulate", 0, "is below the least, 1"),
+    ("train.label_smoothing", 1.0, "is above the largest, 0.999"),
+    ("seed", 2**31, "is above the largest, 2147483647"),
+    ("data.crop_pct", 1.01, "is above the largest, 1"),
+    ("data.crop_area", (0.5,), "has 1 items, not 2"),
+    ("data.crop_area", (1.0, 0.5), "does not ascend"),
+    ("data.crop_area", (0.5, INF), "holds inf"),
+    ("data.std", (0.1, 0.0, 0.1), "holds 0.0, which is not above 0"),
+    ("data.mean", (0.5, 0.5, 127.0), "holds 127.0", "the largest, 1"),
+    ("data.workers", -2, "is below the least, -1"),
+    ("data.image_size", 1, "kernel, 7", "nearest: 3"),
+    ("mesh.data", -2, "is below the least, -1"),
+    ("mesh.fsdp", 0, "-1 takes the rest"),
+    # Choices.
+    ("data.source", "tdfs", "did you mean tfds?"),
+    ("data.source", "imagenet", "valid: digits, folder"),
+    ("data.interpolation", "cubic", "did you mean bicubic?"),
+    ("data.train_interpolation", "rand", "did you mean random?"),
+    ("model.norm", "layernorm", "did you mean layer_norm?"),
+    ("model.activation", "geluu", "did you mean gelu?"),
+    ("model.dtype", "int8", "valid: bfloat16, float32"),
+    ("task", "classificaton", "did you mean classification?"),
+    ("model.token_mixers", ("pooling",) * 3 + ("atention",),
+     "holds 'atention'", "did you mean attention?"),
+    ("model", None, "is not a section"),
+    ("optim", 3, "is not a section"),
+    ("log", ("every_steps", 1), "is not a section"),
+]]
+
+# What only several keys, or the file system, tell.
+TOGETHER = [_case(*row) for row in [
+    ({"sed": 1}, "config.sed: no such key; did you mean seed?"),
+    ({"optim.baselr": 1.0}, "config.optim.baselr: no such key; ", "base_lr?"),
+    ({"model.blocks": 1}, "config.model.blocks: no such key; valid: "),
+    ({"seed": -1, "optim.eps": NAN, "model.dim": 3},
+     "config.seed: -1", "; also config.model.dim: ", "config.optim.eps: nan"),
+    ({"model.name": "poolformers12"}, "config.model.name: ",
+     "'poolformers12'; did you mean poolformer_s12?"),
+    ({"model.depths": (1, 2)}, "depths has 2, dims has 4"),
+    ({"model.depths": (), "model.dims": (), "model.token_mixers": ()},
+     "depths has 0"),
+    ({"model.token_mixers": ("attention",) * 4,
+      "model.dims": (32, 64, 128, 250)}, "config.model.dims: 250",
+     "nearest: 256"),
+    ({"model.in_patch_size": 231}, "config.data.image_size: 224", "231"),
+    ({"train.batch_size": 98, "train.accumulate": 8},
+     "config.train.batch_size: 98", "accumulate = 8", "nearest: 96"),
+    ({"mesh.data": 3, "mesh.fsdp": 2}, "config.train.batch_size: 1024",
+     "6 devices", "nearest: 1026"),
+    ({"mesh.data": 8, "train.batch_size": 16, "train.accumulate": 4},
+     "config.train.batch_size: 16", "8 devices x 4", "nearest: 32"),
+    ({"mesh.data": -1, "mesh.fsdp": -1}, "config.mesh: ", "both -1"),
+    ({"mesh.rules": (("[", 0),)}, "config.mesh.rules: '['"),
+    ({"mesh.rules": (("a", "b"),)}, "config.mesh.rules: ('a', 'b')"),
+    ({"mesh.rules": (("a", 0, 1),)}, "config.mesh.rules: ('a', 0, 1)"),
+    ({"mesh.rules": (("a",),)}, "config.mesh.rules: ('a',)"),
+    ({"optim.warmup_epochs": 300.0}, "config.optim.warmup_epochs: 300.0",
+     "config.train.epochs = 300.0"),
+    ({"data.source": "tfds"}, "config.data.name: None", "imagenet2012"),
+    ({"data.source": "folder"}, "config.data.path: None", "train/"),
+    ({"data.path": "DATA/trian"}, "config.data.path: DATA/trian",
+     "did you mean train?"),
+    ({**IMAGES, "data.path": "DATA/empty"}, "config.data.train_split: DATA",
+     "'train'", "; also config.data.eval_split: DATA", "'val'"),
+    ({**IMAGES, "data.train_split": "tran"}, "config.data.train_split: ",
+     "'tran'", "did you mean train?"),
+    ({**IMAGES, "data.eval_split": "test"}, "config.data.eval_split", "'test'"),
+]]
+HOSTILE = [_case(*row) for row in [
+    ({"optim.base_lr": 10**400}, "config.optim.base_lr: 1"),
+    ({"train.batch_size": 10**400, "train.accumulate": 3},
+     "config.train.batch_size: 1"),
+    ({"mesh.rules": (("a{99999999999}", 0),)},
+     "config.mesh.rules: 'a{99999999999}'"),
+    ({"mesh.rules": (("(" * 5000, 0),)},
+     "config.mesh.rules: '((("),
+    ({"data.path": "a\nb"},
+     "config.data.path: "),
+    ({"a\nb": 1}, "no such key"),
+    ({"mesh.rules": (("a", -2),)},
+     "config.mesh.rules: ('a', -2)"),
+    ({"mesh.rules": (("a", True),)},
+     "config.mesh.rules: ('a', True)"),
+    ({"eval.every_epochs": 1e308},
+     "config.eval.every_epochs: 1e+308"),
+    ({"data.crop_pct": 1e-300},
+     "config.data.crop_pct: 1e-300"),
+]]
+
+
+@pytest.mark.parametrize("changes, says", WRONG + TOGETHER + HOSTILE)
+def test_malformed_config_is_refused(changes, says, data):
+  message = _refusal(_tree({**DIGITS, **changes}, data))
+  for part in says:
+    assert part.replace("DATA", str(data)) in message
+
+
+@pytest.mark.parametrize("config", [None, 3, "seed", [("seed", 1)]])
+def test_config_must_be_a_mapping(config):
+  assert _refusal(config).startswith(f"config: {config!r} is not a section")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_config_is_valid(path, data):
+  cfg = config_lib.resolve(_load(path, data))
+  assert isinstance(cfg, experiment.Experiment)
+  assert f"--config=configs/{path.name}" in path.read_text()
+
+
+def test_default_is_an_experiment_but_for_its_data():
+  config = config_lib.default()
+  assert "config.data.path: None" in _refusal(config)
+  config.data.source = "digits"
+  expected = dataclasses.replace(
+      experiment.Experiment(), data=experiment.Data(source="digits"))
+  assert config_lib.resolve(config) == expected
+  assert config_lib.resolve({"data": {"source": "digits"}}) == expected
+  frozen = ml_collections.FrozenConfigDict(config)
+  assert config_lib.resolve(frozen) == expected
+
+
+def test_values_arrive_in_their_type():
+  config = config_lib.default()
+  config.data.source = "digits"
+  config.train.steps = 3
+  config.optim.base_lr = 1
+  config.optim.clip_norm = 2
+  config.log.tensorboard = False
+  config.model.name = "poolformer_s24"
+  config.model.depths = [1, 1, 1, 1]
+  config.data.mean = (0, 0.5, 1)
+  config.mesh.rules = [["kernel", -1], ("bias", 0)]
+  cfg = config_lib.resolve(config)
+  for found, value in [
+      (cfg.train.steps, 3), (cfg.optim.base_lr, 1.0),
+      (cfg.optim.clip_norm, 2.0), (cfg.log.tensorboard, False),
+      (cfg.model.name, "poolformer_s24"), (cfg.model.depths, (1, 1, 1, 1)),
+      (cfg.data.mean, (0.0, 0.5, 1.0)),
+      (cfg.mesh.rules, (("kernel", -1), ("bias", 0)))]:
+    assert repr(found) == repr(value)  # 1 is not 1.0, nor True.
+
+
+def test_optional_keys_stay_none():
+  optional = {key: value for key, value in _leaves(
+      config_lib.default().to_dict()) if value is None}
+  assert {"model.depths", "model.norm", "data.name", "train.steps",
+          "optim.clip_norm"} <= optional.keys()
+  cfg = config_lib.resolve(_tree({**optional, **DIGITS}, ""))
+  found = dict(_leaves(dataclasses.asdict(cfg)))
+  assert all(found[key] is None for key in optional)
+  assert cfg.model.overrides() == {}
+
+
+def test_describe_and_json_have_every_key():
+  keys = config_lib.keys()
+  lines = config_lib.describe()
+  assert [line.partition("=")[0] for line in lines] == keys
+  assert all(line.partition("  ")[2] for line in lines)
+  saved = json.loads(config_lib.to_json(experiment.Experiment()))
+  assert [key for key, _ in _leaves(saved)] == keys
+
+
+def _changed(**sections):
+  cfg = experiment.Experiment()
+  return dataclasses.replace(cfg, **{
+      name: dataclasses.replace(getattr(cfg, name), **values)
+      for name, values in sections.items()})
+
+
+def test_differences_are_what_changes_the_numbers():
+  saved = config_lib.to_json(experiment.Experiment())
+  assert config_lib.differences(experiment.Experiment(), saved) == []
+  assert config_lib.differences(
+      _changed(optim={"base_lr": 0.5}, model={"depths": (1, 2, 3, 4)}),
+      saved) == ["model.depths: None -> [1, 2, 3, 4]",
+                 "optim.base_lr: 0.001 -> 0.5"]
+  assert config_lib.differences(_changed(
+      log={"every_steps": 1}, mesh={"fsdp": 2, "rules": (("a", 0),)},
+      data={"workers": 3, "threads": 1, "path": "/new"},
+      eval={"batch_size": 7}, checkpoint={"keep_last": 9}), saved) == []
+
+
+def test_differences_with_an_older_version_are_listed():
+  saved = json.loads(config_lib.to_json(experiment.Experiment()))
+  del saved["optim"]["eps"]
+  saved["optim"]["epsilon"] = 1e-6
+  assert config_lib.differences(
+      experiment.Experiment(), json.dumps(saved)) == [
+          "optim.eps: None -> 1e-08", "optim.epsilon: 1e-06 -> None"]
+
+
+def _leaves(tree, prefix=""):
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from _leaves(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key, value
+
+
+def _types(key):
+  """The types of a key, and whether numbers below -1 are out of its limits."""
+  cls = experiment.Experiment
+  *sections, name = key.split(".")
+  for section in sections:
+    cls = cls.__dataclass_fields__[section].type
+  field = cls.__dataclass_fields__[name]
+  union = isinstance(field.type, types.UnionType)
+  kinds = typing.get_args(field.type) if union else (field.type,)
+  limits = field.metadata
+  return ({typing.get_origin(kind) or kind for kind in kinds},
+          limits["low"] is not None or limits["above"] is not None)
+
+
+def _mutate(config, rng):
+  """Changes a config in one place.
+
+  Returns:
+    What was done, the key that is wrong, and whether it is certainly wrong
+    (True), certainly not (False) or may be either (None).
+  """
+  key = rng.choice([key for key, _ in _leaves(config)])
+  *sections, name = key.split(".")
+  holder = config[sections[0]] if sections else config
+  kinds, bounded = _types(key)
+  match rng.randrange(7):
+    case 0:
+      del holder[name]
+      return f"drop {key}", key, None if sections == ["data"] else False
+    case 1:
+      i = rng.randrange(len(name))
+      new = rng.choice([name[:i] + name[i + 1:], name[:i] + "_" + name[i:]])
+      holder[new] = holder.pop(name)
+      return f"{key} -> {new}", ".".join([*sections, new]), True
+    case 2 if sections:
+      config[sections[0]] = value = rng.choice([None, 3, "x", (), [{}]])
+      return f"{sections[0]} = {value}", sections[0], True
+    case 3:
+      value = rng.choice([NAN, INF, -INF, (NAN,) * 4])
+      wrong = True
+    case 4:
+      value = rng.choice([-3, -3.5, (-3,) * 4])
+      wrong = True if bounded or kinds & {str, bool} else None
+    case 5:
+      value = rng.choice([10**30, 1e300, "x" * 200, (10**30,) * 4])
+      wrong = None
+    case _:
+      value = rng.choice([3, 0.5, "x", True, (), (0.5,), None, {}, {"a": {}}])
+      suits = type(value) in kinds or (type(value) is int and float in kinds)
+      wrong = None if suits else True
+  holder[name] = value
+  return f"{key} = {value!r}", key, wrong
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_mutated_config_is_resolved_or_refused(path, data):
+  shipped = _load(path, data)
+  refused = 0
+  for seed in range(100):
+    config = copy.deepcopy(shipped)
+    what, key, wrong = _mutate(config, random.Random(f"{path.stem} {seed}"))
+    for form in (config, ml_collections.ConfigDict(config)):
+      try:
+        cfg = config_lib.resolve(form)
+      except errors.ConfigError as e:
+        message = str(e)
+        assert wrong is not False, f"{what}: {message}"
+        assert len(message.splitlines()) == 1, f"{what}: {message}"
+        assert not wrong or f"config.{key}: " in message, f"{what}: {message}"
+        refused += 1
+      except Exception as e:
+        pytest.fail(f"{what}: {e!r}")
+      else:
+        assert isinstance(cfg, experiment.Experiment)
+        assert not wrong, f"{what} was accepted"
+  assert refused > 50  # Of 200: the mutations are what they should be.

@@ -1,0 +1,224 @@
+"""The MetaFormer as a whole: table, equations, features, masks, settings."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import metaformer_jax
+from metaformer_jax.models import cost, layers, metaformer, mixers
+
+# A PoolFormer small enough to run at many sizes.
+SMALL = {"depths": (1, 2, 1, 1), "dims": (32, 64, 96, 128)}
+
+
+def perturbed(model, image, seed=0, scale=0.2):
+  """Variables with every value moved away from its first 0, 1 or 1e-5."""
+  variables = model.init(jax.random.key(seed), image)
+  leaves, tree = jax.tree.flatten(variables)
+  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+  return jax.tree.unflatten(tree, [
+      leaf + scale * jax.random.normal(key, leaf.shape)
+      for leaf, key in zip(leaves, keys)])
+
+
+def images(n=2, height=64, width=64, seed=0):
+  return np.random.default_rng(seed).normal(
+      size=(n, height, width, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", metaformer_jax.list_models())
+def test_table_holds_the_built_model(name):
+  spec = metaformer_jax.get_spec(name)
+  model = metaformer_jax.create_model(name)
+  assert cost.count_params(model, spec.input_size) == spec.n_params
+  macs = cost.count_model_macs(model, spec.input_size) / 1e9
+  assert round(macs, 1) == spec.gmacs
+
+
+def test_list_models_takes_a_pattern():
+  assert metaformer_jax.list_models("poolformer_s*") == [
+      "poolformer_s12", "poolformer_s24", "poolformer_s36"]
+  assert metaformer_jax.list_models("resnet*") == []
+
+
+def test_unknown_names_suggest_the_nearest():
+  with pytest.raises(ValueError, match="did you mean poolformer_s24"):
+    metaformer_jax.create_model("poolformr_s24")
+  with pytest.raises(ValueError, match="did you mean pool_size"):
+    metaformer_jax.create_model("poolformer_s12", pol_size=5)
+  model = metaformer_jax.create_model("poolformer_s12", norm="groupnorm")
+  with pytest.raises(ValueError, match="did you mean group_norm"):
+    model.init(jax.random.key(0), images())
+
+
+def test_block_is_the_papers_equations():
+  """Y = X + s1 TokenMixer(Norm(X)); Z = Y + s2 MLP(Norm(Y))."""
+  block = metaformer.MetaFormerBlock(32, mixers.Pooling)
+  x = images(2, 6, 5)[..., :1] * np.linspace(-1, 2, 32, dtype=np.float32)
+  variables = perturbed(block, x)
+  p = variables["params"]
+
+  def sub(module, name, x):
+    return module.apply({"params": p.get(name, {})}, x)
+
+  mixed = sub(mixers.Pooling(32), "token_mixer",
+              sub(layers.GroupNorm(), "norm1", x))
+  y = x + p["layer_scale1"]["scale"].reshape(1, 1, 1, -1) * mixed
+  z = y + p["layer_scale2"]["scale"].reshape(1, 1, 1, -1) * sub(
+      layers.Mlp(128), "mlp", sub(layers.GroupNorm(), "norm2", y))
+  np.testing.assert_allclose(block.apply(variables, x), z, atol=2e-5)
+
+
+def test_head_is_norm_then_mean_then_linear():
+  model = metaformer_jax.create_model("poolformer_s12", num_classes=7, **SMALL)
+  x = images()
+  variables = perturbed(model, x)
+  p = variables["params"]
+  last = model.apply(variables, x, method="features")["stage4"]
+  pooled = layers.GroupNorm().apply({"params": p["norm"]}, last).mean((1, 2))
+  want = pooled @ p["head"]["kernel"] + p["head"]["bias"].reshape(1, -1)
+  np.testing.assert_allclose(model.apply(variables, x), want, atol=1e-5)
+  bare = metaformer_jax.create_model("poolformer_s12", num_classes=0, **SMALL)
+  np.testing.assert_allclose(bare.apply(variables, x), pooled, atol=1e-6)
+
+
+def test_features_have_the_strides_and_channels_of_the_stages():
+  model = metaformer_jax.create_model("poolformer_s12", **SMALL)
+  x = images(1, 96, 64)
+  features = model.apply(perturbed(model, x), x, method="features")
+  assert {k: v.shape for k, v in features.items()} == {
+      "stage1": (1, 24, 16, 32), "stage2": (1, 12, 8, 64),
+      "stage3": (1, 6, 4, 96), "stage4": (1, 3, 2, 128)}
+
+
+@pytest.mark.parametrize("token_mixers", [
+    ("pooling",) * 4, ("pooling", "identity", "attention", "attention")])
+@pytest.mark.parametrize("height,width", [(61, 50), (64, 96), (33, 34)])
+def test_padding_changes_no_valid_output(token_mixers, height, width):
+  model = metaformer_jax.create_model(
+      "poolformer_s12", num_classes=5, **SMALL, token_mixers=token_mixers)
+  x = images(2, height, width)
+  variables = perturbed(model, x, scale=0.05)
+  canvas = np.full((2, 96, 128, 3), 5.0, np.float32)
+  canvas[:, :height, :width] = x
+  mask = np.zeros((2, 96, 128), bool)
+  mask[:, :height, :width] = True
+  alone = model.apply(variables, x, method="features")
+  padded = model.apply(variables, canvas, mask=mask, method="features")
+  for name, want in alone.items():
+    h, w = want.shape[1:3]
+    got = padded[name]
+    np.testing.assert_allclose(got[:, :h, :w], want, atol=1e-5)
+    assert not np.any(got[:, h:]) and not np.any(got[:, :, w:])
+  np.testing.assert_allclose(model.apply(variables, canvas, mask=mask),
+                             model.apply(variables, x), atol=1e-5)
+
+
+def test_without_a_mask_padding_does_change_the_output():
+  """Or the test above would show nothing."""
+  model = metaformer_jax.create_model("poolformer_s12", num_classes=5, **SMALL)
+  x = images()
+  variables = perturbed(model, x, scale=0.05)
+  canvas = np.zeros((2, 96, 96, 3), np.float32)
+  canvas[:, :64, :64] = x
+  assert np.abs(model.apply(variables, canvas)
+                - model.apply(variables, x)).max() > 1e-2
+
+
+def test_drop_path_grows_from_nothing_to_its_rate():
+  model = metaformer_jax.create_model(
+      "poolformer_s12", drop_path_rate=0.4, **SMALL)
+  rates = []
+
+  def note(next_fn, args, kwargs, context):
+    if isinstance(context.module, layers.DropPath):
+      rates.append(context.module.rate)
+    return next_fn(*args, **kwargs)
+
+  with nn.intercept_methods(note):
+    model.init(jax.random.key(0), images())
+  np.testing.assert_allclose(rates, np.repeat(np.linspace(0, 0.4, 5), 2))
+
+
+def test_training_draws_other_paths_for_every_key():
+  model = metaformer_jax.create_model(
+      "poolformer_s12", drop_path_rate=0.9, **SMALL)
+  x = images()
+  variables = perturbed(model, x)
+
+  def run(seed):
+    return model.apply(variables, x, train=True,
+                       rngs={"drop_path": jax.random.key(seed)})
+
+  assert np.array_equal(run(0), run(0))
+  assert not np.allclose(run(0), run(1))
+
+
+def test_own_mixer_by_factory():
+  class Shift(nn.Module):
+    dim: int
+    amount: float = 0.0
+    dtype: object = None
+
+    def __call__(self, x, *, mask=None, train=False):
+      return x + self.amount
+
+  model = metaformer_jax.create_model(
+      "poolformer_s12", **SMALL,
+      token_mixers=(functools.partial(Shift, amount=0.0),) * 4)
+  same = metaformer_jax.create_model(
+      "poolformer_s12", **SMALL, token_mixers=("identity",) * 4)
+  x = images()
+  variables = perturbed(same, x)
+  np.testing.assert_allclose(model.apply(variables, x),
+                             same.apply(variables, x), atol=1e-6)
+
+
+@pytest.mark.parametrize("setting", [
+    {"pool_size": 5}, {"norm": "layer_norm"}, {"activation": "silu"},
+    {"mlp_ratio": 2.0}, {"layer_scale_init": None}, {"norm_eps": 1e-1},
+    {"in_patch_size": 4, "in_pad": 0}, {"token_mixers": ("identity",) * 4}],
+    ids=lambda s: next(iter(s)))
+def test_every_setting_changes_the_function(setting):
+  x = images()
+  outputs = []
+  for overrides in ({}, setting):
+    model = metaformer_jax.create_model(
+        "poolformer_s12", num_classes=5, **{**SMALL, **overrides})
+    outputs.append(model.apply(perturbed(model, x), x))
+  assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters():
+  make = functools.partial(
+      metaformer_jax.create_model, "poolformer_s12", num_classes=5, **SMALL)
+  x = images()
+  half = make(dtype=jnp.bfloat16)
+  variables = perturbed(half, x, scale=0.05)
+  assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(variables))
+  got = half.apply(variables, x)
+  assert got.dtype == jnp.bfloat16
+  want = make().apply(variables, x)
+  np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.05,
+                             rtol=0.05)
+  assert not np.array_equal(got.astype(jnp.float32), want)
+
+
+def test_import_and_creation_load_neither_tensorflow_nor_torch():
+  code = (
+      "import sys, metaformer_jax\n"
+      "assert 'jax' not in sys.modules\n"
+      "metaformer_jax.list_models()\n"
+      "assert 'jax' not in sys.modules\n"
+      "metaformer_jax.create_model('poolformer_s12')\n"
+      "assert 'jax' in sys.modules\n"
+      "print({'tensorflow', 'torch', 'tensorboard'} & set(sys.modules))")
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True,
+                        text=True, check=True)
+  assert done.stdout.strip() == "set()"

@@ -1,0 +1,312 @@
+"""Whole runs, as users start them: train, resume, evaluate, be interrupted."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
+
+from metaformer_jax import errors, experiment
+from metaformer_jax.tasks import classification
+from metaformer_jax.training import checkpoints as checkpoints_lib
+from metaformer_jax.training import loop, sharding, writers
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# The quickstart in seconds: fewer, narrower blocks and few steps.
+SHRINK = ("--config.model.depths=(1,1)", "--config.model.dims=(32,64)",
+          "--config.model.token_mixers=('pooling','attention')",
+          "--config.train.batch_size=40", "--config.train.steps=12",
+          "--config.eval.every_epochs=0.1", "--config.log.every_steps=5",
+          "--config.checkpoint.every_steps=3")
+
+
+def command(workdir, *flags, module="metaformer_jax.main", shrink=SHRINK):
+  return [sys.executable, "-m", module, "--config=configs/quickstart.py",
+          f"--workdir={workdir}", *shrink, *flags]
+
+
+def start(*args, **kwargs):
+  return subprocess.Popen(
+      command(*args, **kwargs), cwd=ROOT, stderr=subprocess.PIPE,
+      stdout=subprocess.PIPE, text=True,
+      env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)})
+
+
+def run(*args, expect=0, **kwargs):
+  """Runs to the end; returns (stdout, stderr)."""
+  process = start(*args, **kwargs)
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == expect, err
+  assert "Traceback" not in err and "Warning" not in err, err
+  return out, err
+
+
+def saved_arrays(workdir, step):
+  """Every array of a checkpoint's state, and the position, as on disk."""
+  cfg = load_config(workdir)
+  state, position = restore(cfg, workdir, step)
+  return jax.tree.map(np.asarray, state), position
+
+
+def load_config(workdir) -> experiment.Experiment:
+  from metaformer_jax import config  # noqa: PLC0415
+
+  return config.resolve(json.loads((workdir / "config.json").read_text()))
+
+
+def restore(cfg, workdir, step):
+  import functools  # noqa: PLC0415
+
+  from metaformer_jax.training import optim  # noqa: PLC0415
+  from metaformer_jax.training import state as state_lib  # noqa: PLC0415
+
+  mesh = sharding.make_mesh(dataclasses.replace(
+      cfg, mesh=experiment.Mesh(data=1)))
+  tx, _ = optim.create(cfg, 12, 37.5)
+  shapes = jax.eval_shape(functools.partial(
+      state_lib.create, classification.create(cfg), tx, cfg.seed,
+      cfg.train.ema_decay))
+  checkpoints = checkpoints_lib.Checkpoints(workdir, cfg.checkpoint)
+  try:
+    return checkpoints.restore(step, sharding.abstract(
+        shapes, sharding.state_shardings(mesh, shapes, cfg.mesh)))
+  finally:
+    checkpoints.close()
+
+
+def assert_equal_runs(got, want):
+  """Bit for bit: parameters, optimizer, EMA, position, and losses."""
+  (got_state, got_position), (want_state, want_position) = (
+      saved_arrays(w, 12) for w in (got, want))
+  assert got_position == want_position == 12 * 40
+  for a, b in zip(jax.tree.leaves(got_state), jax.tree.leaves(want_state),
+                  strict=True):
+    assert a.tobytes() == b.tobytes()
+  assert evaluations(got) == evaluations(want)
+
+
+def evaluations(workdir):
+  return [r for r in writers.read(workdir / "metrics.jsonl")
+          if r["split"] == "eval"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """An uninterrupted run: (workdir, stderr)."""
+  workdir = tmp_path_factory.mktemp("finished")
+  return workdir, run(workdir)[1]
+
+
+def test_a_run_leaves_what_it_says(finished):
+  workdir, err = finished
+  summary = json.loads((workdir / "summary.json").read_text())
+  assert summary["step"] == 12 and summary["n_examples"] == 297
+  assert 0 <= summary["top1"] <= summary["top5"] <= 1
+  assert summary["images_per_second"] > 0
+  assert f"{summary['n_params']:,} parameters" in err
+  assert pathlib.Path(summary["checkpoint"]).is_dir()
+  assert summary["checkpoint"] in err
+  assert str(workdir / "curves.png") in err
+  with Image.open(workdir / "curves.png") as picture:
+    assert picture.format == "PNG"
+    assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
+  records = writers.read(workdir / "metrics.jsonl")
+  assert [r["step"] for r in records if r["split"] == "train"] == [5, 10, 12]
+  assert [r["step"] for r in records if r["split"] == "eval"] == [4, 8, 12]
+  for record in records:
+    assert all(np.isfinite(v) for v in record.values()
+               if not isinstance(v, str))
+  train = [r for r in records if r["split"] == "train"][-1]
+  assert {"loss", "top1", "learning_rate", "images_per_second", "input_wait",
+          "epoch"} <= train.keys()
+  assert train["epoch"] == 12 * 40 / 1500
+  for word in ("1,500 to train", "297 to evaluate", "12 of 40 images",
+               "mesh data=1 x fsdp=1", "input wait", "img/s", "eta"):
+    assert word in err, word
+
+
+def test_tensorboard_events_hold_the_metrics(finished):
+  workdir, _ = finished
+  events = event_accumulator.EventAccumulator(str(workdir / "tensorboard"))
+  events.Reload()
+  want = {r["step"]: r["loss"] for r in evaluations(workdir)}
+  got = {e.step: e.value for e in events.Scalars("eval/loss")}
+  assert got == pytest.approx(want)
+
+
+def test_started_again_a_finished_run_only_reports(finished):
+  workdir, _ = finished
+  before = (workdir / "metrics.jsonl").read_text()
+  summary = json.loads((workdir / "summary.json").read_text())
+  _, err = run(workdir)
+  assert "resumed" in err and "step 12" in err
+  assert (workdir / "metrics.jsonl").read_text() == before
+  assert json.loads((workdir / "summary.json").read_text()) == summary
+
+
+def test_evaluate_measures_the_checkpoint(finished):
+  workdir, _ = finished
+  evaluate = "metaformer_jax.tools.evaluate"
+  recorded = {r["step"]: r for r in evaluations(workdir)}
+  # At a batch size that does not divide 297, and another checkpoint.
+  for flags, step in ((("--config.eval.batch_size=100",), 12),
+                      (("--checkpoint=12",), 12),
+                      (("--checkpoint=best",), max(
+                          recorded, key=lambda i: recorded[i]["top1"]))):
+    out, _ = run(workdir, *flags, module=evaluate)
+    result = json.loads(out)
+    assert result["n_examples"] == 297
+    assert recorded[result["step"]]["top1"] == recorded[step]["top1"]
+    step = result["step"]
+    for name in ("top1", "top5"):
+      assert result[name] == recorded[step][name]
+    assert result["loss"] == pytest.approx(recorded[step]["loss"], rel=1e-5)
+  _, err = run(workdir, "--checkpoint=5", module=evaluate, expect=2)
+  assert "no checkpoint 5" in err
+  _, err = run(workdir / "none", module=evaluate, expect=2)
+  assert "holds no checkpoints" in err
+
+
+def wait_for_step(process, workdir, step):
+  """Waits until the run has recorded a step, while it goes on."""
+  deadline = time.monotonic() + 120
+  path = workdir / "metrics.jsonl"
+  while time.monotonic() < deadline and process.poll() is None:
+    if any(r["step"] >= step for r in writers.read(path)):
+      return
+    time.sleep(0.01)
+  raise AssertionError(process.communicate())
+
+
+def test_sigterm_saves_and_the_rest_is_the_same(finished, tmp_path):
+  process = start(tmp_path)
+  wait_for_step(process, tmp_path, 4)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=120)
+  if process.returncode == 0:
+    pytest.fail("the run was over before the signal")
+  assert process.returncode == 143, err
+  assert "Traceback" not in err and "saved in" in err
+  run(tmp_path)
+  assert_equal_runs(tmp_path, finished[0])
+
+
+def test_sigkill_loses_nothing_that_was_saved(finished, tmp_path):
+  process = start(tmp_path)
+  wait_for_step(process, tmp_path, 4)
+  process.kill()
+  process.communicate(timeout=120)
+  with (tmp_path / "metrics.jsonl").open("a") as f:
+    f.write('{"step": 99, "spl')  # As a kill while writing would leave it.
+  run(tmp_path)
+  assert_equal_runs(tmp_path, finished[0])
+
+
+def test_another_experiment_is_refused(finished):
+  workdir, _ = finished
+  _, err = run(workdir, "--config.optim.base_lr=0.5", expect=2)
+  assert err.count("\n") == 1
+  assert "optim.base_lr: 0.008 -> 0.5" in err
+
+
+def test_interrupted_at_any_step(tmp_path):
+  """In one process: stopped after each step in turn, always the same end."""
+  cfg = dataclasses.replace(
+      experiment.Experiment(),
+      model=experiment.Model(num_classes=10, depths=(1,), dims=(16,),
+                             token_mixers=("pooling",), drop_path_rate=0.5),
+      data=experiment.Data(source="digits", image_size=16),
+      train=experiment.Train(batch_size=16, steps=6, ema_decay=0.5,
+                             accumulate=2),
+      checkpoint=experiment.Checkpoint(every_steps=1, keep_last=1),
+      mesh=experiment.Mesh(data=4, fsdp=2, min_size=16),
+      log=experiment.Log(tensorboard=False, compilation_cache=""))
+
+  class Interrupted(Exception):
+    pass
+
+  class Task(classification.Classification):
+    """Raises instead of giving the batch after `limit`."""
+
+    limit = None
+    seen = ()
+
+    def make_data(self, split):
+      data = super().make_data(split)
+      if split == "eval" or self.limit is None:
+        return data
+      task, batches = self, data.train_batches
+
+      class Limited:
+        n_examples = data.n_examples
+
+        def train_batches(self, position):
+          yielded = batches(position)
+          for _ in range(task.limit):
+            yield next(yielded)
+          yielded.close()
+          raise Interrupted
+
+      return Limited()
+
+  mesh = sharding.make_mesh(cfg)
+  whole = loop.train_and_evaluate(cfg, Task(cfg), mesh, tmp_path / "whole")
+  parts = tmp_path / "parts"
+  for limit in (1, 2, 1, 2):
+    task = Task(cfg)
+    object.__setattr__(task, "limit", limit)
+    try:
+      result = loop.train_and_evaluate(cfg, task, mesh, parts)
+    except Interrupted:
+      continue
+  result = loop.train_and_evaluate(cfg, Task(cfg), mesh, parts)
+  assert {k: result[k] for k in ("step", "loss", "top1")} == {
+      k: whole[k] for k in ("step", "loss", "top1")}
+  tails = []
+  for workdir in (tmp_path / "whole", parts):
+    state, position = restore(cfg, workdir, 6)
+    assert position == 96
+    tails.append(jax.tree.map(np.asarray, state))
+  for a, b in zip(jax.tree.leaves(tails[0]), jax.tree.leaves(tails[1]),
+                  strict=True):
+    assert a.tobytes() == b.tobytes()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_unsaved(tmp_path):
+  _, err = run(tmp_path, "--config.optim.base_lr=1e30",
+               "--config.optim.warmup_epochs=0", expect=3)
+  assert "is nan; lower config.optim.base_lr" in err or "is inf" in err
+  steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+  cfg = load_config(tmp_path)
+  for step in steps:
+    state, _ = restore(cfg, tmp_path, step)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_the_second_start_compiles_nothing_again(tmp_path):
+  cache = tmp_path / "cache"
+  flags = (f"--config.log.compilation_cache={cache}",
+           "--config.train.steps=1")
+  run(tmp_path / "a", *flags)
+  compiled = sorted(p.name for p in cache.rglob("*-cache"))
+  assert compiled
+  run(tmp_path / "b", *flags)
+  assert sorted(p.name for p in cache.rglob("*-cache")) == compiled
+
+
+def test_config_error_of_the_data_ends_with_2(tmp_path):
+  with pytest.raises(errors.ConfigError, match="4, but the train data"):
+    cfg = dataclasses.replace(
+        experiment.Experiment(), model=experiment.Model(num_classes=4),
+        data=experiment.Data(source="digits"))
+    classification.create(cfg).make_data("train")

@@ -1,0 +1,261 @@
+"""The step: equal on any mesh and with any accumulation, and each part right.
+
+A toy task shows that the loop and the step know nothing of images.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from metaformer_jax import errors, experiment
+from metaformer_jax.tasks import classification
+from metaformer_jax.training import (
+  optim,
+  rng,
+  schedules,
+  sharding,
+  step,
+)
+from metaformer_jax.training import state as state_lib
+
+
+def experiment_of(**sections) -> experiment.Experiment:
+  """A small PoolFormer on digits, with some sections changed."""
+  cfg = experiment.Experiment(
+      model=experiment.Model(
+          num_classes=10, depths=(1, 1), dims=(32, 64),
+          token_mixers=("pooling",) * 2, layer_scale_init=0.1),
+      data=experiment.Data(source="digits", image_size=32, crop_pct=1.0,
+                           crop_area=(0.8, 1.0), flip=0.0),
+      # A large epsilon: where the true gradient is 0, Adam's usual one would
+      # make a step of the rounding error.
+      optim=experiment.Optim(base_lr=0.5, warmup_epochs=0.0, eps=1e-3),
+      train=experiment.Train(batch_size=32, steps=20, ema_decay=0.9))
+  return dataclasses.replace(cfg, **{
+      name: dataclasses.replace(getattr(cfg, name), **changes)
+      for name, changes in sections.items()})
+
+
+def run_steps(cfg, n_steps):
+  """Trains on digits; returns the losses and the final state on the host."""
+  task = classification.create(cfg)
+  mesh = sharding.make_mesh(cfg)
+  tx, schedule = optim.create(cfg, 20, steps_per_epoch=47)
+  create = functools.partial(state_lib.create, task, tx, cfg.seed,
+                             cfg.train.ema_decay)
+  shardings = sharding.state_shardings(mesh, jax.eval_shape(create), cfg.mesh)
+  state = jax.jit(create, out_shardings=shardings)()
+  train_step = jax.jit(
+      functools.partial(step.train_step, task=task, tx=tx, schedule=schedule,
+                        seed=cfg.seed, ema_decay=cfg.train.ema_decay,
+                        accumulate=cfg.train.accumulate),
+      donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+  batches = task.make_data("train").train_batches(0)
+  losses = []
+  for _ in range(n_steps):
+    state, metrics = train_step(state, sharding.put_batch(next(batches), mesh))
+    losses.append(float(metrics["loss"]))
+  batches.close()
+  return np.array(losses), state
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+  return run_steps(experiment_of(mesh={"data": 1}), 20)
+
+
+@pytest.mark.parametrize("mesh", [
+    {"data": 8}, {"data": 1, "fsdp": 8, "min_size": 64},
+    {"data": 4, "fsdp": 2, "min_size": 64,
+     "rules": (("head/kernel", -1), ("fc1/kernel", 0))}],
+    ids=["data parallel", "fsdp", "both"])
+def test_eight_devices_train_as_one(on_one_device, mesh):
+  losses, state = run_steps(experiment_of(mesh=mesh), 20)
+  want, _ = on_one_device
+  np.testing.assert_allclose(losses, want, atol=1e-5)
+  assert want[-5:].mean() < want[:5].mean() - 0.1  # It did learn something.
+  kernel = state.params["stage2"]["block1"]["mlp"]["fc1"]["kernel"]
+  n_parts = mesh.get("fsdp", 1)
+  assert kernel.addressable_shards[0].data.size == kernel.size // n_parts
+  moment = state.opt_state[0].mu["stage2"]["block1"]["mlp"]["fc1"]["kernel"]
+  assert moment.sharding == kernel.sharding
+  assert state.params["head"]["kernel"].is_fully_replicated == (
+      n_parts == 1 or "rules" in mesh)
+
+
+@pytest.mark.parametrize("accumulate,data", [(2, 1), (4, 2), (8, 4)])
+def test_micro_batches_train_as_one_batch(on_one_device, accumulate, data):
+  losses, state = run_steps(experiment_of(
+      train={"accumulate": accumulate}, mesh={"data": data}), 20)
+  want, want_state = on_one_device
+  np.testing.assert_allclose(losses, want, atol=1e-5)
+  for got, expected in zip(jax.tree.leaves(state.params),
+                           jax.tree.leaves(want_state.params)):
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+class Line(nn.Module):
+  """y = a x, with a batch statistic: the mean of what it saw last."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    seen = self.variable("batch_stats", "mean", jnp.zeros, ())
+    if train:
+      seen.value = x.mean()
+    return self.param("a", nn.initializers.constant(2.0), (1,)) * x
+
+
+class LineTask:
+  """A task of thirty lines: fit y = 3 x; nothing of it is an image."""
+
+  model = Line()
+
+  def init_inputs(self):
+    return (jnp.zeros((4,)),)
+
+  def loss(self, variables, batch, rngs, train):
+    y, updates = self.model.apply(variables, batch["x"], train=train,
+                                  mutable=["batch_stats"])
+    loss = jnp.square(y - 3 * batch["x"]).mean()
+    return loss, {"loss": loss}, updates
+
+
+def line_step(state, batch, tx, **kwargs):
+  options = {"schedule": lambda _: 0.1, "seed": 0, "ema_decay": 0.9,
+             "accumulate": 1, **kwargs}
+  return step.train_step(state, batch, task=LineTask(), tx=tx, **options)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_step_by_hand(accumulate):
+  tx = optax.sgd(0.1)
+  state = state_lib.create(LineTask(), tx, 0, ema_decay=0.9)
+  x = jnp.array([1.0, 2.0, 3.0, 5.0])
+  after, metrics = line_step(state, {"x": x}, tx, accumulate=accumulate)
+  # d/da mean((a x - 3 x)^2) = 2 (a - 3) mean(x^2), mean(x^2) = 39 / 4.
+  gradient = 2 * (2 - 3) * 39 / 4
+  assert math.isclose(metrics["loss"], 39 / 4, rel_tol=1e-6)
+  assert math.isclose(metrics["grad_norm"], -gradient, rel_tol=1e-6)
+  a = 2 - 0.1 * gradient
+  np.testing.assert_allclose(after.params["a"], [a], rtol=1e-6)
+  np.testing.assert_allclose(after.ema_params["a"], [0.9 * 2 + 0.1 * a],
+                             rtol=1e-6)
+  assert after.step == 1
+  # Micro-batches come in turn: the statistic is that of the last one.
+  want = x.mean() if accumulate == 1 else 5.0
+  assert float(after.model_state["batch_stats"]["mean"]) == want
+
+
+def test_jit_changes_nothing():
+  tx = optax.adam(0.1)
+  state = state_lib.create(LineTask(), tx, 0, ema_decay=0.9)
+  plain = compiled = state
+  jitted = jax.jit(functools.partial(line_step, tx=tx, accumulate=2))
+  for i in range(5):
+    batch = {"x": jnp.arange(4.0) - i}
+    plain, metrics = line_step(plain, batch, tx, accumulate=2)
+    compiled, compiled_metrics = jitted(compiled, batch)
+    for got, want in zip(jax.tree.leaves((compiled, compiled_metrics)),
+                         jax.tree.leaves((plain, metrics))):
+      np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_evaluation_uses_the_average_only_where_there_is_one():
+  tx = optax.sgd(0.1)
+  for decay in (0.0, 0.9):
+    state = state_lib.create(LineTask(), tx, 0, ema_decay=decay)
+    state, _ = line_step(state, {"x": jnp.ones(4)}, tx, ema_decay=decay)
+    expected = state.params if decay == 0 else state.ema_params
+    assert state.eval_variables()["params"] is expected
+    assert "batch_stats" in state.eval_variables()
+
+
+def test_decay_spares_vectors_and_shrinks_matrices():
+  cfg = experiment_of(optim={"weight_decay": 0.5, "base_lr": 1.0},
+                      train={"batch_size": 1024})
+  tx, _ = optim.create(cfg, 10, 10)
+  params = {"kernel": jnp.full((2, 2), 4.0), "scale": jnp.full((2,), 4.0),
+            "conv": jnp.full((1, 1, 2, 2), 4.0), "scalar": jnp.float32(4.0)}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = tx.update(zeros, tx.init(params), params)
+  for name, value in updates.items():
+    # Decoupled: -learning rate * decay * parameter, at the peak rate of 1.
+    want = -0.5 * 4 if name in ("kernel", "conv") else 0.0
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+
+
+def test_adamw_by_hand_with_clipping():
+  cfg = experiment_of(optim={"clip_norm": 0.1, "weight_decay": 0.0,
+                             "base_lr": 1.0, "eps": 0.5},
+                      train={"batch_size": 1024})
+  tx, _ = optim.create(cfg, 10, 10)
+  params = {"w": jnp.zeros((2,))}
+  updates, _ = tx.update({"w": jnp.array([3.0, 4.0])}, tx.init(params), params)
+  clipped = np.array([3.0, 4.0]) * 0.1 / 5
+  # The first step's corrected moments are the gradient and its square.
+  np.testing.assert_allclose(updates["w"], -clipped / (clipped + 0.5),
+                             rtol=1e-5)
+
+
+def test_learning_rate_scales_with_the_batch():
+  for batch_size in (32, 4096):
+    cfg = experiment_of(optim={"base_lr": 1e-3, "min_lr": 0.0},
+                        train={"batch_size": batch_size})
+    _, schedule = optim.create(cfg, 100, 10)
+    np.testing.assert_allclose(schedule(0), 1e-3 * batch_size / 1024,
+                               rtol=1e-6)
+
+
+def test_schedule_is_linear_then_cosine():
+  schedule = schedules.warmup_cosine(
+      peak=4e-3, total_steps=300, warmup_steps=20, warmup_lr=1e-6, min_lr=1e-5)
+  for t in (0, 1, 7, 19):
+    want = 1e-6 + t * (4e-3 - 1e-6) / 20
+    np.testing.assert_allclose(schedule(t), want, rtol=1e-5)
+  for t in (20, 21, 150, 299, 300, 310):
+    want = 1e-5 + (4e-3 - 1e-5) * 0.5 * (
+        1 + math.cos(math.pi * min(t, 300) / 300))
+    np.testing.assert_allclose(schedule(t), want, rtol=1e-5)
+
+
+def test_keys_differ_by_seed_name_and_step():
+  keys = [rng.for_step(seed, i)[name]
+          for seed in (0, 1) for i in (0, 1) for name in rng.STEP_NAMES]
+  keys.append(rng.named(0, "init"))
+  raw = {tuple(jax.random.key_data(k).tolist()) for k in keys}
+  assert len(raw) == len(keys)
+  again = rng.for_step(1, 1)["drop_path"]
+  assert jnp.array_equal(jax.random.key_data(again),
+                         jax.random.key_data(rng.for_step(1, 1)["drop_path"]))
+
+
+@pytest.mark.parametrize("mesh,message", [
+    ({"data": 3, "fsdp": 5}, "does not fit 8 devices"),
+    ({"data": 16}, "does not fit 8 devices"),
+    ({"data": -1, "fsdp": 3}, "does not fit 8 devices"),
+    ({"data": 3}, "32 is not divisible by 3 devices x 1 micro-batches; "
+                  "nearest: 33")])
+def test_meshes_that_do_not_fit(mesh, message):
+  with pytest.raises(errors.ConfigError, match=message):
+    sharding.make_mesh(experiment_of(mesh=mesh))
+
+
+@pytest.mark.parametrize("rules,message", [
+    ((("haed/kernel", -1),), "'haed/kernel' finds no parameter; did you mean "
+                             "head/kernel"),
+    ((("head/bias", 0),), "splits axis 0 of head/bias"),
+    ((("head/kernel", 2),), "splits axis 2 of head/kernel")])
+def test_sharding_rules_that_do_nothing_are_errors(rules, message):
+  cfg = experiment_of(mesh={"data": 2, "fsdp": 4, "rules": rules})
+  tx, _ = optim.create(cfg, 10, 10)
+  shapes = jax.eval_shape(functools.partial(
+      state_lib.create, classification.create(cfg), tx, 0, 0.9))
+  with pytest.raises(errors.ConfigError, match=message):
+    sharding.state_shardings(sharding.make_mesh(cfg), shapes, cfg.mesh)
