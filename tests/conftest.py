@@ -1,9 +1,19 @@
 """Eight fake devices, and strictness, for every test; set before jax starts."""
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""),
      "--xla_force_host_platform_device_count=8"]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+# Programs compiled by one test serve the others, and no later session.
+_CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+def pytest_unconfigure():
+  _CACHE.cleanup()

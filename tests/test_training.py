@@ -80,7 +80,7 @@ def test_eight_devices_train_as_one(on_one_device, mesh):
   losses, state = run_steps(experiment_of(mesh=mesh), 20)
   want, _ = on_one_device
   np.testing.assert_allclose(losses, want, atol=1e-5)
-  assert want[-5:].mean() < want[:5].mean() - 0.1  # It did learn something.
+  assert want[-5:].mean() < want[:5].mean() - 0.05  # It learns.
   kernel = state.params["stage2"]["block1"]["mlp"]["fc1"]["kernel"]
   n_parts = mesh.get("fsdp", 1)
   assert kernel.addressable_shards[0].data.size == kernel.size // n_parts

@@ -1,0 +1,319 @@
+"""The loader's order, whatever reads it, and each example exactly once."""
+
+import itertools
+import multiprocessing
+import os
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from metaformer_jax import experiment
+from metaformer_jax.data import loader, sources, transforms
+
+
+class Numbers:
+  """A source of n examples; each is its own index."""
+
+  n_classes = None
+
+  def __init__(self, n):
+    self._n = n
+
+  def __len__(self):
+    return self._n
+
+  def __getitem__(self, index):
+    assert 0 <= index < self._n
+    return {"image": index, "label": index}
+
+
+def draw(record, rng):
+  """The index, with a number drawn for it; -1 where there is no rng."""
+  return {"index": np.int32(record["label"]),
+          "draw": np.int64(-1 if rng is None else rng.integers(2**62))}
+
+
+def fails_at_5(record, rng):
+  if record["label"] == 5:
+    raise ValueError("example five is broken")
+  return draw(record, rng)
+
+
+def stops_at_5(record, rng):
+  if record["label"] == 5:
+    next(iter(()))
+  return draw(record, rng)
+
+
+def numbers(n=10, batch_size=4, **kw):
+  return loader.Loader(Numbers(n), draw, batch_size, **kw)
+
+
+def take(batches, n):
+  """The first n batches, joined: {key: [n * b, ...]}."""
+  got = list(itertools.islice(batches, n))
+  batches.close()
+  assert len(got) == n
+  return {k: np.concatenate([b[k] for b in got]) for k in got[0]}
+
+
+def indices(made, n_batches, position=0):
+  return take(made.train_batches(position), n_batches)["index"].tolist()
+
+
+# Training: the order.
+
+
+@pytest.mark.parametrize("n, batch_size", [
+    (10, 5), (10, 4), (10, 7), (7, 16), (1, 3), (97, 10)])
+def test_each_epoch_is_a_permutation(n, batch_size):
+  n_batches = -(-4 * n // batch_size)
+  stream = indices(numbers(n, batch_size), n_batches)
+  epochs = [stream[i * n:(i + 1) * n] for i in range(4)]
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(n))
+  if n > 5:
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert list(range(n)) not in epochs
+
+
+def test_the_order_depends_on_the_seed_and_not_on_the_batch_size():
+  streams = [indices(numbers(seed=seed), 10) for seed in range(5)]
+  assert len({tuple(stream) for stream in streams}) == 5
+  for batch_size in (1, 2, 20):
+    assert indices(numbers(batch_size=batch_size), 40 // batch_size) == (
+        streams[0])
+
+
+def test_the_order_is_that_of_the_checkpoints_that_exist():
+  """A position in a checkpoint must mean the same images after an upgrade."""
+  got = take(numbers().train_batches(0), 5)
+  assert got["index"].tolist() == [
+      4, 6, 2, 7, 3, 5, 9, 0, 8, 1,
+      5, 1, 6, 3, 4, 8, 9, 7, 2, 0]
+  # Of seed 0, domain 1, then epoch 0 and example 4, and epoch 1 and 0.
+  assert got["draw"][0] == np.random.default_rng((0, 1, 0, 4)).integers(2**62)
+  assert got["draw"][-1] == np.random.default_rng((0, 1, 1, 0)).integers(2**62)
+
+
+def test_every_order_is_as_likely():
+  """Over 1,200 epochs the first example is each of ten about 120 times."""
+  n = 10
+  stream = np.array(indices(numbers(n, 200), 60)).reshape(-1, n)
+  counts = np.array([np.bincount(place, minlength=n) for place in stream.T])
+  assert counts.shape == (n, n) and counts.sum() == 12_000
+  chi2 = ((counts - 120) ** 2 / 120).sum()  # 81 degrees of freedom.
+  assert 40 < chi2 < 130
+
+
+def test_augmentation_differs_by_epoch_example_and_seed():
+  got = take(numbers(10, 10).train_batches(0), 6)
+  assert len(set(got["draw"].tolist())) == 60
+  other = take(numbers(10, 10, seed=1).train_batches(0), 6)
+  assert not set(other["draw"].tolist()) & set(got["draw"].tolist())
+
+
+def test_augmentation_depends_on_the_epoch_and_the_index_alone():
+  """Other batch sizes and positions give an example the same draws."""
+  got = take(numbers(10, 10).train_batches(0), 3)
+  epochs = np.arange(30) // 10
+  expected = dict(zip(zip(epochs, got["index"]), got["draw"]))
+  got = take(numbers(10, 3).train_batches(4), 8)
+  epochs = (np.arange(24) + 4) // 10
+  assert [expected[key] for key in zip(epochs, got["index"])] == (
+      got["draw"].tolist())
+
+
+@pytest.mark.parametrize("kind", [int, np.int64])
+@pytest.mark.parametrize("position", [4, 9, 10, 37, 4 * 10**9 + 37])
+def test_resuming_equals_continuing(position, kind):
+  made = numbers()
+  expected = take(made.train_batches(position - position % 40), 20)
+  got = take(made.train_batches(kind(position)), 5)
+  start = position % 40
+  for key in ("index", "draw"):
+    np.testing.assert_array_equal(got[key], expected[key][start:start + 20])
+
+
+def test_resuming_is_exact_with_another_batch_size_and_process_count():
+  expected = take(numbers(batch_size=4).train_batches(0), 20)
+  parts = [take(numbers(batch_size=6, process_index=i, process_count=2)
+                .train_batches(8), 1) for i in range(2)]
+  for key in ("index", "draw"):
+    got = np.concatenate([part[key] for part in parts])
+    np.testing.assert_array_equal(got, expected[key][8:14])
+
+
+# Processes.
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_processes_batches_joined_are_the_global_batch(count):
+  expected = list(itertools.islice(numbers(11, 8).train_batches(3), 4))
+  parts = [list(itertools.islice(
+      numbers(11, 8, process_index=i, process_count=count).train_batches(3), 4))
+           for i in range(count)]
+  for step, batch in enumerate(expected):
+    for key in ("index", "draw"):
+      got = [part[step][key] for part in parts]
+      assert {len(g) for g in got} == {8 // count}
+      np.testing.assert_array_equal(np.concatenate(got), batch[key])
+
+
+@pytest.mark.parametrize("batch_size, count", [(4, 3), (1, 2), (6, 4)])
+def test_a_batch_that_cannot_be_divided_is_an_error(batch_size, count):
+  with pytest.raises(ValueError, match=f"{batch_size} .*{count} processes"):
+    numbers(batch_size=batch_size, process_count=count)
+
+
+# Evaluation.
+
+
+@pytest.mark.parametrize("n, batch_size", [
+    (10, 1), (10, 7), (10, 10), (10, 15), (1, 4), (12, 4)])
+def test_eval_gives_each_example_once_in_order(n, batch_size):
+  made = numbers(n, batch_size)
+  batches = list(made.eval_batches())
+  assert len(batches) == made.n_eval_batches == -(-n // batch_size)
+  assert made.n_examples == n
+  for batch in batches:
+    assert {k: v.shape for k, v in batch.items()} == dict.fromkeys(
+        ("index", "draw", "mask"), (batch_size,))
+    assert batch["mask"].dtype == np.bool_
+  mask = np.concatenate([b["mask"] for b in batches])
+  index = np.concatenate([b["index"] for b in batches])
+  assert index[mask].tolist() == list(range(n))
+  assert mask.tolist() == [True] * n + [False] * (len(mask) - n)
+  # No augmentation, and the second pass is the first.
+  assert all((b["draw"] == -1).all() for b in batches)
+  for one, other in zip(batches, made.eval_batches(), strict=True):
+    np.testing.assert_equal(other, one)
+
+
+@pytest.mark.parametrize("n, batch_size", [
+    (10, 2), (10, 8), (10, 10), (10, 16), (10, 30)])
+def test_eval_of_two_processes_gives_each_example_once(n, batch_size):
+  parts = [list(numbers(n, batch_size, process_index=i, process_count=2)
+                .eval_batches()) for i in range(2)]
+  # As many batches in each, or the one with more waits for the other forever.
+  assert [len(p) for p in parts] == [-(-n // batch_size)] * 2
+  seen, expected = [], numbers(n, batch_size).eval_batches()
+  for whole, *batches in zip(expected, *parts, strict=True):
+    for key in ("index", "mask"):
+      np.testing.assert_array_equal(
+          np.concatenate([b[key] for b in batches]), whole[key])
+    seen += [i for b in batches for i in b["index"][b["mask"]].tolist()]
+  assert seen == list(range(n))
+
+
+# Threads and worker processes.
+
+
+def pictures(**kw):
+  """Augmented digits, three batches an epoch."""
+  source = sources.digits(False)
+  transform = transforms.TrainTransform(experiment.Data(image_size=8))
+  return loader.Loader(source, transform, 99, seed=3, **kw)
+
+
+@pytest.fixture(scope="module")
+def expected_pictures():
+  return take(pictures(workers=0, threads=1).train_batches(50), 5)
+
+
+@pytest.mark.parametrize("workers, threads", [(0, 4), (1, 1), (2, 4)])
+def test_workers_and_threads_change_no_byte(expected_pictures, workers,
+                                            threads):
+  made = pictures(workers=workers, threads=threads)
+  got = take(made.train_batches(50), 5)
+  assert got["image"].shape == (495, 8, 8, 3)
+  for key in ("image", "label"):
+    assert got[key].dtype == expected_pictures[key].dtype
+    assert got[key].tobytes() == expected_pictures[key].tobytes()
+
+
+class Place:
+  """The index, and the process that made it."""
+
+  def __call__(self, record, rng):
+    del rng
+    return {"index": np.int32(record["label"]), "pid": np.int64(os.getpid())}
+
+
+def test_eval_by_workers_is_in_order_and_theirs():
+  made = loader.Loader(Numbers(10), Place(), 3, workers=2)
+  got = take(made.eval_batches(), 4)
+  assert got["index"][got["mask"]].tolist() == list(range(10))
+  pids = set(got["pid"].tolist())
+  assert len(pids) == 2 and os.getpid() not in pids
+
+
+def test_batches_of_workers_may_be_kept():
+  """They are no views of shared memory that a later batch overwrites."""
+  made = numbers(workers=1)
+  batches = list(itertools.islice(made.train_batches(0), 30))
+  kept = np.concatenate([b["index"] for b in batches]).tolist()
+  assert kept == indices(numbers(), 30)
+  assert all(v.flags.owndata for b in batches for v in b.values())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_exception_reaches_the_consumer(workers):
+  made = loader.Loader(Numbers(10), fails_at_5, 2, workers=workers)
+  batches = made.eval_batches()
+  with pytest.raises(Exception, match="example five is broken"):
+    list(batches)
+  made = loader.Loader(Numbers(10), fails_at_5, 2, workers=workers)
+  with pytest.raises(Exception, match="example five is broken"):
+    take(made.train_batches(0), 6)
+
+
+@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception,
+                   reason="BUG: a StopIteration ends the evaluation quietly, "
+                   "examples unseen")
+def test_stop_iteration_is_an_exception_like_others():
+  made = loader.Loader(Numbers(10), stops_at_5, 2)
+  with pytest.raises(Exception):  # noqa: B017
+    list(made.eval_batches())
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError,
+                   reason="BUG: the error of a broken image names no file")
+def test_a_broken_image_is_named(tmp_path):
+  good = Image.fromarray(np.zeros((9, 9, 3), np.uint8))
+  for name in ("a/1.png", "b/2.png"):
+    (tmp_path / "train" / name).parent.mkdir(parents=True)
+    good.save(tmp_path / "train" / name)
+  broken = tmp_path / "train" / "b" / "2.png"
+  broken.write_bytes(broken.read_bytes()[:40])
+  cfg = experiment.Data(path=str(tmp_path), image_size=8)
+  made = loader.Loader(sources.create(cfg, "train"),
+                       transforms.EvalTransform(cfg), 2)
+  with pytest.raises(Exception) as caught:
+    list(made.eval_batches())
+  assert str(broken) in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_closing_early_leaves_no_process_behind(workers):
+  before = set(multiprocessing.active_children())
+  batches = numbers(workers=workers).train_batches(0)
+  assert len(next(batches)["index"]) == 4
+  started = set(multiprocessing.active_children()) - before
+  assert len(started) == workers
+  start = time.monotonic()
+  batches.close()
+  for process in started:
+    process.join(20)
+    assert not process.is_alive()
+  assert time.monotonic() - start < 20
+  with pytest.raises(StopIteration):
+    next(batches)
+
+
+def test_a_stream_that_nobody_reads_starts_nothing():
+  before = set(multiprocessing.active_children())
+  numbers(workers=2).train_batches(0).close()
+  assert set(multiprocessing.active_children()) == before
