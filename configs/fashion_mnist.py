@@ -20,6 +20,8 @@ def get_config():
   config.model.layer_scale_init = 0.1
   config.model.drop_path_rate = 0.1
   config.data.source = "idx"
+  # Where Debian's package puts the four files.
+  config.data.path = "/usr/share/datasets/fashion-mnist"
   config.data.image_size = 28
   config.data.crop_pct = 1.0
   config.data.crop_area = (0.6, 1.0)

@@ -20,7 +20,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from metaformer_jax import errors
-from metaformer_jax.experiment import Data, Experiment
+from metaformer_jax.experiment import Experiment
 from metaformer_jax.models import registry
 
 # Sections that may differ when a run is resumed: they change no number beyond
@@ -232,7 +232,7 @@ def _check(cfg: Experiment) -> Iterator[str]:
     if low > high:
       yield f"config.data.{key}: ({low}, {high}) does not ascend"
   yield from _check_mesh(cfg)
-  yield from _check_data(cfg.data)
+  yield from _check_data(cfg)
 
 
 def check_batch(cfg: Experiment, n_devices: int) -> Iterator[str]:
@@ -300,14 +300,19 @@ def _check_mesh(cfg: Experiment) -> Iterator[str]:
       yield f"config.mesh.rules: {rule[0]!r} is no regular expression: {e}"
 
 
-def _check_data(data: Data) -> Iterator[str]:
+def _check_data(cfg: Experiment) -> Iterator[str]:
+  data = cfg.data
   if data.source == "tfds" and not data.name:
     yield ("config.data.name: None with source tfds; give a data set's name, "
            "e.g. imagenet2012")
   if data.source == "folder" and not data.path:
-    yield (f"config.data.path: {data.path!r} "
-           "with source folder; give the folder that "
-           "holds train/ and val/")
+    yield (f"config.data.path: {data.path!r} with source folder; give the "
+           "folder that holds train/ and val/")
+  if data.source == "idx" and not data.path:
+    yield (f"config.data.path: {data.path!r} with source idx; give the folder "
+           "that holds the four files of MNIST or Fashion-MNIST")
+  if data.source == "digits":
+    yield from _check_n_classes(cfg, 10)
   if not data.path:
     return
   if "://" in data.path:
@@ -316,16 +321,24 @@ def _check_data(data: Data) -> Iterator[str]:
              f"source {data.source} needs")
     return
   try:
-    yield from _check_folders(data)
+    yield from _check_folders(cfg)
   except (OSError, RuntimeError) as e:  # Not permitted, too long, no home.
     yield f"config.data.path: {data.path}: {e}"
 
 
-def _check_folders(data: Data) -> Iterator[str]:
+def _check_n_classes(cfg: Experiment, n_classes: int) -> Iterator[str]:
+  if n_classes > cfg.model.num_classes:
+    yield (f"config.model.num_classes: {cfg.model.num_classes} is less than "
+           f"the data's; nearest: {n_classes}")
+
+
+def _check_folders(cfg: Experiment) -> Iterator[str]:
+  data = cfg.data
   root = pathlib.Path(data.path).expanduser()
   if not root.is_dir():
-    yield (f"config.data.path: {data.path} is not a folder"
-           f"{_nearest_folder(root)}")
+    hint = ("; install Debian's package dataset-fashion-mnist"
+            if root.name == "fashion-mnist" else _nearest_folder(root))
+    yield f"config.data.path: {data.path} is not a folder{hint}"
   elif data.source == "idx":
     for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
                  "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
@@ -337,6 +350,11 @@ def _check_folders(data: Data) -> Iterator[str]:
       if not (root / split).is_dir():
         yield (f"config.data.{key}: {data.path} has no folder {split!r}"
                f"{_nearest_folder(root / split)}")
+        continue
+      classes = [p for p in (root / split).iterdir() if p.is_dir()]
+      if not classes:
+        yield f"config.data.path: {root / split} has no class folders"
+      yield from _check_n_classes(cfg, len(classes))
 
 
 def _nearest_folder(path: pathlib.Path) -> str:

@@ -68,7 +68,7 @@ class Data:
                        choices=("digits", "folder", "idx", "tfds"))
   path: str | None = option(
       None, "folder: with a folder per split, of class folders; idx: with the "
-      "four files; tfds: the data_dir")
+      "four files; tfds: the data_dir, None for TFDS' own")
   name: str | None = option(None, "tfds: name of the data set")
   train_split: str | None = option(
       None, "folder: name of its folder; tfds: split; None: by the source")

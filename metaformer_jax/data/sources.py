@@ -43,7 +43,7 @@ def create(cfg: Data, split: str) -> Source:
     case "digits":
       return digits(train)
     case "idx":
-      return idx(cfg.path or FASHION_MNIST, train)
+      return idx(cfg.path, train)
     case "folder":
       return _class_folders(cfg, train)
     case "tfds":
@@ -84,10 +84,6 @@ def digits(train: bool) -> InMemory:
   return InMemory(images[part], data.target[part])
 
 
-# Where Debian's package dataset-fashion-mnist puts its four files.
-FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
-
-
 def idx(path: str, train: bool) -> InMemory:
   """MNIST's four idx files, gzipped or not; n x H x W and n values of uint8."""
   prefix = "train" if train else "t10k"
@@ -105,10 +101,7 @@ def _read_idx(folder: str, name: str, n_dims: int) -> np.ndarray:
   file = next((f for f in (root / name, root / f"{name}.gz") if f.is_file()),
               None)
   if file is None:
-    hint = ("; install Debian's dataset-fashion-mnist, or set config.data.path"
-            if folder == FASHION_MNIST else "")
-    raise errors.ConfigError(
-        f"config.data.path: {root} has no {name}[.gz]{hint}")
+    raise errors.ConfigError(f"config.data.path: {root} has no {name}[.gz]")
   try:
     data = file.read_bytes()
     data = gzip.decompress(data) if file.suffix == ".gz" else data

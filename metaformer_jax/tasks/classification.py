@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +80,10 @@ class Classification:
     transform = transforms.TrainTransform if train else transforms.EvalTransform
     batch_size = cfg.train.batch_size
     if not train:
-      # Filled up so that every device has the same number of images.
-      n = jax.device_count()
+      # Filled up so that every device of the mesh has as many images. Where an
+      # axis takes what is left, the mesh has all devices.
+      axes = (cfg.mesh.data, cfg.mesh.fsdp)
+      n = jax.device_count() if -1 in axes else math.prod(axes)
       batch_size = -(-cfg.eval.batch_size // n) * n
     return loader.Loader(
         source, transform(cfg.data), batch_size, seed=cfg.seed,

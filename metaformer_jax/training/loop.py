@@ -231,7 +231,11 @@ def claim_workdir(cfg: Experiment, workdir: pathlib.Path, write: bool) -> None:
   """
   path = workdir / "config.json"
   if path.is_file():
-    different = config_lib.differences(cfg, path.read_text())
+    try:
+      different = config_lib.differences(cfg, path.read_text())
+    except (OSError, ValueError, AttributeError) as e:
+      raise errors.ConfigError(
+          f"--workdir: {path} cannot be read ({e}); choose a new folder") from e
     if different:
       raise errors.ConfigError(
           f"--workdir: {workdir} holds another experiment "

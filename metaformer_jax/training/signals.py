@@ -1,6 +1,7 @@
 """Being told to end: by a preempted machine, a scheduler, or Ctrl-C."""
 
 import signal
+import threading
 
 
 class StopSignal:
@@ -14,6 +15,8 @@ class StopSignal:
     self._before = {}
 
   def __enter__(self):
+    if threading.current_thread() is not threading.main_thread():
+      return self  # Only the main thread may ask to be told.
     for number in (signal.SIGTERM, signal.SIGINT):
       self._before[number] = signal.signal(number, self._note)
     return self
