@@ -21,6 +21,10 @@ class ConfigError(UserError):
   exit_code = 2
 
 
+class DataError(UserError):
+  """An example cannot be read; the message names it."""
+
+
 class DivergedError(UserError):
   """The loss is no longer finite; starting again would not help."""
 

@@ -270,17 +270,12 @@ def test_an_exception_reaches_the_consumer(workers):
     take(made.train_batches(0), 6)
 
 
-@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception,
-                   reason="BUG: a StopIteration ends the evaluation quietly, "
-                   "examples unseen")
 def test_stop_iteration_is_an_exception_like_others():
   made = loader.Loader(Numbers(10), stops_at_5, 2)
   with pytest.raises(Exception):  # noqa: B017
     list(made.eval_batches())
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError,
-                   reason="BUG: the error of a broken image names no file")
 def test_a_broken_image_is_named(tmp_path):
   good = Image.fromarray(np.zeros((9, 9, 3), np.uint8))
   for name in ("a/1.png", "b/2.png"):

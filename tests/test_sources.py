@@ -162,8 +162,6 @@ def test_idx_counts_images_and_labels(mnist):
         folder, "2 t10k images but 3 labels")
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError,
-                   reason="BUG: idx files of no images give a ValueError")
 def test_idx_without_images_is_a_config_error(mnist):
   folder, _ = mnist
   write_idx(folder, "t10k-images-idx3-ubyte", np.zeros((0, 5, 3), np.uint8))
@@ -237,9 +235,6 @@ def test_folder_takes_images_of_nested_folders_and_links(tmp_path):
   assert [label for _, label in got] == [0, 1, 1, 1, 1, 1, 2, 3]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError,
-                   reason="BUG: files of nested folders are not in "
-                   "ImageFolder's order, folder by folder")
 def test_folder_orders_nested_files_as_image_folder(tmp_path):
   write(tmp_path / "train", *NESTED)
   assert named(folder_source(tmp_path)) == image_folder(tmp_path / "train")
@@ -252,8 +247,6 @@ def test_folder_ignores_hidden_folders(tmp_path):
   assert source.n_classes == 2
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeEncodeError,
-                   reason="BUG: a name that is not UTF-8 ends in a traceback")
 def test_folder_takes_names_that_are_not_utf8(tmp_path):
   folder = os.fsencode(tmp_path / "train" / "a")
   os.makedirs(folder)
@@ -306,9 +299,6 @@ def test_folder_without_classes_is_an_error(tmp_path):
         "no class folders")
 
 
-@pytest.mark.xfail(strict=True, raises=FileNotFoundError,
-                   reason="BUG: create() says ConfigError; config.resolve "
-                   "checks first, a user of create() gets a traceback")
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_folder_without_the_split_is_an_error(tmp_path, split):
   if split == "eval":
@@ -334,16 +324,6 @@ def test_create_opens_the_split_that_the_config_names(mnist, tmp_path):
   assert named(folder_source(tmp_path, "eval", **kw)) == [("b/4.jpg", 1)]
   with pytest.raises(ValueError, match="unknown source 'zip'"):
     sources.create(data(source="zip"), "train")
-
-
-def test_create_idx_without_a_path_reads_fashion_mnist(mnist, monkeypatch,
-                                                       tmp_path):
-  cfg = experiment.Data(source="idx")
-  monkeypatch.setattr(sources, "FASHION_MNIST", str(mnist[0]))
-  assert len(sources.create(cfg, "train")) == 7
-  monkeypatch.setattr(sources, "FASHION_MNIST", str(tmp_path / "none"))
-  fails(lambda: sources.create(cfg, "train"),
-        tmp_path / "none", "dataset-fashion-mnist")
 
 
 def test_a_pickled_source_is_the_same_source(mnist, tmp_path):

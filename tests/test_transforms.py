@@ -98,8 +98,6 @@ def test_decode_of_16_bits_keeps_black_and_order():
   assert pixels(picture)[0][2] == [255, 255, 255]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError,
-                   reason="BUG: Pillow cuts at 255: all but black is white")
 def test_decode_of_16_bits_keeps_the_brightness():
   data = encode(Image.fromarray(np.array([[0, 16384, 32768]], np.uint16)))
   np.testing.assert_allclose(
@@ -186,8 +184,6 @@ def test_box_is_inside_and_never_empty(size):
     assert all(isinstance(v, int) for v in (left, top, right, bottom))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError,
-                   reason="BUG: the fallback rounds a side down to nothing")
 @pytest.mark.parametrize("size, ratio", [
     ((9, 1), (0.2, 0.4)), ((1, 9), (2.5, 5.0))])
 def test_fallback_box_is_never_empty(size, ratio):
@@ -278,9 +274,7 @@ def test_centre_crop_begins_where_torchvisions_does(extra, start):
 
 # It pads smaller pictures by (size - side) // 2 on the left and the top.
 @pytest.mark.parametrize("missing", [
-    1, 2, 4, 5, 6, *(pytest.param(n, marks=pytest.mark.xfail(
-        strict=True, raises=AssertionError,
-        reason="BUG: rounds half to even, torchvision down")) for n in (3, 7))])
+    1, 2, 3, 4, 5, 6, 7])
 def test_centre_crop_of_a_smaller_picture_pads_with_black(missing):
   size = 2 + missing
   before = missing // 2

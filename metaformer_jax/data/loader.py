@@ -17,6 +17,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from metaformer_jax import errors
 from metaformer_jax.data.sources import Source
 
 Batch = dict[str, np.ndarray]
@@ -118,7 +119,19 @@ class _TrainStream:
     epoch, place = divmod(position, n)
     index = int(_permutation(self.seed, epoch, n)[place])
     rng = np.random.default_rng((self.seed, _AUGMENT, epoch, index))
-    return self.transform(self.source[index], rng)
+    return _example(self.source, index, self.transform, rng)
+
+
+def _example(source, index, transform, rng=None) -> dict[str, Any]:
+  """Reads and transforms one example; DataError names it if that fails."""
+  record = {}
+  try:
+    record = source[index]
+    return transform(record, rng)
+  except Exception as e:
+    raise errors.DataError(
+        f"example {index} {record.get('path', '')} cannot be read: "
+        f"{type(e).__name__}: {e}") from e
 
 
 @functools.lru_cache(maxsize=2)
@@ -136,7 +149,7 @@ class _EvalStream:
 
   def __getitem__(self, position: int) -> dict[str, Any]:
     valid = position < len(self.source)
-    example = self.transform(self.source[position if valid else 0], None)
+    example = _example(self.source, position if valid else 0, self.transform)
     return {**example, "mask": np.bool_(valid)}
 
 

@@ -89,7 +89,7 @@ def idx(path: str, train: bool) -> InMemory:
   prefix = "train" if train else "t10k"
   images = _read_idx(path, f"{prefix}-images-idx3-ubyte", 3)
   labels = _read_idx(path, f"{prefix}-labels-idx1-ubyte", 1)
-  if len(images) != len(labels):
+  if len(images) != len(labels) or not len(images):
     raise errors.ConfigError(
         f"config.data.path: {path} has {len(images)} {prefix} images but "
         f"{len(labels)} labels")
@@ -152,7 +152,7 @@ class ClassFolders:
         raise errors.ConfigError(
             f"config.data.path: {root / name} has no images "
             f"({', '.join(IMAGE_SUFFIXES)})")
-      files += [f"{name}/{file}".encode() for file in found]
+      files += [os.fsencode(f"{name}/{file}") for file in found]
       labels += [label] * len(found)
     self._files = np.array(files)
     self._labels = np.array(labels, np.int32)
@@ -161,7 +161,7 @@ class ClassFolders:
     return len(self._files)
 
   def __getitem__(self, index: int) -> Record:
-    path = os.path.join(self._root, self._files[index].decode())
+    path = os.path.join(self._root, os.fsdecode(self._files[index]))
     with open(path, "rb") as f:
       return {"image": f.read(), "label": int(self._labels[index]),
               "path": path}
@@ -169,8 +169,12 @@ class ClassFolders:
 
 def class_names(root: pathlib.Path) -> list[str]:
   """The sorted names of the class folders; hidden folders are none."""
-  names = sorted(e.name for e in os.scandir(root)
-                 if e.is_dir() and not e.name.startswith("."))
+  try:
+    names = sorted(e.name for e in os.scandir(root)
+                   if e.is_dir() and not e.name.startswith("."))
+  except OSError as e:
+    raise errors.ConfigError(
+        f"config.data.path: {root} cannot be read: {e}") from e
   if not names:
     raise errors.ConfigError(f"config.data.path: {root} has no class folders")
   return names
@@ -186,10 +190,11 @@ def _class_folders(cfg: Data, train: bool) -> ClassFolders:
 
 
 def _image_files(folder: str) -> list[str]:
-  """The images below a class folder, sub-folders included, sorted."""
+  """The images below a class folder: folder by folder, each sorted."""
   found = []
-  for where, _, names in os.walk(folder, followlinks=True):
+  for where, _, names in sorted(os.walk(folder, followlinks=True)):
     inside = os.path.relpath(where, folder)
-    found += [os.path.normpath(os.path.join(inside, name)) for name in names
+    found += [os.path.normpath(os.path.join(inside, name))
+              for name in sorted(names)
               if name.lower().endswith(IMAGE_SUFFIXES)]
-  return sorted(found)
+  return found

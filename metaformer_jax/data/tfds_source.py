@@ -39,11 +39,17 @@ def create(name: str, data_dir: str | None, split: str | None,
   data_dir = os.path.expanduser(data_dir) if data_dir else None
   try:
     builder = tfds.builder(name, data_dir=data_dir)
+    splits = builder.info.splits
   except tfds.core.DatasetNotFoundError as e:
+    known = tfds.list_builders(with_community_datasets=False)
     raise errors.ConfigError(
         f"config.data.name: TFDS has no data set {name!r}"
-        f"{errors.did_you_mean(name, tfds.list_builders())}") from e
-  splits = builder.info.splits
+        f"{errors.did_you_mean(name, known)}") from e
+  except Exception as e:  # TFDS raises many kinds, of many lines.
+    reason = " ".join(f"{type(e).__name__}: {e}".split())
+    raise errors.ConfigError(
+        f"config.data.name: TFDS cannot open {name!r} in "
+        f"{data_dir or 'its default folder'}: {reason}") from e
   if not splits:
     raise errors.ConfigError(
         f"config.data.path: {name} is not prepared in {builder.data_dir}; "
@@ -65,10 +71,13 @@ def create(name: str, data_dir: str | None, split: str | None,
       raise errors.ConfigError(
           f"config.data.name: {name} has no feature {feature!r}, only "
           f"{', '.join(features)}")
-  if not info.num_examples:
+  if not hasattr(features["label"], "num_classes"):
+    raise errors.ConfigError(
+        f"config.data.name: the label of {name} is not a class")
+  if info.num_examples <= 0:
     raise errors.ConfigError(f"{key}: {split!r} of {name} is empty")
   if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
-    records = _ArrayRecords(builder, split)
+    records = _ArrayRecords(builder, split, info)
   elif builder.info.file_format == tfds.core.FileFormat.TFRECORD:
     records = _TFRecords(info.file_instructions)
   else:
@@ -104,10 +113,12 @@ class TfdsSource:
 class _ArrayRecords:
   """Serialized examples of an array_record data set."""
 
-  def __init__(self, builder, split: str):
+  def __init__(self, builder, split: str, info):
     self._builder, self._split = builder, split
     self._source = None
-    self._n = builder.info.splits[split].num_examples
+    self._n = info.num_examples
+    for part in info.file_instructions:
+      _check_array_record(os.fspath(part.filename), part.examples_in_shard)
 
   def __len__(self) -> int:
     return self._n
@@ -160,6 +171,23 @@ class _TFRecords:
     if len(data) != length:
       raise OSError(f"{path}: was cut off while being read")
     return data
+
+
+def _check_array_record(path: str, n_examples: int) -> None:
+  """Raises ConfigError unless the file's index has that many examples."""
+  from array_record.python import array_record_module  # noqa: PLC0415
+
+  try:
+    reader = array_record_module.ArrayRecordReader(path)
+    found = reader.num_records()
+    reader.close()
+  except (OSError, RuntimeError, ValueError) as e:
+    reason = " ".join(str(e).split())
+    raise errors.ConfigError(f"{path}: cannot be read: {reason}") from e
+  if found != n_examples:
+    raise errors.ConfigError(
+        f"{path}: holds {found} examples, not {n_examples}; prepare the data "
+        "set again")
 
 
 def _scan(path: str) -> np.ndarray:

@@ -25,6 +25,9 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
   """An encoded image, or uint8 [H, W] or [H, W, 3], as an RGB picture."""
   if isinstance(image, bytes):
     with Image.open(io.BytesIO(image)) as picture:
+      if picture.mode.startswith("I"):  # 16 bits, which convert() would cut.
+        picture = Image.fromarray(
+            (np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
       return picture.convert("RGB")
   if image.ndim == 3 and image.shape[-1] == 1:
     image = image[..., 0]
@@ -51,9 +54,9 @@ def random_resized_crop_box(
       return left, top, left + w, top + h
   w, h = width, height
   if width / height < ratio[0]:
-    h = round(width / ratio[0])
+    h = max(1, round(width / ratio[0]))
   elif width / height > ratio[1]:
-    w = round(height * ratio[1])
+    w = max(1, round(height * ratio[1]))
   left, top = (width - w) // 2, (height - h) // 2
   return left, top, left + w, top + h
 
@@ -71,8 +74,11 @@ def resize_shorter(picture: Image.Image, size: int,
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
   """The centre size x size pixels; black beyond a smaller picture's edge."""
-  left = round((picture.width - size) / 2)
-  top = round((picture.height - size) / 2)
+
+  def start(side):  # Rounded as torchvision does in each of the two cases.
+    return round((side - size) / 2) if side >= size else -((size - side) // 2)
+
+  left, top = start(picture.width), start(picture.height)
   return picture.crop((left, top, left + size, top + size))
 
 
