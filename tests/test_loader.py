@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metaformer_jax import experiment
+from metaformer_jax import errors, experiment
 from metaformer_jax.data import loader, sources, transforms
 
 
@@ -37,7 +37,9 @@ def draw(record, rng):
 
 def fails_at_5(record, rng):
   if record["label"] == 5:
-    raise ValueError("example five is broken")
+    class NotForPickleError(Exception):  # A worker could not send it as it is.
+      pass
+    raise NotForPickleError("this one is broken")
   return draw(record, rng)
 
 
@@ -262,17 +264,16 @@ def test_batches_of_workers_may_be_kept():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_exception_reaches_the_consumer(workers):
   made = loader.Loader(Numbers(10), fails_at_5, 2, workers=workers)
-  batches = made.eval_batches()
-  with pytest.raises(Exception, match="example five is broken"):
-    list(batches)
-  made = loader.Loader(Numbers(10), fails_at_5, 2, workers=workers)
-  with pytest.raises(Exception, match="example five is broken"):
+  message = r"^example 5 .*NotForPickleError: this one is broken$"
+  with pytest.raises(errors.DataError, match=message):
+    list(made.eval_batches())
+  with pytest.raises(errors.DataError, match=message):
     take(made.train_batches(0), 6)
 
 
-def test_stop_iteration_is_an_exception_like_others():
+def test_stop_iteration_does_not_end_the_data():
   made = loader.Loader(Numbers(10), stops_at_5, 2)
-  with pytest.raises(Exception):  # noqa: B017
+  with pytest.raises(errors.DataError, match=r"^example 5 .*StopIteration"):
     list(made.eval_batches())
 
 
@@ -286,9 +287,9 @@ def test_a_broken_image_is_named(tmp_path):
   cfg = experiment.Data(path=str(tmp_path), image_size=8)
   made = loader.Loader(sources.create(cfg, "train"),
                        transforms.EvalTransform(cfg), 2)
-  with pytest.raises(Exception) as caught:
+  with pytest.raises(errors.DataError) as caught:
     list(made.eval_batches())
-  assert str(broken) in str(caught.value)
+  assert f"example 1 {broken} " in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

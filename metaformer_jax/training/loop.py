@@ -80,7 +80,8 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
   if restored is not None:
     state, position = checkpoints.restore(
         restored, sharding.abstract(shapes, shardings))
-    log.info("resumed %s at step %d", workdir, restored)
+    if first:
+      log.info("resumed %s at step %d", workdir, restored)
   else:
     state = jax.jit(create, out_shardings=shardings)()
     restored, position = 0, 0
@@ -101,38 +102,50 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
   window = metrics_lib.Window()
   stop = signals.StopSignal()
   result = _last_evaluation(writer.records, restored)
+
+  def log_window(i):
+    metrics = window.means() | progress.window(i)
+    writer.write(i, "train", metrics)
+    progress.show(i, metrics)
+
+  def evaluate_now(i):
+    result = evaluate(state.eval_variables())
+    writer.write(i, "eval", result)
+    progress.say(f"step {i}  eval  {report.measures(result)}")
+    return result
+
   try:
     with stop, jax.transfer_guard("disallow"):
+      if result is None and restored and (
+          restored % eval_every == 0 or restored == n_steps):
+        result = evaluate_now(restored)  # The run ended before it came to it.
       for i in range(restored + 1, n_steps + 1):
         start = time.perf_counter()
         batch = sharding.put_batch(next(batches), mesh)
+        if i == restored + 1:
+          compiling = time.perf_counter()
+          train_step = train_step.lower(state, batch).compile()
+          progress.say("compiled the training step in "
+                       f"{time.perf_counter() - compiling:.1f} s")
+          start = progress.restart(restored)
         progress.wait(time.perf_counter() - start)
         state, metrics = train_step(state, batch)
         position += cfg.train.batch_size
-        # The metrics of the step before: the device has this one to work on.
+        # Waits for the step before: the device has this one to work on.
         window.add(i, metrics)
-        if i == restored + 1:
-          window.flush()
-          progress.say(f"first step, compilation included: "
-                       f"{time.perf_counter() - start:.1f} s")
-          progress.restart(i)
+        if window.is_due(i - 1, cfg.log.every_steps):
+          log_window(i - 1)
         progress.advance()
 
         last = i == n_steps or stop.signal is not None
         evaluating = i == n_steps or (i % eval_every == 0 and not last)
         saving = evaluating or last or i % cfg.checkpoint.every_steps == 0
-        if i % cfg.log.every_steps == 0 or i == n_steps:
-          metrics = window.means() | progress.window(i)
-          writer.write(i, "train", metrics)
-          progress.show(i, metrics)
         if saving:
           window.flush()  # What is not finite must not be saved.
-        if evaluating:
-          result = evaluate(state.eval_variables())
-          writer.write(i, "eval", result)
-          progress.say(f"step {i}  eval  {report.measures(result)}")
-        if saving:
-          checkpoints.save(state, position, result if evaluating else None)
+          if i == n_steps or window.is_due(i, cfg.log.every_steps):
+            log_window(i)
+          result = evaluate_now(i) if evaluating else None
+          checkpoints.save(state, position, result)
           progress.restart(i)
         if last and i < n_steps:
           raise errors.Preempted(
@@ -144,8 +157,6 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
     checkpoints.close()
     writer.close()
 
-  if result is None:
-    result = evaluate(state.eval_variables())
   speeds = [r["images_per_second"] for r in writer.records
             if r["split"] == "train"]
   summary = {
@@ -171,15 +182,23 @@ class Evaluation:
 
   def __call__(self, variables: base.Variables) -> dict[str, float]:
     evaluators = self._task.make_evaluators()
+    pending = []  # Fetched a batch late: the device is at the next one then.
     for batch in self._data.eval_batches():
-      found = jax.device_get(self._step(
+      pending.append(self._step(
           variables, sharding.put_batch(batch, self._mesh)))
-      for name, evaluator in evaluators.items():
-        evaluator.update(found[name])
+      if len(pending) > 1:
+        self._update(evaluators, pending.pop(0))
+    for found in pending:
+      self._update(evaluators, found)
     results = {}
     for evaluator in evaluators.values():
       results |= evaluator.result()
     return results
+
+  @staticmethod
+  def _update(evaluators, found) -> None:
+    for name, value in jax.device_get(found).items():
+      evaluators[name].update(value)
 
 
 def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,

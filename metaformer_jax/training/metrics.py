@@ -36,9 +36,12 @@ class Window:
           "config.optim.base_lr, or set config.optim.clip_norm=1.0")
     self._fetched.append(metrics)
 
+  def is_due(self, i: int, every: int) -> bool:
+    """Whether there is something to log, and step i is one to log at."""
+    return bool(self._fetched) and i % every == 0
+
   def means(self) -> dict[str, float]:
-    """The means since the last call; of the learning rate, the last."""
-    self.flush()
+    """Means since the last call; of the learning rate, the last value."""
     names = self._fetched[-1]
     means = {k: statistics.fmean(m[k] for m in self._fetched) for k in names}
     means["learning_rate"] = names["learning_rate"]

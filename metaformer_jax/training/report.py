@@ -51,8 +51,7 @@ def measures(result: dict[str, float]) -> str:
 class Progress:
   """A bar on a terminal, lines in a file; and the figures of a window.
 
-  A window is what lies between two calls of `window`. Time in `pause` counts
-  neither for the speed nor for the time that is left.
+  A window is what lies between two calls of `window` or `restart`.
   """
 
   def __init__(self, first_step: int, total_steps: int, batch_size: int,
@@ -71,10 +70,11 @@ class Progress:
     """Adds time that the step waited for its batch."""
     self._waited += seconds
 
-  def restart(self, step: int) -> None:
-    """Begins a new window: compiling and evaluating are not training."""
+  def restart(self, step: int) -> float:
+    """Begins a new window now: compiling and evaluating are not training."""
     self._step, self._waited = step, 0.0
     self._start = time.perf_counter()
+    return self._start
 
   def window(self, step: int) -> dict[str, float]:
     """Ends a window after `step` steps; returns its figures."""
