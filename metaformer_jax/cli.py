@@ -56,6 +56,7 @@ def parse() -> tuple[Experiment, pathlib.Path]:
   Raises:
     ConfigError: what is wrong with the command line, the file or the config.
   """
+  # absl's own warnings would be a second line beside the one error.
   logging.getLogger("absl").setLevel(logging.ERROR)
   try:
     # ml_collections finds the overrides in sys.argv itself.
@@ -67,6 +68,7 @@ def parse() -> tuple[Experiment, pathlib.Path]:
     sys.exit(0)
   cleared = _check_overrides()
   config = _load()
+  logging.getLogger("absl").setLevel(logging.WARNING)
   with config.unlocked():
     for key in cleared:
       section, _, name = key.rpartition(".")

@@ -9,6 +9,7 @@ there is exact. Reading ahead, threads and worker processes are grain's.
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +25,9 @@ Batch = dict[str, np.ndarray]
 
 # Domains of the seeds, so that no two uses draw the same numbers.
 _ORDER, _AUGMENT = 0, 1
+
+# The most examples of a batch that are prepared in one go.
+_CHUNK = 64
 
 # More batches than any run takes: the stream has no end of its own.
 _ENDLESS = 2**40
@@ -90,18 +94,29 @@ class Loader:
     if not flags.FLAGS.is_parsed():  # grain's options are absl flags.
       flags.FLAGS.mark_as_parsed()
     local = self.batch_size // self.process_count
-    batches = grain.MapDataset.source(stream).batch(local).to_iter_dataset(
-        grain.ReadOptions(num_threads=self.threads,
-                          prefetch_buffer_size=2 * self.threads))
+    # Batches are prepared in chunks: all workers share in each batch, and what
+    # is read ahead is about one batch, however many workers there are.
+    chunk = max(n for n in range(1, min(local, _CHUNK) + 1) if local % n == 0)
+    n_chunks = local // chunk
     workers = (os.cpu_count() or 1) if self.workers == -1 else self.workers
+    chunks = grain.MapDataset.source(stream).batch(chunk).to_iter_dataset(
+        grain.ReadOptions(
+            num_threads=self.threads,
+            prefetch_buffer_size=self.threads + (0 if workers else n_chunks)))
     if workers:
-      batches = batches.mp_prefetch(grain.MultiprocessingOptions(
-          num_workers=workers, per_worker_buffer_size=2))
-    iterator = iter(batches)
+      chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(
+          num_workers=workers,
+          per_worker_buffer_size=1 + -(-n_chunks // workers)))
+    iterator = iter(chunks)
     try:
-      for batch in iterator:
-        # Workers hand over shared memory, which jax would hold on to.
-        yield {k: v.copy() for k, v in batch.items()} if workers else batch
+      while parts := list(itertools.islice(iterator, n_chunks)):
+        # A copy in any case: workers hand over shared memory, which jax would
+        # hold on to.
+        yield {name: np.concatenate([part[name] for part in parts])
+               for name in parts[0]}
+    except errors.DataError as e:
+      # grain adds lines about itself.
+      raise errors.DataError(str(e).splitlines()[0]) from e
     finally:
       iterator.close()
 
@@ -129,9 +144,9 @@ def _example(source, index, transform, rng=None) -> dict[str, Any]:
     record = source[index]
     return transform(record, rng)
   except Exception as e:
-    raise errors.DataError(
-        f"example {index} {record.get('path', '')} cannot be read: "
-        f"{type(e).__name__}: {e}") from e
+    message = (f"example {index} {record.get('path', '')} cannot be read: "
+               f"{type(e).__name__}: {e}")
+    raise errors.DataError(" ".join(message.split())) from e
 
 
 @functools.lru_cache(maxsize=2)
