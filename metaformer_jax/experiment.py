@@ -147,7 +147,9 @@ class Checkpoint:
 
   every_steps: int = option(1000, "how often", low=1)
   keep_last: int = option(2, "newest ones kept", low=1)
-  keep_best: int = option(1, "ones of highest top-1 kept besides", low=0)
+  keep_best: int = option(1, "best ones kept besides", low=0)
+  best_metric: str = option(
+      "top1", "the evaluation's measure of which the highest is the best")
 
 
 @dataclasses.dataclass(frozen=True)

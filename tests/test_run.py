@@ -10,6 +10,7 @@ import sys
 import time
 
 import jax
+import line_task
 import numpy as np
 import pytest
 from PIL import Image
@@ -280,6 +281,29 @@ def test_interrupted_at_any_step(tmp_path):
   for a, b in zip(jax.tree.leaves(tails[0]), jax.tree.leaves(tails[1]),
                   strict=True):
     assert a.tobytes() == b.tobytes()
+
+
+def test_a_task_of_thirty_lines_trains(tmp_path):
+  """The loop and the step know nothing of images or classes."""
+  cfg = experiment.Experiment(
+      optim=experiment.Optim(base_lr=25.6, warmup_epochs=0.0, min_lr=0.0),
+      train=experiment.Train(batch_size=8, steps=30, ema_decay=0.5),
+      eval=experiment.Eval(every_epochs=10.0),
+      checkpoint=experiment.Checkpoint(best_metric="score"))
+  mesh = sharding.make_mesh(cfg)
+  summary = loop.train_and_evaluate(cfg, line_task.LineTask(), mesh, tmp_path)
+  assert summary["step"] == 30 and summary["n_examples"] == 10
+  assert summary["error"] < 0.05 and summary["score"] == -summary["error"]
+  errors_ = [r["error"] for r in evaluations(tmp_path)]
+  assert len(errors_) == 3 and errors_[0] > errors_[-1]
+  result = loop.evaluate_checkpoint(
+      cfg, line_task.LineTask(), mesh, tmp_path, "best")
+  assert result["error"] == min(errors_)
+  wrong = dataclasses.replace(cfg, checkpoint=experiment.Checkpoint(
+      best_metric="scor"))
+  with pytest.raises(errors.ConfigError, match="did you mean score"):
+    loop.train_and_evaluate(wrong, line_task.LineTask(), mesh,
+                            tmp_path / "wrong")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_unsaved(tmp_path):

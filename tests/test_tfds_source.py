@@ -345,6 +345,16 @@ def test_a_damaged_dataset_info_is_an_error(copied):
   fails(lambda: create(copied[0]), copied[0])
 
 
+@pytest.mark.parametrize("claimed", [11, 13])
+def test_a_shard_of_another_length_is_an_error(copied, claimed):
+  file = copied[1] / "dataset_info.json"
+  info = json.loads(file.read_text())
+  info["splits"][0]["shardLengths"] = [str(claimed)]
+  file.write_text(json.dumps(info))
+  fails(lambda: create(copied[0]), "imagenet2012-train.",
+        f"holds 12 examples, not {claimed}")
+
+
 def toy(prepared, data_dir, **changes):
   """A data set that TFDS has no code for: "train", "test"; changed features."""
   folder = data_dir / "toy" / "1.0.0"

@@ -15,7 +15,7 @@ from metaformer_jax import cli, errors
 from metaformer_jax.experiment import Experiment
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "last", "Which one: last, best (of top-1), or a step.")
+    "checkpoint", "last", "Which one: last, best, or a step.")
 
 
 def main(cfg: Experiment, workdir: pathlib.Path) -> None:

@@ -18,10 +18,6 @@ from metaformer_jax.training.state import TrainState
 # The items of a step that are trees of arrays; empty ones are not written.
 _TREES = ("params", "model_state", "opt_state", "ema_params")
 
-# What a checkpoint is ranked by: a name that evaluators may report.
-BEST = "top1"
-
-
 # Not every checkpoint follows an evaluation; Orbax warns of each of those.
 logging.getLogger("absl").addFilter(
     lambda record: "did not provide metrics" not in record.getMessage())
@@ -31,11 +27,16 @@ class Checkpoints:
   """The checkpoints of a workdir, saved in the background."""
 
   def __init__(self, workdir: pathlib.Path, cfg: experiment.Checkpoint):
+    self._cfg = cfg
+
+    def score(metrics):
+      return metrics[cfg.best_metric]
+
     policy = ocp.checkpoint_managers
     keep = [policy.LatestN(cfg.keep_last)]
     if cfg.keep_best:
       keep.append(policy.BestN(
-          get_metric_fn=lambda metrics: metrics[BEST], n=cfg.keep_best,
+          get_metric_fn=score, n=cfg.keep_best,
           keep_checkpoints_without_metrics=False))
     self.directory = workdir.absolute() / "checkpoints"
     self._manager = ocp.CheckpointManager(
@@ -44,7 +45,7 @@ class Checkpoints:
                        for name in _TREES}
         | {"position": ocp.JsonCheckpointHandler()},
         options=ocp.CheckpointManagerOptions(
-            best_fn=lambda metrics: metrics[BEST],  # Or no metrics are kept.
+            best_fn=score,  # Without it no metrics are kept.
             preservation_policy=policy.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True))
 
@@ -56,15 +57,23 @@ class Checkpoints:
       state: after `state.step` steps.
       position: training examples consumed: where the data goes on.
       metrics: of this state's evaluation, if there was one.
+
+    Raises:
+      ConfigError: the metrics lack what the best one is chosen by.
     """
     items = {name: ocp.args.StandardSave(tree) for name, tree in
              _present(state).items()}
     step = int(jax.device_get(state.step))
+    ranked = metrics is not None and self._cfg.best_metric in metrics
     self._manager.save(
-        step, metrics=metrics,
+        step, metrics=metrics if ranked else None,
         args=ocp.args.Composite(
             position=ocp.args.JsonSave({"step": step, "examples": position}),
             **items))
+    if metrics is not None and not ranked and self._cfg.keep_best:
+      raise errors.ConfigError(
+          f"config.checkpoint.best_metric: {self._cfg.best_metric!r} is not "
+          f"measured{errors.did_you_mean(self._cfg.best_metric, metrics)}")
 
   def steps(self) -> list[int]:
     """The steps that are complete on disk, ascending."""
@@ -74,7 +83,7 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def best_step(self) -> int | None:
-    """The step of highest top-1 among those kept; None without evaluations."""
+    """The step of the highest metric; None where none was evaluated."""
     return self._manager.best_step()
 
   def restore(self, step: int, abstract_state: TrainState,

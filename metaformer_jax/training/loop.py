@@ -211,7 +211,7 @@ def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
     task: what to measure.
     mesh: from `sharding.make_mesh(cfg)`.
     workdir: of the training run.
-    which: "last", "best" (of top-1) or a step.
+    which: "last", "best" (config.checkpoint.best_metric) or a step.
 
   Returns:
     {"step", the evaluators' measures...}.
