@@ -3,6 +3,9 @@
 import itertools
 import multiprocessing
 import os
+import pathlib
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -268,7 +271,7 @@ def test_an_exception_reaches_the_consumer(workers):
     with pytest.raises(errors.DataError) as caught:
       take(batches, 6)
     assert str(caught.value) == (
-        "example 5 cannot be read: NotForPickleError: this one is broken")
+        "example 5 cannot be used: NotForPickleError: this one is broken")
 
 
 def test_stop_iteration_does_not_end_the_data():
@@ -307,6 +310,35 @@ def test_closing_early_leaves_no_process_behind(workers):
   assert time.monotonic() - start < 20
   with pytest.raises(StopIteration):
     next(batches)
+
+
+ORPHANS = """
+import multiprocessing, sys
+sys.path.insert(0, "tests")
+import test_loader
+if __name__ == "__main__":
+  batches = test_loader.numbers(workers=2).train_batches(0)
+  next(batches)
+  print(*[p.pid for p in multiprocessing.active_children()], flush=True)
+  sys.stdin.read()
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+  script = tmp_path / "orphans.py"
+  script.write_text(ORPHANS)
+  root = pathlib.Path(__file__).parents[1]
+  with subprocess.Popen(
+      [sys.executable, str(script)], cwd=root, stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+      env={**os.environ, "PYTHONPATH": str(root)}) as process:
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    process.kill()
+  deadline = time.monotonic() + 20
+  while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+    assert time.monotonic() < deadline, workers
+    time.sleep(0.1)
 
 
 def test_a_stream_that_nobody_reads_starts_nothing():

@@ -10,7 +10,9 @@ there is exact. Reading ahead, threads and worker processes are grain's.
 import dataclasses
 import functools
 import itertools
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -104,9 +106,11 @@ class Loader:
             num_threads=self.threads,
             prefetch_buffer_size=self.threads + (0 if workers else n_chunks)))
     if workers:
-      chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(
-          num_workers=workers,
-          per_worker_buffer_size=1 + -(-n_chunks // workers)))
+      chunks = chunks.mp_prefetch(
+          grain.MultiprocessingOptions(
+              num_workers=workers,
+              per_worker_buffer_size=1 + -(-n_chunks // workers)),
+          worker_init_fn=_end_with_parent)
     iterator = iter(chunks)
     try:
       while parts := list(itertools.islice(iterator, n_chunks)):
@@ -119,6 +123,17 @@ class Loader:
       raise errors.DataError(str(e).splitlines()[0]) from e
     finally:
       iterator.close()
+
+
+def _end_with_parent(index: int, count: int) -> None:
+  """Makes a worker end when the process that started it is killed."""
+  del index, count
+
+  def wait():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +159,7 @@ def _example(source, index, transform, rng=None) -> dict[str, Any]:
     record = source[index]
     return transform(record, rng)
   except Exception as e:
-    message = (f"example {index} {record.get('path', '')} cannot be read: "
+    message = (f"example {index} {record.get('path', '')} cannot be used: "
                f"{type(e).__name__}: {e}")
     raise errors.DataError(" ".join(message.split())) from e
 

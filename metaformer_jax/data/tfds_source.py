@@ -140,6 +140,7 @@ class _TFRecords:
 
   A record is its length (uint64), the length's checksum (4 bytes), the data,
   and the data's checksum (4 bytes). Opening reads the lengths of all records.
+  The checksums are not verified.
   """
 
   def __init__(self, file_instructions):

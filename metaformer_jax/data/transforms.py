@@ -25,9 +25,9 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
   """An encoded image, or uint8 [H, W] or [H, W, 3], as an RGB picture."""
   if isinstance(image, bytes):
     with Image.open(io.BytesIO(image)) as picture:
-      if picture.mode.startswith("I"):  # 16 bits, which convert() would cut.
+      if picture.mode.startswith("I;16"):  # 16 bits, which convert() would cut.
         picture = Image.fromarray(
-            (np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+            (np.asarray(picture) >> 8).astype(np.uint8))
       return picture.convert("RGB")
   if image.ndim == 3 and image.shape[-1] == 1:
     image = image[..., 0]

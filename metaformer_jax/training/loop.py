@@ -1,5 +1,6 @@
 """The training loop: one function for the command line, tests and notebooks."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -183,11 +184,12 @@ class Evaluation:
   def __call__(self, variables: base.Variables) -> dict[str, float]:
     evaluators = self._task.make_evaluators()
     pending = []  # Fetched a batch late: the device is at the next one then.
-    for batch in self._data.eval_batches():
-      pending.append(self._step(
-          variables, sharding.put_batch(batch, self._mesh)))
-      if len(pending) > 1:
-        self._update(evaluators, pending.pop(0))
+    with contextlib.closing(self._data.eval_batches()) as batches:
+      for batch in batches:
+        pending.append(self._step(
+            variables, sharding.put_batch(batch, self._mesh)))
+        if len(pending) > 1:
+          self._update(evaluators, pending.pop(0))
     for found in pending:
       self._update(evaluators, found)
     results = {}
