@@ -11,7 +11,7 @@ VERSION = re.search(
     (ROOT / "metaformer_jax" / "__init__.py").read_text())[1]
 
 # Reading data sets that TFDS prepared needs no TensorFlow; preparing does.
-TFDS = ["tensorflow-datasets>=4.9.10,<4.10", "importlib_resources>=6"]
+TFDS = ["tensorflow-datasets>=4.9.10,<4.10", "importlib_resources>=6,<8"]
 
 setuptools.setup(
     name="metaformer-jax",
@@ -34,7 +34,7 @@ setuptools.setup(
         "numpy>=2.1,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
-        "pillow>=11",
+        "pillow>=11,<14",
         "scikit-learn>=1.6,<2",
         "tensorboardX>=2.6.2,<3",
         "tqdm>=4.66,<5",
@@ -43,9 +43,9 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "tfds": TFDS,
-        "convert": ["torch>=2.6"],
+        "convert": ["torch>=2.6,<3", "safetensors>=0.4,<1"],
         "test": [*TFDS, "tensorflow-cpu>=2.21,<2.22", "pytest>=8,<10",
-                 "ruff>=0.14"],
+                 "ruff>=0.14,<0.18", "tensorboard>=2.20,<3"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
