@@ -1,4 +1,4 @@
-"""Packaging; every bound below is tested at both ends (CONTRIBUTING.md)."""
+"""Packaging; CONTRIBUTING.md says how the bounds were tested."""
 
 import pathlib
 import re
@@ -29,14 +29,14 @@ setuptools.setup(
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
         "jax>=0.10.2,<0.13",
-        "matplotlib>=3.10,<4",
+        "matplotlib>=3.11,<4",
         "ml-collections>=1.1,<2",
         "numpy>=2.1,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11,<14",
         "scikit-learn>=1.6,<2",
-        "tensorboardX>=2.6.2,<3",
+        "tensorboardX>=2.6.4,<3",
         "tqdm>=4.66,<5",
     ],
     extras_require={
