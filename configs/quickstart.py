@@ -2,7 +2,7 @@
 
     python -m metaformer_jax.main --config=configs/quickstart.py
 
-Hardware: two CPU cores, about a minute; nothing is downloaded.
+Hardware: two CPU cores, a minute or two; nothing is downloaded.
 Expected: above 95% top-1 on the 297 test digits (docs/results.md).
 """
 

@@ -22,7 +22,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-  """An example cannot be read; the message names it."""
+  """An example cannot be used; the message names it."""
 
 
 class DivergedError(UserError):

@@ -263,7 +263,7 @@ def test_interrupted_at_any_step(tmp_path):
   mesh = sharding.make_mesh(cfg)
   whole = loop.train_and_evaluate(cfg, Task(cfg), mesh, tmp_path / "whole")
   parts = tmp_path / "parts"
-  for limit in (1, 2, 1, 2):
+  for limit in (1, 1, 1, 1, 1):
     task = Task(cfg)
     object.__setattr__(task, "limit", limit)
     try:

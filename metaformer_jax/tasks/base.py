@@ -18,9 +18,6 @@ class Data(Protocol):
   @property
   def n_examples(self) -> int: ...
 
-  @property
-  def n_eval_batches(self) -> int: ...
-
   def train_batches(self, position: int) -> Iterator[dict[str, np.ndarray]]:
     """This process's part of each batch from `position` on; endless."""
 
