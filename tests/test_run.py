@@ -189,10 +189,11 @@ def wait_for_step(process, workdir, step):
   raise AssertionError(process.communicate())
 
 
-def test_sigterm_saves_and_the_rest_is_the_same(finished, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_rest_is_the_same(finished, tmp_path, number):
   process = start(tmp_path)
   wait_for_step(process, tmp_path, 4)
-  process.send_signal(signal.SIGTERM)
+  process.send_signal(number)
   _, err = process.communicate(timeout=120)
   if process.returncode == 0:
     pytest.fail("the run was over before the signal")
