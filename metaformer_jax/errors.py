@@ -21,6 +21,10 @@ class ConfigError(UserError):
   exit_code = 2
 
 
+class WeightsError(ConfigError):
+  """A file of weights cannot be used; the message lists everything wrong."""
+
+
 class DataError(UserError):
   """An example cannot be used; the message names it."""
 
