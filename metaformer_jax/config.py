@@ -258,6 +258,8 @@ def _check_model(cfg: Experiment, spec) -> Iterator[str]:
   hparams = {**spec.hparams, **overrides}
   stages = {k: len(hparams[k]) for k in ("depths", "dims", "token_mixers")
             if k in hparams}
+  if hparams.get("res_scale_init"):
+    stages["res_scale_init"] = len(hparams["res_scale_init"])
   if len(set(stages.values())) > 1 or 0 in stages.values():
     yield ("config.model: " + ", ".join(
         f"{k} has {n}" for k, n in stages.items()) +
@@ -269,14 +271,14 @@ def _check_model(cfg: Experiment, spec) -> Iterator[str]:
            f"stem's kernel, {stem['in_patch_size']}, with its padding; "
            f"nearest: {stem['in_patch_size'] - 2 * stem['in_pad']}")
   ratio = hparams.get("mlp_ratio")
-  if ratio is not None and int(min(hparams["dims"], default=1) * ratio) < 1:
+  if ratio and int(min(hparams["dims"], default=1) * ratio) < 1:
     yield (f"config.model.mlp_ratio: {ratio} gives an MLP without channels; "
            f"least: {1 / min(hparams['dims'])}")
-  for dim, mixer in zip(hparams.get("dims", ()),
-                        hparams.get("token_mixers", ())):
-    if mixer == "attention" and dim % 32:
-      yield (f"config.model.dims: {dim} is not a multiple of the attention's "
-             f"head dimension, 32; nearest: {nearest_multiple(dim, 32)}")
+  n_stages = len(hparams.get("depths", ()))
+  for stage in hparams.get("position_embeddings", ()):
+    if stage > n_stages:
+      yield (f"config.model.position_embeddings: there is no stage {stage}; "
+             f"nearest: {n_stages}")
 
 
 def _check_mesh(cfg: Experiment) -> Iterator[str]:

@@ -39,19 +39,43 @@ class Model:
   depths: tuple[int, ...] | None = option(None, "blocks of each stage", low=1)
   dims: tuple[int, ...] | None = option(None, "channels of each stage", low=1)
   token_mixers: tuple[str, ...] | None = option(
-      None, "mixer of each stage", choices=("attention", "identity", "pooling"))
+      None, "mixer of each stage", choices=(
+          "attention", "depthwise_conv", "identity", "pooling", "random",
+          "sepconv", "spatial_fc"))
   pool_size: int | None = option(
       None, "window side of pooling", low=1, each="odd")
-  norm: str | None = option(
-      None, "of the blocks", choices=("group_norm", "layer_norm"))
+  pool_subtract: bool | None = option(None, "pooling subtracts its input")
+  conv_kernel_size: int | None = option(
+      None, "of depthwise_conv and sepconv", low=1, each="odd")
+  attention_proj_bias: bool | None = option(None, "attention ends with a bias")
+  position_embeddings: tuple[int, ...] | None = option(
+      None, "stages, from 1, that begin by adding one", low=1)
+  norm: str | None = option(None, "of the blocks", choices=(
+      "batch_norm", "group_norm", "layer_norm", "none"))
   norm_eps: float | None = option(None, "epsilon of the norms", above=0)
-  activation: str | None = option(
-      None, "of the MLPs", choices=("gelu", "relu", "silu"))
-  mlp_ratio: float | None = option(None, "hidden / outer channels", above=0)
-  layer_scale_init: float | None = option(None, "first value of LayerScale")
+  norm_bias: bool | None = option(None, "the norms have a bias")
+  activation: str | None = option(None, "of MLPs and sepconv", choices=(
+      "gelu", "relu", "silu", "squared_relu", "star_relu"))
+  mlp_ratio: float | None = option(
+      None, "hidden / outer channels; 0: no MLP", low=0)
+  mlp_bias: bool | None = option(None, "the MLPs have biases")
+  residual: bool | None = option(None, "blocks add to their input")
+  layer_scale_init: float | None = option(
+      None, "first value of LayerScale; 0: none")
+  res_scale_init: tuple[float, ...] | None = option(
+      None, "first value of ResScale in each stage, 0: none; empty: none")
   in_patch_size: int | None = option(None, "kernel of the stem", low=1)
   in_stride: int | None = option(None, "stride of the stem", low=1)
   in_pad: int | None = option(None, "padding of the stem", low=0)
+  downsample_norm: bool | None = option(
+      None, "LayerNorm after the stem and before the other downsamplings")
+  conv_init: str | None = option(None, "first weights of the downsamplings",
+                                 choices=("torch", "trunc_normal"))
+  head_norm_first: bool | None = option(
+      None, "the head's norm comes before the mean over pixels")
+  head: str | None = option(None, "classifier", choices=("linear", "mlp"))
+  head_drop_rate: float | None = option(
+      None, "dropout of the head", low=0, high=0.999)
 
   def overrides(self) -> dict[str, Any]:
     """The hyper-parameters that are set: keywords for `create_model`."""

@@ -17,6 +17,7 @@ ALLOWED = {
     "errors": set(),
     "experiment": set(),
     "models": {"errors"},
+    "convert": {"errors", "models"},
     "config": CONFIG | {"models"},
     "recipes": {"config", "models"},
     "data": CONFIG,

@@ -1,5 +1,6 @@
 """Layers and mixers against plain numpy, written from the papers' equations."""
 
+import functools
 import itertools
 import math
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaformer_jax.models import layers, mixers
+from metaformer_jax.models import activations, layers, mixers, norms
 
 # Sizes of which no two are equal, so that no axis passes for another.
 SHAPE = (2, 5, 7, 64)
@@ -69,7 +70,7 @@ def test_even_pool_size_is_refused():
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
 def test_group_norm_normalises_over_the_whole_image(mean):
   x = normal(SHAPE, mean=mean)
-  y, params = apply(layers.GroupNorm(eps=1e-3), x)
+  y, params = apply(norms.GroupNorm(eps=1e-3), x)
   z = x.astype(np.float64)
   z = (z - z.mean((1, 2, 3), keepdims=True)) / np.sqrt(
       z.var((1, 2, 3), keepdims=True) + 1e-3)
@@ -80,7 +81,7 @@ def test_group_norm_normalises_over_the_whole_image(mean):
 
 def test_layer_norm_normalises_each_pixel():
   x = normal(SHAPE)
-  y, params = apply(layers.LayerNorm(eps=1e-3), x)
+  y, params = apply(norms.LayerNorm(eps=1e-3), x)
   z = (x - x.mean(-1, keepdims=True)) / np.sqrt(
       x.var(-1, keepdims=True) + 1e-3)
   np.testing.assert_allclose(y, z * params["scale"] + params["bias"],
@@ -104,9 +105,11 @@ def test_attention_is_softmax_of_scaled_products_by_head():
   np.testing.assert_allclose(y, want, atol=1e-4)
 
 
-def test_attention_refuses_channels_that_make_no_heads():
-  with pytest.raises(ValueError, match="48 channels"):
-    mixers.Attention(48).init(jax.random.key(0), normal((1, 2, 2, 48)))
+@pytest.mark.parametrize("dim,n_heads", [(16, 1), (48, 1), (80, 2)])
+def test_attention_has_whole_heads_whatever_the_channels(dim, n_heads):
+  _, params = apply(mixers.Attention(dim), normal((1, 2, 2, dim)))
+  assert params["qkv"]["kernel"].shape == (dim, 3 * 32 * n_heads)
+  assert params["proj"]["kernel"].shape == (32 * n_heads, dim)
 
 
 def test_identity_mixes_nothing():
@@ -115,8 +118,8 @@ def test_identity_mixes_nothing():
 
 
 @pytest.mark.parametrize("module", [
-    mixers.Pooling(64, pool_size=5), mixers.Attention(64), layers.GroupNorm(),
-    layers.LayerNorm()], ids=lambda m: type(m).__name__)
+    mixers.Pooling(64, pool_size=5), mixers.Attention(64), norms.GroupNorm(),
+    norms.LayerNorm()], ids=lambda m: type(m).__name__)
 def test_padding_changes_no_valid_pixel(module):
   x = normal(SHAPE)
   alone, _ = apply(module, x)
@@ -130,14 +133,15 @@ def test_gelu_is_exact_and_so_is_its_gradient():
   x = np.linspace(-8, 8, 4001).astype(np.float32)
   cdf = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x.tolist()])
   pdf = np.exp(-0.5 * x.astype(np.float64)**2) / math.sqrt(2 * math.pi)
-  np.testing.assert_allclose(layers.gelu(x), x * cdf, atol=1e-6)
-  gradient = jax.vmap(jax.grad(layers.gelu))(x)
+  np.testing.assert_allclose(activations.gelu(x), x * cdf, atol=1e-6)
+  gradient = jax.vmap(jax.grad(activations.gelu))(x)
   np.testing.assert_allclose(gradient, cdf + x * pdf, atol=1e-6)
 
 
 def test_mlp_is_two_dense_layers_around_the_activation():
   x = normal(SHAPE)
-  y, p = apply(layers.Mlp(96, activation=jnp.tanh), x)
+  y, p = apply(layers.Mlp(96, activation=functools.partial(
+      activations.Elementwise, jnp.tanh)), x)
   hidden = np.tanh(x @ p["fc1"]["kernel"] + p["fc1"]["bias"])
   np.testing.assert_allclose(
       y, hidden @ p["fc2"]["kernel"] + p["fc2"]["bias"], atol=2e-5)
@@ -155,9 +159,9 @@ def test_drop_path_drops_whole_examples_and_keeps_the_mean():
   assert np.array_equal(layers.DropPath(0.3).apply({}, x, train=False), x)
 
 
-def test_layer_scale_multiplies_each_channel():
+def test_scale_multiplies_each_channel():
   x = normal(SHAPE)
-  y, params = apply(layers.LayerScale(0.5), x)
+  y, params = apply(layers.Scale(0.5), x)
   np.testing.assert_allclose(y, x * params["scale"], rtol=1e-6)
   assert params["scale"].shape == (64,)
 

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 import metaformer_jax
-from metaformer_jax.models import cost, layers, metaformer, mixers
+from metaformer_jax.models import cost, layers, metaformer, mixers, norms
 
 # A PoolFormer small enough to run at many sizes.
 SMALL = {"depths": (1, 2, 1, 1), "dims": (32, 64, 96, 128)}
@@ -68,10 +68,10 @@ def test_block_is_the_papers_equations():
     return module.apply({"params": p.get(name, {})}, x)
 
   mixed = sub(mixers.Pooling(32), "token_mixer",
-              sub(layers.GroupNorm(), "norm1", x))
+              sub(norms.GroupNorm(), "norm1", x))
   y = x + p["layer_scale1"]["scale"].reshape(1, 1, 1, -1) * mixed
   z = y + p["layer_scale2"]["scale"].reshape(1, 1, 1, -1) * sub(
-      layers.Mlp(128), "mlp", sub(layers.GroupNorm(), "norm2", y))
+      layers.Mlp(128), "mlp", sub(norms.GroupNorm(), "norm2", y))
   np.testing.assert_allclose(block.apply(variables, x), z, atol=2e-5)
 
 
@@ -81,7 +81,7 @@ def test_head_is_norm_then_mean_then_linear():
   variables = perturbed(model, x)
   p = variables["params"]
   last = model.apply(variables, x, method="features")["stage4"]
-  pooled = layers.GroupNorm().apply({"params": p["norm"]}, last).mean((1, 2))
+  pooled = norms.GroupNorm().apply({"params": p["norm"]}, last).mean((1, 2))
   want = pooled @ p["head"]["kernel"] + p["head"]["bias"].reshape(1, -1)
   np.testing.assert_allclose(model.apply(variables, x), want, atol=1e-5)
   bare = metaformer_jax.create_model("poolformer_s12", num_classes=0, **SMALL)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.extend import core as extend_core
 
-from metaformer_jax.models import layers
+from metaformer_jax.models import norms
 
 
 def count_params(model: nn.Module, image_size: int) -> int:
@@ -21,23 +21,28 @@ def count_params(model: nn.Module, image_size: int) -> int:
 def count_model_macs(model: nn.Module, image_size: int) -> int:
   """Multiply-accumulates of one image in the forward pass, as published.
 
-  The papers and timm count with fvcore: those of matrix products and
-  convolutions, and 5 for each value that a norm puts out.
+  Those of matrix products and convolutions. fvcore, which the first paper
+  counted with, adds 5 for each value out of PyTorch's GroupNorm and 2 for
+  BatchNorm's, and knows no norm that is written out in the official code:
+  LayerNorm over channels, GroupNorm without a bias. So it is done here.
   """
-  normalized = 0
+  normalizing = 0
 
   def note(next_fn, args, kwargs, context):
-    nonlocal normalized
+    nonlocal normalizing
     y = next_fn(*args, **kwargs)
-    if isinstance(context.module, (layers.GroupNorm, layers.LayerNorm)):
-      normalized += y.size
+    if isinstance(context.module, norms.BatchNorm):
+      normalizing += 2 * y.size
+    elif isinstance(context.module, norms.GroupNorm) and (
+        context.module.use_bias):
+      normalizing += 5 * y.size
     return y
 
   variables = _abstract_variables(model, image_size)
   image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
   with nn.intercept_methods(note):
     macs = count_macs(model.apply, variables, image)
-  return macs + 5 * normalized
+  return macs + normalizing
 
 
 def count_macs(fn: Callable[..., Any], *args: Any) -> int:

@@ -1,4 +1,4 @@
-"""Layers shared by the models: norms, activations, MLP, convolutions, scaling.
+"""Layers shared by the models: MLP, scaling, drop path, convolutions, heads.
 
 Everything is channel-last. A `mask` is [B, H, W], 1 where a pixel is image and
 0 where it is padding; layers that look beyond one pixel ignore the padding, so
@@ -12,9 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
+
+from metaformer_jax import errors
+from metaformer_jax.models import activations, norms
 
 Dtype = Any
+per_channel = norms.per_channel
 
 # timm's trunc_normal_(std=0.02) truncates at +-2, which is 100 standard
 # deviations: a plain normal distribution.
@@ -35,39 +38,12 @@ def torch_conv_bias(fan_in: int) -> nn.initializers.Initializer:
   return init
 
 
-@jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-  """Exact GELU, x * Phi(x), as in PyTorch; not the tanh approximation.
-
-  The gradient is computed from x alone, where automatic differentiation keeps
-  a second array of x's size: the largest in the model.
-  """
-  return jax.nn.gelu(x, approximate=False)
-
-
-def _gelu_fwd(x):
-  return gelu(x), x
-
-
-def _gelu_bwd(x, dy):
-  z = x.astype(jnp.float32)
-  cdf = 0.5 * lax.erfc(-z * 0.5**0.5)
-  pdf = jnp.exp(-0.5 * z * z) * (2 * jnp.pi) ** -0.5
-  return ((dy.astype(jnp.float32) * (cdf + z * pdf)).astype(x.dtype),)
-
-
-gelu.defvjp(_gelu_fwd, _gelu_bwd)
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": gelu,
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
-
-
-def per_channel(vector: jax.Array, x: jax.Array) -> jax.Array:
-  """Shapes a vector over channels to multiply or add to x [..., C]."""
-  return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+def lookup(table, kind: str, name: str):
+  """Returns table[name]; ValueError names the nearest to an unknown."""
+  if name not in table:
+    raise ValueError(
+        f"unknown {kind} {name!r}{errors.did_you_mean(name, table)}")
+  return table[name]
 
 
 def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -85,86 +61,48 @@ def global_average_pool(x: jax.Array, mask: jax.Array | None) -> jax.Array:
   return (total / jnp.maximum(weight.sum((1, 2)), 1)).astype(x.dtype)
 
 
-def _normalize(x, axes, eps, weight=None):
-  """(x - mean) / sqrt(var + eps) over `axes` in float32, in two passes.
-
-  The variance is the mean of the squared differences: the difference of the
-  means, E[x^2] - E[x]^2, cancels where the mean is large.
-  """
-  x = x.astype(jnp.float32)
-  if weight is None:
-    mean = x.mean(axes, keepdims=True)
-    centred = x - mean
-    var = jnp.square(centred).mean(axes, keepdims=True)
-  else:
-    n = jnp.maximum(
-        jnp.broadcast_to(weight, x.shape).sum(axes, keepdims=True), 1)
-    mean = (x * weight).sum(axes, keepdims=True) / n
-    centred = x - mean
-    var = (jnp.square(centred) * weight).sum(axes, keepdims=True) / n
-  return centred * lax.rsqrt(var + eps)
-
-
-class GroupNorm(nn.Module):
-  """GroupNorm with one group: statistics over H, W and C of each image.
-
-  The "Modified Layer Normalization" of arXiv 2111.11418; [B, H, W, C] alike in
-  and out. Statistics in float32; scale and bias are a vector over channels.
-  """
-
-  eps: float = 1e-5
-  dtype: Dtype | None = None
-
-  @nn.compact
-  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None):
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-    weight = None if mask is None else mask[..., None].astype(jnp.float32)
-    y = _normalize(x, (1, 2, 3), self.eps, weight)
-    y = y * per_channel(scale, y) + per_channel(bias, y)
-    return y.astype(self.dtype or jnp.float32)
-
-
-class LayerNorm(nn.Module):
-  """LayerNorm over the channels of each pixel; the mask changes nothing."""
-
-  eps: float = 1e-5
-  dtype: Dtype | None = None
-
-  @nn.compact
-  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None):
-    del mask
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-    y = _normalize(x, (-1,), self.eps)
-    y = y * per_channel(scale, y) + per_channel(bias, y)
-    return y.astype(self.dtype or jnp.float32)
-
-
-NORMS: dict[str, Callable[..., nn.Module]] = {
-    "group_norm": GroupNorm,
-    "layer_norm": LayerNorm,
-}
-
-
 class Mlp(nn.Module):
   """Channel MLP of every pixel: Dense, activation, Dense."""
 
   hidden_dim: int
-  activation: Callable[[jax.Array], jax.Array] = gelu
+  activation: Callable[..., nn.Module] = activations.ACTIVATIONS["gelu"]
+  use_bias: bool = True
   drop_rate: float = 0.0
   dtype: Dtype | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False):
     dim = x.shape[-1]
-    x = nn.Dense(self.hidden_dim, dtype=self.dtype,
+    x = nn.Dense(self.hidden_dim, use_bias=self.use_bias, dtype=self.dtype,
                  kernel_init=trunc_normal_02, name="fc1")(x)
-    x = self.activation(x)
+    x = self.activation(name="act")(x)
     x = nn.Dropout(self.drop_rate, name="drop1")(x, deterministic=not train)
-    x = nn.Dense(dim, dtype=self.dtype, kernel_init=trunc_normal_02,
-                 name="fc2")(x)
+    x = nn.Dense(dim, use_bias=self.use_bias, dtype=self.dtype,
+                 kernel_init=trunc_normal_02, name="fc2")(x)
     return nn.Dropout(self.drop_rate, name="drop2")(x, deterministic=not train)
+
+
+class MlpHead(nn.Module):
+  """Dense, squared ReLU, LayerNorm, dropout, Dense: [B, C] -> [B, num_classes].
+
+  The classifier of ConvFormer and CAFormer (official code: its LayerNorm has
+  PyTorch's epsilon of 1e-5, timm's has 1e-6).
+  """
+
+  num_classes: int
+  ratio: float = 4.0
+  drop_rate: float = 0.0
+  dtype: Dtype | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool = False):
+    x = nn.Dense(int(self.ratio * x.shape[-1]), dtype=self.dtype,
+                 kernel_init=trunc_normal_02, name="fc1")(x)
+    x = activations.squared_relu(x)
+    x = norms.LayerNorm(dtype=self.dtype, name="norm")(x)
+    x = nn.Dropout(self.drop_rate, name="drop")(x, deterministic=not train)
+    return nn.Dense(self.num_classes, dtype=self.dtype,
+                    kernel_init=trunc_normal_02, name="fc2")(x)
 
 
 class DropPath(nn.Module):
@@ -185,8 +123,12 @@ class DropPath(nn.Module):
     return x * kept.astype(x.dtype) / keep
 
 
-class LayerScale(nn.Module):
-  """Multiplies a residual branch by a learned vector (arXiv 2103.17239)."""
+class Scale(nn.Module):
+  """Multiplies by a learned vector over channels.
+
+  On a residual branch it is LayerScale (arXiv 2103.17239), on the shortcut
+  ResScale (arXiv 2110.09456).
+  """
 
   init_value: float
   dtype: Dtype | None = None
@@ -198,34 +140,61 @@ class LayerScale(nn.Module):
     return x * per_channel(scale, x).astype(self.dtype or jnp.float32)
 
 
+def downsample_mask(mask: jax.Array | None, height: int, width: int, *,
+                    kernel_size: int, stride: int, padding: int):
+  """The mask [B, height, width] of a strided window's output; None stays None.
+
+  An output pixel is valid where its window, less the window's own padding,
+  lies inside the image: where the unpadded image would have had that pixel too.
+  """
+  if mask is None:
+    return None
+  # The unpadded image has output i where its window, which ends at pixel
+  # stride*i + kernel - 1 - padding, ends at most `padding` beyond the image.
+  last = kernel_size - 1 - 2 * padding
+  before = max(-last, 0)
+  mask = jnp.pad(mask, ((0, 0), (before, 0), (before, 0)), mode="edge")
+  mask = mask[:, max(last, 0)::stride, max(last, 0)::stride]
+  return mask[:, :height, :width]
+
+
 class Downsample(nn.Module):
   """Strided convolution with PyTorch's padding: the stem and between stages.
 
   [B, H, W, C] -> [B, floor((H + 2 pad - kernel) / stride) + 1, ..., dim].
-  Returns the features and their mask. An output pixel is valid where its
-  window, less the convolution's own padding, lies inside the image: where the
-  unpadded image would have had that pixel too.
+  Returns the features and their mask, by `downsample_mask`.
+
+  Attributes:
+    pre_norm, post_norm: norms of its input and of its output, or None.
+    conv_init: "torch", PyTorch's default, or "trunc_normal", 0.02 with a bias
+      of zero.
   """
 
   dim: int
   kernel_size: int
   stride: int
   padding: int
+  pre_norm: Callable[..., nn.Module] | None = None
+  post_norm: Callable[..., nn.Module] | None = None
+  conv_init: str = "torch"
   dtype: Dtype | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None):
+  def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
     k, s, p = self.kernel_size, self.stride, self.padding
-    bias_init = torch_conv_bias(fan_in=k * k * x.shape[-1])
-    y = nn.Conv(self.dim, (k, k), strides=(s, s), padding=((p, p), (p, p)),
-                kernel_init=torch_conv_kernel, bias_init=bias_init,
-                dtype=self.dtype, name="conv")(apply_mask(x, mask))
-    if mask is None:
-      return y, None
-    # The unpadded image has output i where its window, which ends at pixel
-    # s*i + k - 1 - p, ends at most p pixels beyond the image.
-    last = k - 1 - 2 * p
-    before = max(-last, 0)
-    mask = jnp.pad(mask, ((0, 0), (before, 0), (before, 0)), mode="edge")
-    mask = mask[:, max(last, 0)::s, max(last, 0)::s]
-    return y, mask[:, :y.shape[1], :y.shape[2]]
+    kernel_init, bias_init = lookup({
+        "torch": (torch_conv_kernel, torch_conv_bias(k * k * x.shape[-1])),
+        "trunc_normal": (trunc_normal_02, nn.initializers.zeros),
+    }, "conv_init", self.conv_init)
+    if self.pre_norm:
+      x = self.pre_norm(dtype=self.dtype, name="norm")(
+          x, mask=mask, train=train)
+    x = nn.Conv(self.dim, (k, k), strides=(s, s), padding=((p, p), (p, p)),
+                kernel_init=kernel_init, bias_init=bias_init, dtype=self.dtype,
+                name="conv")(apply_mask(x, mask))
+    mask = downsample_mask(mask, *x.shape[1:3], kernel_size=k, stride=s,
+                           padding=p)
+    if self.post_norm:
+      x = self.post_norm(dtype=self.dtype, name="norm")(
+          x, mask=mask, train=train)
+    return x, mask

@@ -1,58 +1,75 @@
 """The MetaFormer: one architecture, any token mixer (arXiv 2111.11418)."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
 
-from metaformer_jax import errors
-from metaformer_jax.models import layers, mixers
+from metaformer_jax.models import (
+  activations,
+  layers,
+  mixers,
+  norms,
+  positions,
+)
 
 Dtype = Any
-
-
-def _lookup(table, kind, name):
-  if name not in table:
-    raise ValueError(
-        f"unknown {kind} {name!r}{errors.did_you_mean(name, table)}")
-  return table[name]
 
 
 class MetaFormerBlock(nn.Module):
   """Y = X + TokenMixer(Norm(X));  Z = Y + MLP(Norm(Y)): eq. 2 and 3.
 
-  Each branch is scaled by LayerScale, unless `layer_scale_init` is None, and
-  dropped at `drop_path_rate`. [B, H, W, dim] alike in and out.
+  [B, H, W, dim] alike in and out.
+
+  Attributes:
+    layer_scale_init, res_scale_init: first values of the vectors that scale the
+      branches and the shortcuts; 0 for none.
+    mlp_ratio: 0 leaves out the second line.
+    residual: without it, the shortcuts X and Y are left out.
+    drop_path_rate: at which the branches are dropped.
   """
 
   dim: int
   token_mixer: mixers.MixerFactory
-  norm: Callable[..., nn.Module] = layers.GroupNorm
-  activation: Callable[[jax.Array], jax.Array] = layers.gelu
+  norm: Callable[..., nn.Module] = norms.GroupNorm
+  activation: Callable[..., nn.Module] = activations.ACTIVATIONS["gelu"]
   mlp_ratio: float = 4.0
-  layer_scale_init: float | None = 1e-5
+  mlp_bias: bool = True
+  residual: bool = True
+  layer_scale_init: float = 1e-5
+  res_scale_init: float = 0.0
   drop_rate: float = 0.0
   drop_path_rate: float = 0.0
   dtype: Dtype | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
-    def branch(y, i):
-      if self.layer_scale_init is not None:
-        y = layers.LayerScale(self.layer_scale_init, dtype=self.dtype,
-                              name=f"layer_scale{i}")(y)
-      return layers.DropPath(self.drop_path_rate, name=f"drop_path{i}")(
+    def scale(name, init_value, y):
+      if not init_value:
+        return y
+      return layers.Scale(init_value, dtype=self.dtype, name=name)(y)
+
+    def add(i, x, y):
+      y = scale(f"layer_scale{i}", self.layer_scale_init, y)
+      y = layers.DropPath(self.drop_path_rate, name=f"drop_path{i}")(
           y, train=train)
+      if not self.residual:
+        return y
+      return scale(f"res_scale{i}", self.res_scale_init, x) + y
 
     norm1 = self.norm(dtype=self.dtype, name="norm1")
     mixer = self.token_mixer(dim=self.dim, dtype=self.dtype, name="token_mixer")
+    x = add(1, x, mixer(norm1(x, mask=mask, train=train), mask=mask,
+                        train=train))
+    if not self.mlp_ratio:
+      return x
     norm2 = self.norm(dtype=self.dtype, name="norm2")
     mlp = layers.Mlp(int(self.dim * self.mlp_ratio), self.activation,
-                     self.drop_rate, dtype=self.dtype, name="mlp")
-    x = x + branch(mixer(norm1(x, mask=mask), mask=mask, train=train), 1)
-    return x + branch(mlp(norm2(x, mask=mask), train=train), 2)
+                     self.mlp_bias, self.drop_rate, dtype=self.dtype,
+                     name="mlp")
+    return add(2, x, mlp(norm2(x, mask=mask, train=train), train=train))
 
 
 class Stage(nn.Module):
@@ -60,29 +77,51 @@ class Stage(nn.Module):
 
   downsample: Callable[..., nn.Module]
   blocks: Sequence[Callable[..., nn.Module]]
+  position_embedding: bool = False
+  dtype: Dtype | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
-    x, mask = self.downsample(name="downsample")(x, mask=mask)
+    x, mask = self.downsample(name="downsample")(x, mask=mask, train=train)
+    if self.position_embedding:
+      x = positions.PositionEmbedding(dtype=self.dtype, name="pos_embed")(
+          x, mask=mask)
     for i, block in enumerate(self.blocks, 1):
       x = block(name=f"block{i}")(x, mask=mask, train=train)
     return x, mask
 
 
 class MetaFormer(nn.Module):
-  """Four stages of MetaFormer blocks, and a linear head.
+  """Stages of MetaFormer blocks, and a head.
 
   Attributes:
     depths: blocks of each stage.
     dims: channels of each stage.
     token_mixers: for each stage a name in `mixers.MIXERS`, or a factory of
       your own, called as `factory(dim=..., dtype=..., name=...)`.
-    pool_size: window side of the "pooling" mixer, odd.
-    norm, norm_eps: a name in `layers.NORMS`, and its epsilon.
-    activation: a name in `layers.ACTIVATIONS`.
-    mlp_ratio: hidden over outer channels of the MLP.
-    layer_scale_init: LayerScale's first value; None for no LayerScale.
+    pool_size, pool_subtract: window side of the "pooling" mixer, odd; whether
+      it subtracts its input.
+    conv_kernel_size: of the mixers "depthwise_conv" and "sepconv", odd.
+    attention_proj_bias: whether the mixer "attention" ends with a bias.
+    position_embeddings: stages, counted from 1, that begin by adding one.
+    norm, norm_eps, norm_bias: a name in `norms.NORMS`, its epsilon, and
+      whether it has a bias.
+    activation: of the MLPs and of "sepconv", a name in
+      `activations.ACTIVATIONS`.
+    mlp_ratio, mlp_bias: hidden over outer channels of the MLPs, 0 for no MLP;
+      whether they have biases.
+    residual: whether blocks add to their input.
+    layer_scale_init: LayerScale's first value; 0 or None for no LayerScale.
+    res_scale_init: ResScale's first value in each stage, 0 for no ResScale;
+      empty for none in all.
     in_patch_size, in_stride, in_pad: kernel, stride, padding of the stem.
+    downsample_norm: whether a LayerNorm follows the stem and comes before the
+      other downsamplings.
+    conv_init: first weights of the downsamplings, as in `layers.Downsample`.
+    head_norm_first: norm, then mean over the pixels (arXiv 2111.11418), or
+      mean, then LayerNorm with a bias (arXiv 2210.13452).
+    head: "linear", or "mlp" for `layers.MlpHead`.
+    head_drop_rate: dropout in the MLP head.
     num_classes: outputs of the head; 0 for the pooled features.
     drop_rate: dropout in the MLPs.
     drop_path_rate: of the last block; linear from 0 at the first.
@@ -93,64 +132,122 @@ class MetaFormer(nn.Module):
   dims: Sequence[int]
   token_mixers: Sequence[str | mixers.MixerFactory] = ("pooling",) * 4
   pool_size: int = 3
+  pool_subtract: bool = True
+  conv_kernel_size: int = 3
+  attention_proj_bias: bool = True
+  position_embeddings: Sequence[int] = ()
   norm: str = "group_norm"
   norm_eps: float = 1e-5
+  norm_bias: bool = True
   activation: str = "gelu"
   mlp_ratio: float = 4.0
+  mlp_bias: bool = True
+  residual: bool = True
   layer_scale_init: float | None = 1e-5
+  res_scale_init: Sequence[float] = ()
   in_patch_size: int = 7
   in_stride: int = 4
   in_pad: int = 2
+  downsample_norm: bool = False
+  conv_init: str = "torch"
+  head_norm_first: bool = True
+  head: str = "linear"
+  head_drop_rate: float = 0.0
   num_classes: int = 1000
   drop_rate: float = 0.0
   drop_path_rate: float = 0.0
   dtype: Dtype | None = None
 
   def setup(self):
-    lengths = {len(self.depths), len(self.dims), len(self.token_mixers)}
-    if len(lengths) != 1:
-      raise ValueError(
-          "depths, dims and token_mixers must name the same stages, got "
-          f"{self.depths}, {self.dims}, {self.token_mixers}")
-    norm = functools.partial(_lookup(layers.NORMS, "norm", self.norm),
-                             eps=self.norm_eps)
+    self._check()
+    norm = functools.partial(layers.lookup(norms.NORMS, "norm", self.norm),
+                             eps=self.norm_eps, use_bias=self.norm_bias)
     n_blocks = sum(self.depths)
     stages = []
     first = 0  # Number of blocks before the stage.
     for i, (depth, dim) in enumerate(zip(self.depths, self.dims)):
-      kernel, stride, pad = (
-          (self.in_patch_size, self.in_stride, self.in_pad) if i == 0
-          else (3, 2, 1))
       block = functools.partial(
           MetaFormerBlock, dim=dim, token_mixer=self._mixer(i), norm=norm,
-          activation=_lookup(layers.ACTIVATIONS, "activation", self.activation),
-          mlp_ratio=self.mlp_ratio, layer_scale_init=self.layer_scale_init,
+          activation=self._activation(), mlp_ratio=self.mlp_ratio,
+          mlp_bias=self.mlp_bias, residual=self.residual,
+          layer_scale_init=self.layer_scale_init or 0.0,
+          res_scale_init=self.res_scale_init[i] if self.res_scale_init else 0.0,
           drop_rate=self.drop_rate, dtype=self.dtype)
       stages.append(Stage(
-          downsample=functools.partial(layers.Downsample, dim, kernel, stride,
-                                       pad, dtype=self.dtype),
+          downsample=self._downsample(i, dim),
           blocks=[
               functools.partial(block, drop_path_rate=self.drop_path_rate
                                 * (first + j) / max(n_blocks - 1, 1))
               for j in range(depth)],
-          name=f"stage{i + 1}"))
+          position_embedding=i + 1 in self.position_embeddings,
+          dtype=self.dtype, name=f"stage{i + 1}"))
       first += depth
     self.stages = stages
-    self.final_norm = norm(dtype=self.dtype, name="norm")
+    if self.head_norm_first:
+      self.final_norm = norm(dtype=self.dtype, name="norm")
+    else:
+      self.final_norm = norms.LayerNorm(self.norm_eps, dtype=self.dtype,
+                                        name="norm")
     if self.num_classes:
-      self.head = nn.Dense(self.num_classes, dtype=self.dtype,
-                           kernel_init=layers.trunc_normal_02)
+      self.classifier = self._head()
+
+  def _check(self):
+    lengths = {len(self.depths), len(self.dims), len(self.token_mixers)}
+    if self.res_scale_init:
+      lengths.add(len(self.res_scale_init))
+    if len(lengths) != 1:
+      raise ValueError(
+          "depths, dims, token_mixers and res_scale_init must name the same "
+          f"stages, got {self.depths}, {self.dims}, {self.token_mixers}, "
+          f"{self.res_scale_init}")
+    for stage in self.position_embeddings:
+      if not 1 <= stage <= len(self.depths):
+        raise ValueError(f"position_embeddings: there is no stage {stage}; "
+                         f"they count from 1 to {len(self.depths)}")
+
+  def _activation(self) -> Callable[..., nn.Module]:
+    return layers.lookup(activations.ACTIVATIONS, "activation", self.activation)
 
   def _mixer(self, stage: int) -> mixers.MixerFactory:
     mixer = self.token_mixers[stage]
     if not isinstance(mixer, str):
       return mixer
-    factory = _lookup(mixers.MIXERS, "token mixer", mixer)
-    if mixer == "pooling":
-      return functools.partial(factory, pool_size=self.pool_size)
-    return factory
+    settings = {
+        "pooling": {"pool_size": self.pool_size,
+                    "subtract_input": self.pool_subtract},
+        "depthwise_conv": {"kernel_size": self.conv_kernel_size},
+        "sepconv": {"kernel_size": self.conv_kernel_size,
+                    "activation": self._activation()},
+        "attention": {"proj_bias": self.attention_proj_bias},
+    }
+    return functools.partial(
+        layers.lookup(mixers.MIXERS, "token mixer", mixer),
+        **settings.get(mixer, {}))
 
-  def _stages(self, x, mask, train):
+  def _downsample(self, stage: int, dim: int) -> Callable[..., nn.Module]:
+    norm = functools.partial(norms.LayerNorm, eps=self.norm_eps,
+                             use_bias=self.norm_bias)
+    if not self.downsample_norm:
+      norm = None
+    make = functools.partial(layers.Downsample, dim, conv_init=self.conv_init,
+                             dtype=self.dtype)
+    if stage == 0:
+      return functools.partial(
+          make, kernel_size=self.in_patch_size, stride=self.in_stride,
+          padding=self.in_pad, post_norm=norm)
+    return functools.partial(make, kernel_size=3, stride=2, padding=1,
+                             pre_norm=norm)
+
+  def _head(self) -> nn.Module:
+    if self.head == "mlp":
+      return layers.MlpHead(self.num_classes, drop_rate=self.head_drop_rate,
+                            dtype=self.dtype, name="head")
+    if self.head != "linear":
+      raise ValueError(f"unknown head {self.head!r}; valid: linear, mlp")
+    return nn.Dense(self.num_classes, dtype=self.dtype,
+                    kernel_init=layers.trunc_normal_02, name="head")
+
+  def _stages(self, x, mask, train) -> Iterator[tuple[jax.Array, Any]]:
     for stage in self.stages:
       x, mask = stage(x, mask=mask, train=train)
       yield x, mask
@@ -178,5 +275,12 @@ class MetaFormer(nn.Module):
     """Returns logits [B, num_classes] for images and mask as in `features`."""
     for y, m in self._stages(x, mask, train):
       x, mask = y, m
-    x = layers.global_average_pool(self.final_norm(x, mask=mask), mask)
-    return self.head(x) if self.num_classes else x
+    if self.head_norm_first:
+      x = layers.global_average_pool(
+          self.final_norm(x, mask=mask, train=train), mask)
+    else:
+      x = self.final_norm(layers.global_average_pool(x, mask))
+    if not self.num_classes:
+      return x
+    kwargs = {"train": train} if self.head == "mlp" else {}
+    return self.classifier(x, **kwargs)

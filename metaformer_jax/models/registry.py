@@ -4,10 +4,11 @@ import fnmatch
 from typing import Any
 
 from metaformer_jax import errors
-from metaformer_jax.models import poolformer
+from metaformer_jax.models import baselines, poolformer
 from metaformer_jax.models import spec as spec_lib
 
-_MODELS: dict[str, spec_lib.ModelSpec] = {**poolformer.MODELS}
+_MODELS: dict[str, spec_lib.ModelSpec] = {
+    **poolformer.MODELS, **baselines.MODELS}
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -23,15 +24,15 @@ def get_spec(name: str) -> spec_lib.ModelSpec:
   return _MODELS[name]
 
 
-def create_model(name: str, *, num_classes: int = 1000,
+def create_model(name: str, *, num_classes: int | None = None,
                  drop_path_rate: float = 0.0, dtype: Any = None,
                  **overrides: Any):
   """Builds the Linen module of a named model.
 
   Args:
     name: one of `list_models()`.
-    num_classes: outputs of the head; 0 builds no head, and the model returns
-      the pooled features.
+    num_classes: outputs of the head, by default as published; 0 builds no
+      head, and the model returns the pooled features.
     drop_path_rate: stochastic depth of the last block, growing linearly from
       0 at the first (arXiv 1603.09382).
     dtype: of the computation, e.g. `jnp.bfloat16`; None is float32.
@@ -51,6 +52,8 @@ def create_model(name: str, *, num_classes: int = 1000,
     if key not in spec.hparams:
       raise ValueError(f"{name} has no hyper-parameter {key!r}"
                        f"{errors.did_you_mean(key, spec.hparams)}")
+  if num_classes is None:
+    num_classes = spec.num_classes
   return spec.load_class()(
       **{**spec.hparams, **overrides}, num_classes=num_classes,
       drop_path_rate=drop_path_rate, dtype=dtype)

@@ -1,0 +1,84 @@
+"""Activations, each a module: `activation(name=...)(x)`, any shape."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+  """Exact GELU, x * Phi(x), as in PyTorch; not the tanh approximation.
+
+  The gradient is computed from x alone, where automatic differentiation keeps
+  a second array of x's size: the largest in the model.
+  """
+  return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_fwd(x):
+  return gelu(x), x
+
+
+def _gelu_bwd(x, dy):
+  z = x.astype(jnp.float32)
+  cdf = 0.5 * lax.erfc(-z * 0.5**0.5)
+  pdf = jnp.exp(-0.5 * z * z) * (2 * jnp.pi) ** -0.5
+  return ((dy.astype(jnp.float32) * (cdf + z * pdf)).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_fwd, _gelu_bwd)
+
+
+@jax.custom_vjp
+def squared_relu(x: jax.Array) -> jax.Array:
+  """relu(x)^2 (arXiv 2109.08668); its gradient is computed from x alone."""
+  return jnp.square(jax.nn.relu(x))
+
+
+def _squared_relu_fwd(x):
+  return squared_relu(x), x
+
+
+def _squared_relu_bwd(x, dy):
+  return (2 * jax.nn.relu(x) * dy,)
+
+
+squared_relu.defvjp(_squared_relu_fwd, _squared_relu_bwd)
+
+
+class Elementwise(nn.Module):
+  """A function without parameters as a module."""
+
+  fn: Callable[[jax.Array], jax.Array]
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.fn(x)
+
+
+class StarReLU(nn.Module):
+  """s relu(x)^2 + b with one learned s and b (arXiv 2210.13452, eq. 7).
+
+  They begin at 1 and 0, as in the official code; the paper's 0.8944 and
+  -0.4472 only derive why a scale and a bias help.
+  """
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.initializers.ones, (1,))
+    bias = self.param("bias", nn.initializers.zeros, (1,))
+    scale, bias = (v.astype(x.dtype).reshape((1,) * x.ndim)
+                   for v in (scale, bias))
+    return scale * squared_relu(x) + bias
+
+
+ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
+    "gelu": functools.partial(Elementwise, gelu),
+    "relu": functools.partial(Elementwise, jax.nn.relu),
+    "silu": functools.partial(Elementwise, jax.nn.silu),
+    "squared_relu": functools.partial(Elementwise, squared_relu),
+    "star_relu": StarReLU,
+}

@@ -1,0 +1,127 @@
+"""Norms: `norm(x, mask=None, train=False)`, [B, H, W, C] alike in and out.
+
+Statistics are float32; scale and bias are vectors over channels. A norm is
+made by a factory that takes `eps`, `use_bias`, `dtype` and `name`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+Dtype = Any
+
+
+def per_channel(vector: jax.Array, x: jax.Array) -> jax.Array:
+  """Shapes a vector over channels to multiply or add to x [..., C]."""
+  return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _moments(x, axes, weight=None):
+  """Mean, and the mean of the squared differences from it, kept as axes of 1.
+
+  In two passes: the difference of the means, E[x^2] - E[x]^2, cancels where
+  the mean is large. `weight` is 1 for the values that count, else 0.
+  """
+  if weight is None:
+    mean = x.mean(axes, keepdims=True)
+    return mean, jnp.square(x - mean).mean(axes, keepdims=True)
+  n = _count(x, axes, weight)
+  mean = (x * weight).sum(axes, keepdims=True) / n
+  return mean, (jnp.square(x - mean) * weight).sum(axes, keepdims=True) / n
+
+
+def _count(x, axes, weight):
+  total = jnp.broadcast_to(weight, x.shape).sum(axes, keepdims=True)
+  return jnp.maximum(total, 1)
+
+
+def _weight(mask):
+  return None if mask is None else mask[..., None].astype(jnp.float32)
+
+
+class _Norm(nn.Module):
+  """What every norm has: an epsilon, and a scale and a bias at its end."""
+
+  eps: float = 1e-5
+  use_bias: bool = True
+  dtype: Dtype | None = None
+
+  def _affine(self, x: jax.Array) -> jax.Array:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    y = x * per_channel(scale, x)
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+      y = y + per_channel(bias, y)
+    return y.astype(self.dtype or jnp.float32)
+
+
+class GroupNorm(_Norm):
+  """GroupNorm with one group: statistics over H, W and C of each image.
+
+  The "Modified Layer Normalization" of arXiv 2111.11418.
+  """
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
+    x = x.astype(jnp.float32)
+    mean, var = _moments(x, (1, 2, 3), _weight(mask))
+    return self._affine((x - mean) * lax.rsqrt(var + self.eps))
+
+
+class LayerNorm(_Norm):
+  """LayerNorm over the channels of each pixel; [..., C]. Needs no mask."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
+    x = x.astype(jnp.float32)
+    mean, var = _moments(x, (-1,))
+    return self._affine((x - mean) * lax.rsqrt(var + self.eps))
+
+
+class BatchNorm(_Norm):
+  """BatchNorm as in PyTorch: statistics of the global batch, or running ones.
+
+  The running mean and variance are in the collection "batch_stats". In
+  training they move by 1 - momentum towards the batch's, of which the variance
+  is the unbiased one, and must be mutable; the batch is normalised by its
+  biased variance.
+  """
+
+  momentum: float = 0.9
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
+    dim = x.shape[-1]
+    x = x.astype(jnp.float32)
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, (dim,))
+    running_var = self.variable("batch_stats", "var", jnp.ones, (dim,))
+    mean, var = (per_channel(v.value, x) for v in (running_mean, running_var))
+    if train:
+      axes, weight = tuple(range(x.ndim - 1)), _weight(mask)
+      mean, var = _moments(x, axes, weight)
+      if not self.is_initializing():
+        n = x.size / dim if mask is None else _count(x, axes, weight)
+        unbiased = var * (n / jnp.maximum(n - 1, 1))
+        for running, new in ((running_mean, mean), (running_var, unbiased)):
+          running.value += (1 - self.momentum) * (
+              new.reshape(-1) - running.value)
+    return self._affine((x - mean) * lax.rsqrt(var + self.eps))
+
+
+class NoNorm(_Norm):
+  """Leaves x as it is: the ablation without a norm."""
+
+  def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
+    return x
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "batch_norm": BatchNorm,
+    "group_norm": GroupNorm,
+    "layer_norm": LayerNorm,
+    "none": NoNorm,
+}
