@@ -1,0 +1,1 @@
+"""Weights of other frameworks, read without them; nothing in a file is run."""

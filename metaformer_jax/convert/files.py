@@ -1,0 +1,216 @@
+"""Files of weights: read whatever they are, write safetensors."""
+
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from metaformer_jax import errors
+from metaformer_jax.convert import pickles
+from metaformer_jax.convert.pickles import one_line
+
+_LOG = logging.getLogger(__name__)
+
+# Where training scripts keep the weights; the first that holds tensors is
+# read, so the moving average before the last step's (as in timm).
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# What DistributedDataParallel and torch.compile put before every name.
+_PREFIXES = ("module.", "_orig_mod.")
+
+# What people have in place of weights, by the first bytes.
+_MISTAKEN = {
+    b"<": "is a web page, not weights: the download failed; open the address "
+          "in a browser",
+    b"version https://git-lfs": "is a pointer of git-LFS: run git lfs pull",
+    b"\x1f\x8b": "is compressed: unpack it with gunzip",
+    b"BZh": "is compressed: unpack it with bunzip2",
+    b"\xfd7zXZ": "is compressed: unpack it with unxz",
+    b"\x28\xb5\x2f\xfd": "is compressed: unpack it with unzstd",
+    b"\x89HDF": "is of the HDF5 format: save the weights as safetensors",
+    b"\x93NUMPY": "is a NumPy array: save the weights as safetensors",
+}
+
+
+def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+  """Returns the named tensors of a safetensors file or PyTorch checkpoint.
+
+  The content tells the kind, not the suffix. Of a checkpoint that holds more
+  than weights, the weights are taken, the moving average first; a prefix that
+  wrappers of modules put before all names is left out. All floating values
+  become float32; the others keep their dtype.
+
+  Raises:
+    WeightsError: one line that says what to do, or all that is wrong with the
+      tensors: of a type that is not read, NaN or infinite, beyond float32.
+  """
+  path = pathlib.Path(path)
+  tensors = _strip(_unwrap(path, _read(path)))
+  problems, result = [], {}
+  for name, value in tensors.items():
+    try:
+      result[name] = _checked(name, value)
+    except ValueError as error:
+      problems.append(f"{_shown(name)} {error}")
+  if problems:
+    raise errors.WeightsError(one_line(
+        path, f"cannot be used: {', '.join(problems)}"))
+  return result
+
+
+def write_safetensors(path: str | pathlib.Path,
+                      tensors: Mapping[str, np.ndarray],
+                      metadata: Mapping[str, str]) -> None:
+  """Writes a file that is either complete or not there.
+
+  The same tensors and metadata, in any order, give the same bytes.
+
+  Raises:
+    WeightsError: the file cannot be written; one that was there is as before.
+  """
+  path = pathlib.Path(path)
+  encoded = memoryview(safetensors.numpy.save(
+      {name: np.array(value, order="C") for name, value in tensors.items()},
+      dict(metadata)))
+  # The library writes metadata in an order that differs from run to run.
+  size = int.from_bytes(encoded[:8], "little")
+  fields = json.loads(bytes(encoded[8:8 + size]))
+  fields["__metadata__"] = dict(sorted(metadata.items()))
+  header = json.dumps(fields).encode()
+  header += b" " * (-len(header) % 8)
+  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  try:
+    try:
+      with open(partial, "wb") as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        file.write(encoded[8 + size:])
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(partial, path)
+    finally:
+      partial.unlink(missing_ok=True)
+  except OSError as error:
+    raise errors.WeightsError(one_line(
+        path, f"cannot be written: {error.strerror or error}")) from error
+
+
+def _read(path: pathlib.Path) -> Any:
+  """Returns what the file holds, after a look at what it is."""
+  try:
+    if path.is_dir():
+      raise errors.WeightsError(one_line(
+          path, "is a folder; name a file of weights"
+          + errors.did_you_mean(path.name, _names(path))))
+    with open(path, "rb") as file:
+      head = file.read(512)
+  except FileNotFoundError as error:
+    raise errors.WeightsError(one_line(
+        path, "does not exist"
+        + errors.did_you_mean(path.name, _names(path.parent)))) from error
+  except (OSError, ValueError) as error:  # ValueError: a NUL in the path.
+    raise errors.WeightsError(one_line(
+        path, "cannot be read: "
+        f"{getattr(error, 'strerror', None) or error}")) from error
+  if not head:
+    raise errors.WeightsError(one_line(
+        path, "is empty; download or save it again"))
+  # First, as it may begin with any byte: the header's length, at most 100 MB.
+  if head[4:9] == b"\0\0\0\0{":
+    return _read_safetensors(path)
+  for start, message in _MISTAKEN.items():
+    if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(start):
+      raise errors.WeightsError(one_line(path, message))
+  if head[257:262] == b"ustar":
+    raise errors.WeightsError(one_line(
+        path, "is a tar archive: unpack it, and name the file of weights in it"
+    ))
+  if head.startswith((b"PK", b"\x80")):
+    return pickles.read(path)
+  raise errors.WeightsError(one_line(
+      path, "is neither a safetensors file nor a PyTorch checkpoint"))
+
+
+def _names(folder: pathlib.Path) -> list[str]:
+  try:
+    return [path.name for path in folder.iterdir()]
+  except OSError:
+    return []
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    return safetensors.numpy.load_file(path)
+  except Exception as error:  # The library's errors have no common class.
+    raise errors.WeightsError(one_line(
+        path, "is a damaged safetensors file: download or save it again "
+        f"({type(error).__name__}: {error})")) from error
+
+
+def _unwrap(path: pathlib.Path, content: Any) -> dict[Any, Any]:
+  """Returns the state dict, be it the content itself or an item of it."""
+  if not isinstance(content, dict):
+    raise errors.WeightsError(one_line(
+        path, f"holds a {_type(content)}, not a state dict; save its "
+        "state_dict"))
+  for key in _WRAPPERS:
+    if _is_state_dict(content.get(key)):
+      _LOG.info("%s: the weights are those of %r", path, key)
+      return content[key]
+  if _is_state_dict(content):
+    return content
+  raise errors.WeightsError(one_line(
+      path, "holds no state dict at the top, nor as one of "
+      f"{', '.join(_WRAPPERS)}; its keys: "
+      f"{', '.join(map(_shown, content)) or 'none'}"))
+
+
+def _is_state_dict(value: Any) -> bool:
+  return isinstance(value, dict) and any(
+      isinstance(item, np.ndarray) for item in value.values())
+
+
+def _strip(tensors: dict[Any, Any]) -> dict[Any, Any]:
+  """Returns the tensors without a prefix that all of their names have."""
+  tensors = {k: v for k, v in tensors.items() if k != "_metadata"}
+  while tensors and (prefix := next((p for p in _PREFIXES if all(
+      isinstance(k, str) and k.startswith(p) for k in tensors)), None)):
+    tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+  return tensors
+
+
+def _checked(name: Any, value: Any) -> np.ndarray:
+  """Returns a tensor as the conversion takes it; ValueError: why it cannot."""
+  if not isinstance(name, str):
+    raise ValueError("(names must be strings)")
+  if type(value) is int and name.endswith("num_batches_tracked"):
+    value = np.array(value)
+  if not isinstance(value, np.ndarray):
+    raise ValueError(f"(a {_type(value)}, not a tensor)")
+  if value.dtype.kind in "biu":
+    return value
+  if value.dtype.name not in ("float32", "float64", "float16", "bfloat16"):
+    raise ValueError(f"(of dtype {value.dtype}, which is not read)")
+  bad = np.count_nonzero(~np.isfinite(value))
+  if bad:
+    raise ValueError(f"({bad} of {value.size} values NaN or infinite)")
+  with np.errstate(over="ignore"):
+    result = value.astype(np.float32, copy=False)
+  bad = np.count_nonzero(~np.isfinite(result))
+  if bad:
+    raise ValueError(f"({bad} of {value.size} values beyond float32)")
+  return result
+
+
+def _type(value: Any) -> str:
+  """What a value is, for the user: Inert objects by their own name."""
+  is_inert = isinstance(value, pickles.Inert)
+  return value.name if is_inert else type(value).__name__
+
+
+def _shown(key: Any) -> str:
+  return key if isinstance(key, str) else f"a key of type {_type(key)}"

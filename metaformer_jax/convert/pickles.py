@@ -1,0 +1,350 @@
+"""A reader of PyTorch checkpoints that needs no PyTorch and runs nothing.
+
+A pickle is a program. `pickle.Unpickler` can be told which globals it may look
+up, but it still calls them with whatever arguments the file has, sets their
+attributes, and reads copyreg's registry. So this is an interpreter of its own:
+the opcodes that build plain data, and a global is a name that is looked up in
+a table, never imported. What a file can do is what `_Machine` does.
+"""
+
+import dataclasses
+import io
+import math
+import mmap
+import pathlib
+import pickletools
+import sys
+import zipfile
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from metaformer_jax import errors
+
+# The legacy format begins with two pickles: these integers (torch/
+# serialization.py).
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+
+_DTYPES = {
+    "torch.FloatStorage": np.dtype(np.float32),
+    "torch.DoubleStorage": np.dtype(np.float64),
+    "torch.HalfStorage": np.dtype(np.float16),
+    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch.LongStorage": np.dtype(np.int64),
+    "torch.IntStorage": np.dtype(np.int32),
+    "torch.ShortStorage": np.dtype(np.int16),
+    "torch.CharStorage": np.dtype(np.int8),
+    "torch.ByteStorage": np.dtype(np.uint8),
+    "torch.BoolStorage": np.dtype(np.bool_),
+}
+_TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
+_PARAMETER = "torch._utils._rebuild_parameter"
+# Kept beside the weights; they are read as `Inert`, whatever their arguments.
+_INERT = ("argparse.Namespace", "torch.device", "numpy.dtype",
+          "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+          "_codecs.encode")  # How protocol 2 writes the bytes of a scalar.
+_ALLOWED = {*_DTYPES, *_TENSORS, *_INERT, _PARAMETER, "torch.Size",
+            "collections.OrderedDict"}
+
+# The opcodes whose argument is the value.
+_PLAIN = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4",
+          "FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE",
+          "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES",
+          "SHORT_BINBYTES", "BINBYTES8"}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+# Tensors may share a storage, so a small file could ask for any amount of
+# memory; this many times its size is more than tied weights and copies need.
+_MAX_EXPANSION = 16
+_MAX_NDIM = 64  # NumPy's.
+
+
+@dataclasses.dataclass(frozen=True)
+class Inert:
+  """Stands for a Python object that was not made."""
+
+  name: str
+
+
+def read(path: str | pathlib.Path) -> Any:
+  """Returns what `torch.save` was given, in its zip or its legacy format.
+
+  Containers are dicts, lists and tuples; tensors and parameters are C-ordered
+  arrays that own their memory, of the dtype they were saved in; the few other
+  objects that checkpoints hold are `Inert`.
+
+  Raises:
+    WeightsError: the file is damaged, of another kind, or holds anything else.
+  """
+  try:
+    with open(path, "rb") as file:
+      is_zip = file.read(4) == b"PK\x03\x04"
+      return _read_zip(file) if is_zip else _read_legacy(file)
+  except errors.WeightsError as error:
+    raise errors.WeightsError(one_line(path, error)) from error
+  except OSError as error:
+    raise errors.WeightsError(one_line(
+        path, f"cannot be read: {error.strerror or error}")) from error
+  except Exception as error:
+    # What zipfile, pickletools and NumPy raise for damaged bytes, MemoryError
+    # and RecursionError among it, is no closed set.
+    raise errors.WeightsError(one_line(
+        path, "is damaged, or no PyTorch checkpoint: download or save it again "
+        f"({type(error).__name__}: {error})")) from error
+
+
+def one_line(path: str | pathlib.Path, message: Any) -> str:
+  """Returns 'path: message' as one printable line, whatever a file's names."""
+  return "".join(c if c.isprintable() else "?" for c in f"{path}: {message}")
+
+
+def _read_zip(file: BinaryIO) -> Any:
+  with zipfile.ZipFile(file) as archive:
+    entries = {info.filename: info for info in archive.infolist()}
+    pickles = [name for name in entries if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+      raise errors.WeightsError(
+          "is a zip archive, but not one that torch.save wrote; name the file "
+          "of weights in it")
+    size = file.seek(0, io.SEEK_END)
+    stored = all(
+        info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
+        and info.compress_size == info.file_size
+        for info in archive.infolist())
+    if (not stored or len(entries) < len(archive.infolist())
+        or sum(info.file_size for info in entries.values()) > size):
+      raise errors.WeightsError(
+          "holds compressed, encrypted, repeated or overlapping entries, which "
+          "torch.save does not write; save it again")
+    root = pickles[0].removesuffix("data.pkl")
+    order = "little"
+    if f"{root}byteorder" in entries:
+      order = archive.read(f"{root}byteorder").decode()
+    if order not in ("little", "big"):
+      raise ValueError(f"byte order {order!r}")
+    machine = _Machine(size, order)
+    result = machine.run(io.BytesIO(archive.read(pickles[0])))
+    for key in machine.storages:
+      machine.fill(key, archive.read(f"{root}data/{key}"))
+  return result
+
+
+def _read_legacy(file: BinaryIO) -> Any:
+  # Mapped, as a read of more bytes than there are then allocates nothing.
+  with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+    # Little-endian whatever the third pickle, `sys_info`, says of the machine:
+    # torch.load does not look at it either.
+    machine = _Machine(len(stream), "little")
+    if machine.run(stream) != _MAGIC:
+      raise errors.WeightsError(
+          "is a pickle, but not one that torch.save wrote; save its state_dict "
+          "as safetensors")
+    if machine.run(stream) != _PROTOCOL:
+      raise ValueError("unknown protocol")
+    machine.run(stream)
+    result = machine.run(stream)
+    keys = machine.run(stream)
+    # Strings first: to compare what else a pickle builds may never end.
+    if (not all(isinstance(key, str) for key in keys)
+        or sorted(keys) != sorted(machine.storages)):
+      raise ValueError("the storages are not those that the tensors name")
+    for key in keys:
+      dtype, size = machine.storages[key]
+      if int.from_bytes(stream.read(8), "little", signed=True) != size:
+        raise ValueError(f"storage {key} is not of the size that is declared")
+      machine.fill(key, stream.read(size * dtype.itemsize))
+  return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+  """`size` values from `start` on of the storage saved under `key`."""
+
+  key: str
+  start: int
+  size: int
+
+
+class _Machine:
+  """Runs pickles: makes their containers, and arrays that `fill` then fills."""
+
+  def __init__(self, file_size: int, byte_order: str):
+    self._file_size = file_size
+    self._budget = _MAX_EXPANSION * file_size
+    self._swap = byte_order != sys.byteorder
+    self._views: dict[str, list] = {}  # Key -> (array, start, strides).
+    self.storages: dict[str, tuple[np.dtype, int]] = {}  # Key -> dtype, size.
+
+  def run(self, stream: Any) -> Any:
+    """Returns the object of the one pickle that the stream is at."""
+    stack: list = []
+    marked: list[list] = []  # The stacks below each mark.
+    memo: dict[int, Any] = {}
+    for opcode, arg, _ in pickletools.genops(stream):
+      match opcode.name:
+        case "PROTO" | "FRAME":
+          pass
+        case "STOP":
+          return stack.pop()
+        case name if name in _PLAIN:
+          stack.append(arg)
+        case name if name in _CONSTANTS:
+          stack.append(_CONSTANTS[name])
+        case "MARK":
+          marked.append(stack)
+          stack = []
+        case "EMPTY_LIST":
+          stack.append([])
+        case "EMPTY_DICT":
+          stack.append({})
+        case name if name in _TUPLES:
+          items = [stack.pop() for _ in range(_TUPLES[name])]
+          stack.append(tuple(reversed(items)))
+        case "TUPLE" | "LIST" | "DICT" | "APPENDS" | "SETITEMS" as name:
+          items, stack = stack, marked.pop()
+          match name:
+            case "TUPLE":
+              stack.append(tuple(items))
+            case "LIST":
+              stack.append(items)
+            case "DICT":
+              stack.append({})
+              _set_items(stack[-1], items)
+            case "APPENDS":
+              _extend(stack[-1], items)
+            case "SETITEMS":
+              _set_items(stack[-1], items)
+        case "APPEND":
+          item = stack.pop()
+          _extend(stack[-1], [item])
+        case "SETITEM":
+          value, key = stack.pop(), stack.pop()
+          _set_items(stack[-1], [key, value])
+        case "PUT" | "BINPUT" | "LONG_BINPUT":
+          memo[arg] = stack[-1]
+        case "MEMOIZE":
+          memo[len(memo)] = stack[-1]
+        case "GET" | "BINGET" | "LONG_BINGET":
+          stack.append(memo[arg])
+        case "GLOBAL":
+          stack.append(_named(arg.replace(" ", ".")))
+        case "STACK_GLOBAL":
+          name, module = stack.pop(), stack.pop()
+          stack.append(_named(f"{module}.{name}"))
+        case "REDUCE" | "NEWOBJ":
+          args, function = stack.pop(), stack.pop()
+          stack.append(self._call(function, args))
+        case "BUILD":
+          # An OrderedDict's attributes (`_metadata`), or an inert object's.
+          stack.pop()
+          if not isinstance(stack[-1], (dict, Inert)):
+            raise errors.WeightsError(_refusal("attributes of a value"))
+        case "BINPERSID":
+          stack.append(self._storage(stack.pop()))
+        case name:
+          raise errors.WeightsError(_refusal(f"the opcode {name}"))
+    raise ValueError("truncated")
+
+  def _call(self, function: Any, args: Any) -> Any:
+    match function, args:
+      case Inert(name), (storage, start, shape, strides, *rest) if (
+          name in _TENSORS):
+        if rest[2:] not in ([], [None], [{}]):
+          raise errors.WeightsError(_refusal("a conjugate or negative view"))
+        return self._tensor(storage, start, shape, strides)
+      case Inert(name), (np.ndarray() as array, *_) if name == _PARAMETER:
+        return array
+      case Inert("collections.OrderedDict"), () | ([],):
+        return {}
+      case Inert("torch.Size"), (tuple() as shape,):
+        return shape
+      case Inert(name), tuple() if name in _INERT:
+        return Inert(name)
+    raise ValueError("a call with unusual arguments")
+
+  def _storage(self, pid: Any) -> _Storage:
+    match pid:
+      case "storage", Inert(name), str(key), str(location), int(size), *view:
+        pass
+      case _:
+        raise ValueError("an unusual reference to a storage")
+    if location == "meta":
+      raise errors.WeightsError("holds tensors without values (device 'meta')")
+    dtype = _DTYPES[name]
+    if not 0 <= size * dtype.itemsize <= self._file_size:
+      raise ValueError(f"storage {key} is larger than the file")
+    if self.storages.setdefault(key, (dtype, size)) != (dtype, size):
+      raise ValueError(f"storage {key} is declared in two ways")
+    if view in ([], [None]):  # The legacy format may have a view here.
+      return _Storage(key, 0, size)
+    match view:
+      case [(_, int(start), int(length))] if (
+          min(start, length) >= 0 and start + length <= size):
+        return _Storage(key, start, length)
+    raise ValueError(f"a view reaches beyond storage {key}")
+
+  def _tensor(self, storage: Any, start: Any, shape: Any, strides: Any,
+              ) -> np.ndarray:
+    """Returns an array without its values yet."""
+    if (not isinstance(storage, _Storage)
+        or not len(shape) == len(strides) <= _MAX_NDIM
+        or any(type(n) is not int or n < 0 for n in (start, *shape, *strides))):
+      raise ValueError("a tensor's description is unusual")
+    dtype, _ = self.storages[storage.key]
+    last = start + sum((n - 1) * s for n, s in zip(shape, strides))
+    if math.prod(shape) and last >= storage.size:
+      raise ValueError(f"a tensor reaches beyond storage {storage.key}")
+    self._budget -= math.prod(shape) * dtype.itemsize
+    if self._budget < 0:
+      raise errors.WeightsError(
+          f"expands to more than {_MAX_EXPANSION} times its size; save clones "
+          "of the tensors")
+    array = np.empty(shape, dtype)
+    self._views.setdefault(storage.key, []).append(
+        (array, storage.start + start, strides))
+    return array
+
+  def fill(self, key: str, data: bytes) -> None:
+    """Copies a storage's values to the arrays that view it."""
+    dtype, size = self.storages[key]
+    if len(data) != size * dtype.itemsize:
+      raise ValueError(f"storage {key} is not of the size that is declared")
+    # Through integers, as bfloat16 knows no byte order.
+    values = np.frombuffer(data, f"u{dtype.itemsize}")
+    values = (values.byteswap() if self._swap else values).view(dtype)
+    for array, start, strides in self._views.get(key, ()):
+      if array.size:
+        array[...] = np.lib.stride_tricks.as_strided(
+            values[start:], array.shape, [s * dtype.itemsize for s in strides],
+            writeable=False)
+
+
+def _named(name: str) -> Inert:
+  if name not in _ALLOWED:
+    raise errors.WeightsError(_refusal(name[:100]))
+  return Inert(name)
+
+
+def _refusal(what: str) -> str:
+  return (f"holds {what}, which this reader does not run; save its state_dict "
+          "as safetensors")
+
+
+def _extend(target: Any, items: list) -> None:
+  if type(target) is not list:
+    raise ValueError("items of something that is no list")
+  target.extend(items)
+
+
+def _set_items(target: Any, items: list) -> None:
+  if type(target) is not dict or len(items) % 2:
+    raise ValueError("items of something that is no dictionary")
+  for key in items[::2]:
+    # A hash is computed by recursion in C: deep tuples end the process.
+    if not isinstance(key, (str, bytes, int, float, type(None))):
+      raise errors.WeightsError(
+          f"holds a dictionary with a {type(key).__name__} as a key, which "
+          "this reader refuses; save its state_dict as safetensors")
+  target.update(zip(items[::2], items[1::2]))
