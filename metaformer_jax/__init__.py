@@ -1,19 +1,27 @@
 """MetaFormer vision backbones in JAX/Flax.
 
-`create_model`, `list_models` and `get_spec` load on first use, so importing
-the package costs nothing and pulls in neither TensorFlow nor torch.
+What is below loads on first use, so importing the package costs nothing and
+pulls in neither TensorFlow nor torch.
 """
+
+import importlib
 
 __version__ = "0.1.0"
 
-__all__ = ["create_model", "get_spec", "list_models"]
+_WHERE = {
+    "create_model": "models.registry",
+    "get_spec": "models.registry",
+    "list_models": "models.registry",
+    "load_pretrained": "training.pretrained",
+}
+
+__all__ = [*_WHERE]
 
 
 def __getattr__(name):
-  if name in __all__:
-    from metaformer_jax.models import registry  # noqa: PLC0415
-
-    return getattr(registry, name)
+  if name in _WHERE:
+    module = importlib.import_module(f"{__name__}.{_WHERE[name]}")
+    return getattr(module, name)
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

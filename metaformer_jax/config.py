@@ -231,6 +231,7 @@ def _check(cfg: Experiment) -> Iterator[str]:
     low, high = getattr(cfg.data, key)
     if low > high:
       yield f"config.data.{key}: ({low}, {high}) does not ascend"
+  yield from _check_init(cfg)
   yield from _check_mesh(cfg)
   yield from _check_data(cfg)
 
@@ -279,6 +280,19 @@ def _check_model(cfg: Experiment, spec) -> Iterator[str]:
     if stage > n_stages:
       yield (f"config.model.position_embeddings: there is no stage {stage}; "
              f"nearest: {n_stages}")
+
+
+def _check_init(cfg: Experiment) -> Iterator[str]:
+  if cfg.init is None:
+    return
+  try:
+    path = pathlib.Path(cfg.init).expanduser()
+    if not path.exists():
+      near = [str(p) for p in path.parent.glob("*")]
+      yield (f"config.init: {cfg.init!r} does not exist"
+             f"{errors.did_you_mean(str(path), near)}")
+  except (OSError, RuntimeError, ValueError) as e:
+    yield f"config.init: {cfg.init!r}: {e}"
 
 
 def _check_mesh(cfg: Experiment) -> Iterator[str]:

@@ -204,6 +204,8 @@ class Experiment:
 
   task: str = option("classification", "what is learned",
                      choices=("classification",))
+  init: str | None = option(
+      None, "weights to start from: safetensors, .pth or a run's folder")
   seed: int = option(0, "of initialisation, order, augmentation", low=0,
                      high=2**31 - 1)
   model: Model = dataclasses.field(default_factory=Model)

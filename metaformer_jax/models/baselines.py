@@ -90,7 +90,7 @@ def _mlp_head():
   for family, (token_mixers, rows) in _MLP_HEAD.items():
     for size, (n_1k, n_21k, gmacs, gmacs_384, *top1) in rows.items():
       hparams = {**_COMMON, **_SEP_CONV[size], "token_mixers": token_mixers,
-                 "head": "mlp"}
+                 "norm": "layer_norm", "head": "mlp"}
       for suffix, image_size, published in zip(
           ("", "_384", "_in21ft1k", "_384_in21ft1k"), (224, 384) * 2, top1):
         yield _spec(family, size, suffix, hparams=hparams, n_params=n_1k,

@@ -119,7 +119,8 @@ class MetaFormer(nn.Module):
       other downsamplings.
     conv_init: first weights of the downsamplings, as in `layers.Downsample`.
     head_norm_first: norm, then mean over the pixels (arXiv 2111.11418), or
-      mean, then LayerNorm with a bias (arXiv 2210.13452).
+      mean, then LayerNorm with a bias and an epsilon of 1e-6 (arXiv 2210.13452;
+      timm's for both papers).
     head: "linear", or "mlp" for `layers.MlpHead`.
     head_drop_rate: dropout in the MLP head.
     num_classes: outputs of the head; 0 for the pooled features.
@@ -186,8 +187,7 @@ class MetaFormer(nn.Module):
     if self.head_norm_first:
       self.final_norm = norm(dtype=self.dtype, name="norm")
     else:
-      self.final_norm = norms.LayerNorm(self.norm_eps, dtype=self.dtype,
-                                        name="norm")
+      self.final_norm = norms.LayerNorm(1e-6, dtype=self.dtype, name="norm")
     if self.num_classes:
       self.classifier = self._head()
 

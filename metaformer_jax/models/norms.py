@@ -85,10 +85,10 @@ class LayerNorm(_Norm):
 class BatchNorm(_Norm):
   """BatchNorm as in PyTorch: statistics of the global batch, or running ones.
 
-  The running mean and variance are in the collection "batch_stats". In
-  training they move by 1 - momentum towards the batch's, of which the variance
-  is the unbiased one, and must be mutable; the batch is normalised by its
-  biased variance.
+  The running mean and variance, and the number of batches that they saw, are
+  in the collection "batch_stats". In training, where it must be mutable, they
+  move by 1 - momentum towards the batch's, of which the variance is the
+  unbiased one; the batch is normalised by its biased variance.
   """
 
   momentum: float = 0.9
@@ -99,6 +99,8 @@ class BatchNorm(_Norm):
     x = x.astype(jnp.float32)
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, (dim,))
     running_var = self.variable("batch_stats", "var", jnp.ones, (dim,))
+    n_batches = self.variable("batch_stats", "n_batches", jnp.zeros, (),
+                              jnp.int32)
     mean, var = (per_channel(v.value, x) for v in (running_mean, running_var))
     if train:
       axes, weight = tuple(range(x.ndim - 1)), _weight(mask)
@@ -106,6 +108,7 @@ class BatchNorm(_Norm):
       if not self.is_initializing():
         n = x.size / dim if mask is None else _count(x, axes, weight)
         unbiased = var * (n / jnp.maximum(n - 1, 1))
+        n_batches.value += 1
         for running, new in ((running_mean, mean), (running_var, unbiased)):
           running.value += (1 - self.momentum) * (
               new.reshape(-1) - running.value)

@@ -9,11 +9,14 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from metaformer_jax import errors, experiment
 from metaformer_jax.training import sharding
 from metaformer_jax.training.state import TrainState
+
+log = logging.getLogger(__name__)
 
 # The items of a step that are trees of arrays; empty ones are not written.
 _TREES = ("params", "model_state", "opt_state", "ema_params")
@@ -138,6 +141,48 @@ class Checkpoints:
     """Waits until everything is written."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def read_variables(path: pathlib.Path) -> dict[str, Any]:
+  """Reads what a model needs of a checkpoint, whatever it was placed on.
+
+  Args:
+    path: a workdir or its checkpoints folder, of which the last step is taken,
+      or the folder of one step.
+
+  Returns:
+    Variables of numpy arrays: the moving average of the parameters where there
+    is one.
+
+  Raises:
+    WeightsError: there is no checkpoint, or it is damaged.
+  """
+  folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+  steps = [int(p.name) for p in folder.iterdir()
+           if p.is_dir() and p.name.isdecimal()]
+  step = (folder / str(max(steps)) if steps else folder).absolute()
+  params = "ema_params" if (step / "ema_params").is_dir() else "params"
+  if not (step / params).is_dir():
+    raise errors.WeightsError(
+        f"{path}: holds no checkpoint; give a workdir, its checkpoints folder "
+        "or one step in it, or a file")
+  log.info("%s: reading %s", step, params)
+  reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+  def read(item):
+    tree = reader.metadata(step / item).item_metadata.tree
+    as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return reader.restore(step / item, args=ocp.args.PyTreeRestore(
+        restore_args=as_numpy))
+
+  try:
+    variables = {"params": read(params)}
+    if (step / "model_state").is_dir():
+      variables |= read("model_state")
+  except Exception as e:  # Of what Orbax and its libraries raise.
+    raise errors.WeightsError(f"{step}: is damaged or not complete: {e}") from e
+  return variables
 
 
 def _arrays(tree) -> dict[str, str]:

@@ -15,11 +15,13 @@ import optax
 from metaformer_jax import config as config_lib
 from metaformer_jax import errors
 from metaformer_jax.experiment import Experiment
+from metaformer_jax.models import registry
 from metaformer_jax.tasks import base
 from metaformer_jax.training import checkpoints as checkpoints_lib
 from metaformer_jax.training import metrics as metrics_lib
 from metaformer_jax.training import (
   optim,
+  pretrained,
   report,
   sharding,
   signals,
@@ -76,7 +78,8 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
 
   # How the state starts; the first that applies wins.
   # 1. The workdir has a checkpoint: resume it, data position included.
-  # 2. From scratch.
+  # 2. The weights of config.init; a head of other classes begins anew.
+  # 3. From scratch.
   restored = checkpoints.latest_step()
   if restored is not None:
     state, position = checkpoints.restore(
@@ -85,6 +88,10 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
       log.info("resumed %s at step %d", workdir, restored)
   else:
     state = jax.jit(create, out_shardings=shardings)()
+    if cfg.init:
+      state = pretrained.warm_start(
+          state, cfg.init, registry.get_spec(cfg.model.name).family,
+          (cfg.data.image_size,) * 2)
     restored, position = 0, 0
 
   everywhere = sharding.replicated(mesh)

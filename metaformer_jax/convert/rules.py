@@ -1,0 +1,227 @@
+"""What each weight is called in PyTorch, for every family and layout: data.
+
+A rule is (our path, their key, kind). Paths have the form of
+"stage{s}/block{b}/norm1"; what stands in braces is a number, and their key may
+use the numbers that `layouts.Numbers` derives from them. A kind is a module's,
+and names its leaves; or a single leaf's, and names how it is laid out.
+"""
+
+from typing import NamedTuple
+
+
+class Rule(NamedTuple):
+  """One module or leaf.
+
+  Attributes:
+    path: of ours, without the collection.
+    key: theirs.
+    kind: a name in `KINDS` or in `layouts.LAYINGS`.
+    where: "attention" for stages whose mixer is attention, "other" for the
+      rest, None for all.
+  """
+
+  path: str
+  key: str
+  kind: str
+  where: str | None = None
+
+
+# Our leaf, their leaf, and how it is laid out in PyTorch.
+KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "conv": (("kernel", "weight", "oihw"), ("bias", "bias", "same")),
+    "dense": (("kernel", "weight", "oi"), ("bias", "bias", "same")),
+    # A Dense that is a 1 x 1 convolution there.
+    "pointwise": (("kernel", "weight", "oi11"), ("bias", "bias", "same")),
+    "norm": (("scale", "weight", "same"), ("bias", "bias", "same"),
+             ("mean", "running_mean", "same"), ("var", "running_var", "same"),
+             ("n_batches", "num_batches_tracked", "count")),
+    "affine": (("alpha", "alpha", "same"), ("beta", "beta", "same")),
+    "affine_1nc": (("alpha", "alpha", "11c"), ("beta", "beta", "11c")),
+    "scale": (("scale", "scale", "same"),),
+    "star_relu": (("scale", "scale", "same"), ("bias", "bias", "same")),
+}
+
+_BLOCK = "stage{s}/block{b}"
+
+# sail-sg/poolformer: models/poolformer.py and models/metaformer.py.
+_POOLFORMER = (
+    Rule("stage1/downsample/conv", "patch_embed.proj", "conv"),
+    Rule("stage{s}/downsample/conv", "network.{down}.proj", "conv"),
+    Rule("stage{s}/pos_embed/embedding", "network.{embed}.pos_embed", "1chw"),
+    Rule(f"{_BLOCK}/norm{{i}}", "network.{blocks}.{b0}.norm{i}", "norm"),
+    Rule(f"{_BLOCK}/token_mixer/qkv",
+         "network.{blocks}.{b0}.token_mixer.qkv", "dense"),
+    Rule(f"{_BLOCK}/token_mixer/proj",
+         "network.{blocks}.{b0}.token_mixer.proj", "dense"),
+    Rule(f"{_BLOCK}/token_mixer",  # The one matrix of SpatialFc.
+         "network.{blocks}.{b0}.token_mixer.fc", "dense"),
+    Rule(f"{_BLOCK}/layer_scale{{i}}/scale",
+         "network.{blocks}.{b0}.layer_scale_{i}", "same"),
+    Rule(f"{_BLOCK}/mlp/fc{{i}}",
+         "network.{blocks}.{b0}.mlp.fc{i}", "pointwise"),
+    Rule("norm", "norm", "norm"),
+    Rule("head", "head", "dense"),
+)
+
+_HUGGINGFACE = "poolformer.encoder.block.{s0}.{b0}"
+
+# Hugging Face transformers: PoolFormerForImageClassification.
+_POOLFORMER_HUGGINGFACE = (
+    Rule("stage{s}/downsample/conv",
+         "poolformer.encoder.patch_embeddings.{s0}.projection", "conv"),
+    Rule(f"{_BLOCK}/norm1", f"{_HUGGINGFACE}.before_norm", "norm"),
+    Rule(f"{_BLOCK}/norm2", f"{_HUGGINGFACE}.after_norm", "norm"),
+    Rule(f"{_BLOCK}/layer_scale{{i}}/scale",
+         f"{_HUGGINGFACE}.layer_scale_{{i}}", "same"),
+    Rule(f"{_BLOCK}/mlp/fc{{i}}", f"{_HUGGINGFACE}.output.conv{{i}}",
+         "pointwise"),
+    Rule("norm", "norm", "norm"),
+    Rule("head", "classifier", "dense"),
+)
+
+# sail-sg/metaformer: metaformer_baselines.py.
+_BASELINES = (
+    Rule("stage{s}/downsample/conv", "downsample_layers.{s0}.conv", "conv"),
+    Rule("stage1/downsample/norm", "downsample_layers.0.post_norm", "norm"),
+    Rule("stage{s}/downsample/norm", "downsample_layers.{s0}.pre_norm", "norm"),
+    Rule(f"{_BLOCK}/norm{{i}}", "stages.{s0}.{b0}.norm{i}", "norm"),
+    Rule(f"{_BLOCK}/token_mixer/random_matrix",
+         "stages.{s0}.{b0}.token_mixer.random_matrix", "same"),
+    Rule(f"{_BLOCK}/token_mixer/pwconv{{i}}",
+         "stages.{s0}.{b0}.token_mixer.pwconv{i}", "dense"),
+    Rule(f"{_BLOCK}/token_mixer/act1",
+         "stages.{s0}.{b0}.token_mixer.act1", "star_relu"),
+    Rule(f"{_BLOCK}/token_mixer/dwconv",
+         "stages.{s0}.{b0}.token_mixer.dwconv", "conv"),
+    Rule(f"{_BLOCK}/token_mixer/qkv",
+         "stages.{s0}.{b0}.token_mixer.qkv", "dense"),
+    Rule(f"{_BLOCK}/token_mixer/proj",
+         "stages.{s0}.{b0}.token_mixer.proj", "dense"),
+    Rule(f"{_BLOCK}/layer_scale{{i}}",
+         "stages.{s0}.{b0}.layer_scale{i}", "scale"),
+    Rule(f"{_BLOCK}/res_scale{{i}}", "stages.{s0}.{b0}.res_scale{i}", "scale"),
+    Rule(f"{_BLOCK}/mlp/fc{{i}}", "stages.{s0}.{b0}.mlp.fc{i}", "dense"),
+    Rule(f"{_BLOCK}/mlp/act", "stages.{s0}.{b0}.mlp.act", "star_relu"),
+    Rule("norm", "norm", "norm"),
+    Rule("head", "head", "dense"),
+    Rule("head/fc{i}", "head.fc{i}", "dense"),
+    Rule("head/norm", "head.norm", "norm"),
+)
+
+_TIMM = "stages.{s0}.blocks.{b0}"
+
+# timm: models/metaformer.py, for both papers. Dense layers are 1 x 1
+# convolutions but in the stages of attention.
+_METAFORMER_TIMM = (
+    Rule("stage1/downsample/conv", "stem.conv", "conv"),
+    Rule("stage1/downsample/norm", "stem.norm", "norm"),
+    Rule("stage{s}/downsample/conv", "stages.{s0}.downsample.conv", "conv"),
+    Rule("stage{s}/downsample/norm", "stages.{s0}.downsample.norm", "norm"),
+    Rule(f"{_BLOCK}/norm{{i}}", f"{_TIMM}.norm{{i}}", "norm"),
+    Rule(f"{_BLOCK}/token_mixer/pwconv{{i}}",
+         f"{_TIMM}.token_mixer.pwconv{{i}}", "pointwise"),
+    Rule(f"{_BLOCK}/token_mixer/act1", f"{_TIMM}.token_mixer.act1",
+         "star_relu"),
+    Rule(f"{_BLOCK}/token_mixer/dwconv", f"{_TIMM}.token_mixer.dwconv", "conv"),
+    Rule(f"{_BLOCK}/token_mixer/qkv", f"{_TIMM}.token_mixer.qkv", "dense"),
+    Rule(f"{_BLOCK}/token_mixer/proj", f"{_TIMM}.token_mixer.proj", "dense"),
+    Rule(f"{_BLOCK}/layer_scale{{i}}", f"{_TIMM}.layer_scale{{i}}", "scale"),
+    Rule(f"{_BLOCK}/res_scale{{i}}", f"{_TIMM}.res_scale{{i}}", "scale"),
+    Rule(f"{_BLOCK}/mlp/fc{{i}}", f"{_TIMM}.mlp.fc{{i}}", "dense", "attention"),
+    Rule(f"{_BLOCK}/mlp/fc{{i}}", f"{_TIMM}.mlp.fc{{i}}", "pointwise", "other"),
+    Rule(f"{_BLOCK}/mlp/act", f"{_TIMM}.mlp.act", "star_relu"),
+    Rule("norm", "head.norm", "norm"),
+    Rule("head", "head.fc", "dense"),
+    Rule("head/fc{i}", "head.fc.fc{i}", "dense"),
+    Rule("head/norm", "head.fc.norm", "norm"),
+)
+
+# timm: models/vision_transformer.py and models/deit.py; the official DeiT
+# (facebookresearch/deit, models.py) has the same keys.
+_VIT = (
+    Rule("patch_embed", "patch_embed.proj", "conv"),
+    Rule("cls_token", "cls_token", "same"),
+    Rule("dist_token", "dist_token", "same"),
+    Rule("pos_embed", "pos_embed", "same"),
+    Rule("block{b}/norm{i}", "blocks.{b0}.norm{i}", "norm"),
+    Rule("block{b}/attn/qkv", "blocks.{b0}.attn.qkv", "dense"),
+    Rule("block{b}/attn/proj", "blocks.{b0}.attn.proj", "dense"),
+    Rule("block{b}/mlp/fc{i}", "blocks.{b0}.mlp.fc{i}", "dense"),
+    Rule("norm", "norm", "norm"),
+    Rule("head", "head", "dense"),
+    Rule("head_dist", "head_dist", "dense"),
+)
+
+# timm: models/mlp_mixer.py.
+_MLP_MIXER = (
+    Rule("patch_embed", "stem.proj", "conv"),
+    Rule("block{b}/norm{i}", "blocks.{b0}.norm{i}", "norm"),
+    Rule("block{b}/mlp_tokens/fc{i}", "blocks.{b0}.mlp_tokens.fc{i}", "dense"),
+    Rule("block{b}/mlp_channels/fc{i}", "blocks.{b0}.mlp_channels.fc{i}",
+         "dense"),
+    Rule("norm", "norm", "norm"),
+    Rule("head", "head", "dense"),
+)
+
+# timm: models/mlp_mixer.py.
+_RESMLP_TIMM = (
+    Rule("patch_embed", "stem.proj", "conv"),
+    Rule("block{b}/norm{i}", "blocks.{b0}.norm{i}", "affine_1nc"),
+    Rule("block{b}/linear_tokens", "blocks.{b0}.linear_tokens", "dense"),
+    Rule("block{b}/mlp_channels/fc{i}", "blocks.{b0}.mlp_channels.fc{i}",
+         "dense"),
+    Rule("block{b}/ls{i}/scale", "blocks.{b0}.ls{i}", "same"),
+    Rule("norm", "norm", "affine_1nc"),
+    Rule("head", "head", "dense"),
+)
+
+# facebookresearch/deit: resmlp_models.py.
+_RESMLP = (
+    Rule("patch_embed", "patch_embed.proj", "conv"),
+    Rule("block{b}/norm{i}", "blocks.{b0}.norm{i}", "affine"),
+    Rule("block{b}/linear_tokens", "blocks.{b0}.attn", "dense"),
+    Rule("block{b}/mlp_channels/fc{i}", "blocks.{b0}.mlp.fc{i}", "dense"),
+    Rule("block{b}/ls{i}/scale", "blocks.{b0}.gamma_{i}", "same"),
+    Rule("norm", "norm", "affine"),
+    Rule("head", "head", "dense"),
+)
+
+# timm: models/resnet.py; torchvision's ResNet has the same keys.
+_RESNET = (
+    Rule("stem/conv", "conv1", "conv"),
+    Rule("stem/norm", "bn1", "norm"),
+    Rule(f"{_BLOCK}/conv{{i}}", "layer{s}.{b0}.conv{i}", "conv"),
+    Rule(f"{_BLOCK}/norm{{i}}", "layer{s}.{b0}.bn{i}", "norm"),
+    Rule(f"{_BLOCK}/downsample/conv", "layer{s}.{b0}.downsample.0", "conv"),
+    Rule(f"{_BLOCK}/downsample/norm", "layer{s}.{b0}.downsample.1", "norm"),
+    Rule("head", "fc", "dense"),
+)
+
+# whai362/PVT: classification/pvt.py.
+_PVT = (
+    Rule("stage{s}/patch_embed/conv", "patch_embed{s}.proj", "conv"),
+    Rule("stage{s}/patch_embed/norm", "patch_embed{s}.norm", "norm"),
+    Rule("stage{s}/pos_embed", "pos_embed{s}", "same"),
+    Rule("stage4/cls_token", "cls_token", "same"),
+    Rule(f"{_BLOCK}/norm{{i}}", "block{s}.{b0}.norm{i}", "norm"),
+    Rule(f"{_BLOCK}/attn/q", "block{s}.{b0}.attn.q", "dense"),
+    Rule(f"{_BLOCK}/attn/kv", "block{s}.{b0}.attn.kv", "dense"),
+    Rule(f"{_BLOCK}/attn/proj", "block{s}.{b0}.attn.proj", "dense"),
+    Rule(f"{_BLOCK}/attn/sr", "block{s}.{b0}.attn.sr", "conv"),
+    Rule(f"{_BLOCK}/attn/norm", "block{s}.{b0}.attn.norm", "norm"),
+    Rule(f"{_BLOCK}/mlp/fc{{i}}", "block{s}.{b0}.mlp.fc{i}", "dense"),
+    Rule("norm", "norm", "norm"),
+    Rule("head", "head", "dense"),
+)
+
+# ModelSpec.family -> layout -> rules.
+RULES: dict[str, dict[str, tuple[Rule, ...]]] = {
+    "poolformer": {"official": _POOLFORMER, "timm": _METAFORMER_TIMM,
+                   "huggingface": _POOLFORMER_HUGGINGFACE},
+    "metaformer_baselines": {"official": _BASELINES, "timm": _METAFORMER_TIMM},
+    "vit": {"timm": _VIT},
+    "mlp_mixer": {"timm": _MLP_MIXER},
+    "resmlp": {"timm": _RESMLP_TIMM, "official": _RESMLP},
+    "resnet": {"timm": _RESNET},
+    "pvt": {"official": _PVT},
+}
