@@ -9,6 +9,7 @@ with `main(cfg, workdir)` called once the configuration is known to be good.
 Nothing here imports jax: a mistake in a config is told at once.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -39,11 +40,23 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
 def run(main: Callable[[Experiment, pathlib.Path], None]) -> None:
   """Parses the command line, runs `main` and ends the process."""
-  try:
+  with one_line_errors():
     cfg, workdir = parse()
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("metaformer_jax").setLevel(logging.INFO)
+    start_logging()
     main(cfg, workdir)
+
+
+def start_logging() -> None:
+  """Shows what the package logs on stderr."""
+  logging.basicConfig(format="%(message)s", stream=sys.stderr)
+  logging.getLogger("metaformer_jax").setLevel(logging.INFO)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+  """Ends the process with one line and an exit code at a `UserError`."""
+  try:
+    yield
   except errors.UserError as e:
     one_line = " ".join(str(e).split())
     print(f"{type(e).__name__}: {one_line}", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import parity_cases
 import pytest
 
@@ -27,14 +28,11 @@ def build(case, height, width):
 
 def compare(case, golden):
   """Checks logits, features and gradients of one case against its file."""
-  spec = metaformer_jax.get_spec(case.model)
+  family = metaformer_jax.get_spec(case.model).family
   tensors = parity_cases.weights(golden.state_shapes, gain=case.gain)
   model, target = build(case, *case.sizes[0])
-  variables = layouts.to_flax(spec.family, tensors, target)
-  back = layouts.to_torch(spec.family, variables, case.layout)
-  assert back.keys() == tensors.keys()
-  for key, want in tensors.items():
-    assert back[key].dtype == want.dtype and np.array_equal(back[key], want)
+  variables = layouts.to_flax(family, tensors, target)
+  round_trip(tensors, layouts.to_torch(family, variables, case.layout))
 
   @jax.jit
   def run(variables, images):
@@ -45,15 +43,46 @@ def compare(case, golden):
     images = parity_cases.images(case.batch, *size)
     logits, features = run(variables, images)
     want = golden.logits[size]
-    scale = np.abs(want).max()
-    print(case.name, size, np.abs(logits - want).max() / scale)
-    np.testing.assert_allclose(logits, want, atol=1e-5 * scale, rtol=0)
+    np.testing.assert_allclose(logits, want, rtol=0,
+                               atol=1e-5 * np.abs(want).max())
     assert features.keys() == golden.features[size].keys()
     for stage, summary in golden.features[size].items():
-      assert features[stage].shape == tuple(golden.shapes[size][stage])
-      np.testing.assert_allclose(
+      assert features[stage].shape == golden.shapes[size][stage]
+      np.testing.assert_allclose(  # Beside the features' rms.
           parity_cases.summary(np.asarray(features[stage])), summary,
-          atol=1e-4 * summary[1], rtol=0)
+          atol=2e-5 * summary[1], rtol=0)
+  compare_gradients(case, golden, model, family, variables)
+
+
+def round_trip(tensors, back):
+  assert back.keys() == tensors.keys()
+  for key, want in tensors.items():
+    assert back[key].dtype == want.dtype and np.array_equal(back[key], want)
+
+
+def compare_gradients(case, golden, model, family, variables):
+  """Those of the mean cross-entropy, in the original's layout."""
+  state = {k: v for k, v in variables.items() if k != "params"}
+  images = parity_cases.images(case.batch, *case.sizes[0])
+  labels = parity_cases.labels(case.batch, case.num_classes)
+
+  @jax.jit
+  @jax.grad
+  def gradients(params):
+    logits = model.apply({"params": params, **state}, images)
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits, labels).mean()
+
+  found = layouts.to_torch(
+      family, {"params": gradients(variables["params"])}, case.layout)
+  assert found.keys() == golden.gradients.keys()
+  # Those that are zero but for rounding are measured by the largest.
+  floor = 1e-7 * max(want[0] for want in golden.gradients.values())
+  rtol = 1e-4 if case.gain == 1 else 1e-3
+  for key, want in golden.gradients.items():
+    np.testing.assert_allclose(
+        parity_cases.sketch(key, found[key]), want,
+        atol=rtol * want[0] + floor, rtol=0, err_msg=key)
 
 
 @pytest.mark.parametrize("case", parity_cases.SMALL, ids=lambda c: c.name)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +12,28 @@ from jax.extend import core as extend_core
 from metaformer_jax.models import norms
 
 
-def count_params(model: nn.Module, image_size: int) -> int:
-  """Number of trainable parameters of a model of [B, H, W, 3] images."""
-  params = _abstract_variables(model, image_size)["params"]
-  return sum(x.size for x in jax.tree.leaves(params))
+class Cost(NamedTuple):
+  """Of a model and one image in the forward pass.
+
+  Attributes:
+    n_params: trainable parameters.
+    n_frozen: values of the collection "frozen".
+    macs: multiply-accumulates, as the papers count them.
+  """
+
+  n_params: int
+  n_frozen: int
+  macs: int
 
 
-def count_model_macs(model: nn.Module, image_size: int) -> int:
-  """Multiply-accumulates of one image in the forward pass, as published.
+def of_model(model: nn.Module, image_size: int) -> Cost:
+  """Counts a model of [B, image_size, image_size, 3] images.
 
-  Those of matrix products and convolutions. fvcore, which the first paper
-  counted with, adds 5 for each value out of PyTorch's GroupNorm and 2 for
-  BatchNorm's, and knows no norm that is written out in the official code:
-  LayerNorm over channels, GroupNorm without a bias. So it is done here.
+  The multiply-accumulates are those of matrix products and convolutions.
+  fvcore, which the first paper counted with, adds 5 for each value out of
+  PyTorch's GroupNorm and 2 for BatchNorm's, and knows no norm that is written
+  out in the official code: LayerNorm over channels, GroupNorm without a bias.
+  So it is done here.
   """
   normalizing = 0
 
@@ -38,11 +47,18 @@ def count_model_macs(model: nn.Module, image_size: int) -> int:
       normalizing += 5 * y.size
     return y
 
-  variables = _abstract_variables(model, image_size)
   image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
   with nn.intercept_methods(note):
-    macs = count_macs(model.apply, variables, image)
-  return macs + normalizing
+    # Initialisation is a forward pass, and drawing values multiplies nothing.
+    traced, variables = jax.make_jaxpr(model.init, return_shape=True)(
+        jax.random.key(0), image)
+
+  def count(collection):
+    leaves = jax.tree.leaves(variables.get(collection, {}))
+    return sum(x.size for x in leaves)
+
+  return Cost(count("params"), count("frozen"),
+              _jaxpr_macs(traced.jaxpr) + normalizing)
 
 
 def count_macs(fn: Callable[..., Any], *args: Any) -> int:
@@ -55,11 +71,6 @@ def count_macs(fn: Callable[..., Any], *args: Any) -> int:
     *args: arrays, or their `jax.ShapeDtypeStruct`s.
   """
   return _jaxpr_macs(jax.make_jaxpr(fn)(*args).jaxpr)
-
-
-def _abstract_variables(model, image_size):
-  image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-  return jax.eval_shape(model.init, jax.random.key(0), image)
 
 
 def _jaxpr_macs(jaxpr) -> int:

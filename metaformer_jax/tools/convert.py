@@ -1,0 +1,109 @@
+"""Converts weights between PyTorch's layouts and ours:
+
+    python -m metaformer_jax.tools.convert --model=poolformer_s12 \
+        --input=poolformer_s12.pth.tar --output=poolformer_s12.safetensors \
+        --layout=timm
+
+The input's layout is told by its names; or it is a run's workdir, whose model
+is then the one converted. The output is safetensors: timm and the official
+code load it with strict=True.
+"""
+
+import argparse
+import json
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from metaformer_jax import cli, errors
+from metaformer_jax.convert import files, layouts
+from metaformer_jax.experiment import Model
+from metaformer_jax.models import registry
+from metaformer_jax.training import pretrained
+
+log = logging.getLogger("metaformer_jax.tools.convert")
+
+
+def main(args: argparse.Namespace) -> None:
+  """Converts what the command line names."""
+  if pathlib.Path(args.output).suffix != ".safetensors":
+    raise errors.ConfigError(
+        f"--output: {args.output} does not end with .safetensors")
+  name, settings = _model(args)
+  try:
+    variables = pretrained.load_pretrained(
+        name, args.input, in_chans=args.in_chans, head_21k=args.head_21k,
+        **settings)
+  except ValueError as e:
+    raise errors.ConfigError(f"--model: {e}") from e
+  family = registry.get_spec(name).family
+  tensors = layouts.to_torch(
+      family, jax.tree.map(np.asarray, variables), args.layout)
+  files.write_safetensors(args.output, tensors, {
+      "format": "pt", "model": name, "layout": args.layout})
+  log.info("%s: %d tensors of %s in the %s layout", args.output, len(tensors),
+           name, args.layout)
+  if family == "poolformer" and args.layout == "timm":
+    log.warning(
+        "timm computes PoolFormer's head in another order than the paper's "
+        "code, mean before norm: its outputs will differ")
+
+
+def _model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+  """The model's name, and keywords for `load_pretrained`."""
+  settings = {"num_classes": args.num_classes, "input_size": args.input_size}
+  run = pathlib.Path(args.input).expanduser() / "config.json"
+  if run.is_file():
+    try:
+      config = json.loads(run.read_text())
+      model = Model(**{k: tuple(v) if isinstance(v, list) else v
+                       for k, v in config["model"].items()})
+      size = config["data"]["image_size"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+      raise errors.ConfigError(f"--input: {run} cannot be read: {e}") from e
+    if args.model not in (None, model.name):
+      raise errors.ConfigError(
+          f"--model: {args.model}, but {args.input} is a run of {model.name}")
+    if args.num_classes is None:
+      settings["num_classes"] = model.num_classes
+    if args.input_size is None:
+      settings["input_size"] = size
+    return model.name, {**settings, **model.overrides()}
+  if args.model is None:
+    raise errors.ConfigError("--model: is missing; give e.g. "
+                             "--model=poolformer_s12")
+  return args.model, settings
+
+
+def parse() -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+      prog="python -m metaformer_jax.tools.convert", description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--model", help="a name of metaformer_jax.list_models()")
+  parser.add_argument("--input", required=True,
+                      help="safetensors, .pth, or a run's folder")
+  parser.add_argument("--output", required=True, help="a .safetensors file")
+  parser.add_argument(
+      "--layout", default="official", help="of the output: official, timm, "
+      "huggingface, or flax for our own names; not every model has each")
+  parser.add_argument(
+      "--num_classes", type=int, help="where the input has another number, the "
+      "last layer begins anew")
+  parser.add_argument(
+      "--head_21k", action="store_true", help="of a head of ImageNet-21K's "
+      "21,841 classes keep those of ImageNet-1K")
+  parser.add_argument("--in_chans", type=int, default=3,
+                      help="channels of the images")
+  parser.add_argument("--input_size", type=int, help="side of the images, to "
+                      "which position embeddings are resized")
+  return parser.parse_args()
+
+
+if __name__ == "__main__":
+  cli.start_logging()
+  with cli.one_line_errors():
+    main(parse())

@@ -1,0 +1,93 @@
+"""The model table: every row holds what is built, and what is published."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import metaformer_jax
+from metaformer_jax.convert import rules
+from metaformer_jax.models import cost
+
+# Names that share a network need it built once.
+NETWORKS = {}
+for _name in metaformer_jax.list_models():
+  _spec = metaformer_jax.get_spec(_name)
+  NETWORKS.setdefault((_spec.module, repr(_spec.hparams), _spec.num_classes,
+                       _spec.input_size), []).append(_name)
+
+# Published figures that the network, counted as the others are, does not have.
+OTHER_GMACS = {}
+
+
+@pytest.mark.parametrize("names", NETWORKS.values(), ids=lambda n: n[0])
+def test_row_holds_the_built_model(names):
+  spec = metaformer_jax.get_spec(names[0])
+  found = cost.of_model(metaformer_jax.create_model(names[0]), spec.input_size)
+  for name in names:
+    spec = metaformer_jax.get_spec(name)
+    assert (found.n_params, found.n_frozen) == (spec.n_params, spec.n_frozen)
+    if spec.gmacs is not None:
+      want = OTHER_GMACS.get(name, spec.gmacs)
+      assert round(found.macs / 1e9, 1) == want
+
+
+def test_rows_are_complete():
+  for name in metaformer_jax.list_models():
+    spec = metaformer_jax.get_spec(name)
+    assert spec.name == name
+    assert spec.family in rules.RULES
+    assert spec.checkpoint and spec.source
+    assert (spec.top1 is None) == name.endswith("_in21k")
+    assert spec.num_classes == (21_841 if name.endswith("_in21k") else 1000)
+    assert spec.input_size == (384 if "_384" in name else 224)
+    assert spec.interpolation in ("bilinear", "bicubic")
+    assert 0.8 <= spec.crop_pct <= 1
+
+
+def test_every_name_of_both_papers_is_there():
+  """Five and five of the first, 55 of the second: the official entry points."""
+  sizes = ("s12", "s24", "s36", "m36", "m48")
+  first = {f"poolformer_{s}" for s in sizes} | {
+      "metaformer_id_s12", "metaformer_pppa_s12_224",
+      "metaformer_ppaa_s12_224", "metaformer_pppf_s12_224",
+      "metaformer_ppff_s12_224"}
+  second = {f"{f}_{s}" for s in sizes
+            for f in ("identityformer", "randformer", "poolformerv2")} | {
+                f"{f}_{s}{suffix}" for s in ("s18", "s36", "m36", "b36")
+                for f in ("convformer", "caformer")
+                for suffix in ("", "_384", "_in21ft1k", "_384_in21ft1k",
+                               "_in21k")}
+  assert len(second) == 55
+  assert first | second <= set(metaformer_jax.list_models())
+
+
+def test_list_models_takes_a_pattern():
+  assert metaformer_jax.list_models("poolformer_s*") == [
+      "poolformer_s12", "poolformer_s24", "poolformer_s36"]
+  assert metaformer_jax.list_models("caformer*")[0] == "caformer_b36"
+  assert metaformer_jax.list_models("swin*") == []
+
+
+def test_unknown_names_suggest_the_nearest():
+  with pytest.raises(ValueError, match="did you mean poolformer_s24"):
+    metaformer_jax.create_model("poolformr_s24")
+  with pytest.raises(ValueError, match="did you mean pool_size"):
+    metaformer_jax.create_model("poolformer_s12", pol_size=5)
+  model = metaformer_jax.create_model("poolformer_s12", norm="groupnorm")
+  with pytest.raises(ValueError, match="did you mean group_norm"):
+    model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+
+
+def test_the_head_has_the_published_classes_by_default():
+  for name, want in (("caformer_s18_in21k", 21_841), ("caformer_s18", 1000)):
+    model = metaformer_jax.create_model(name, depths=(1, 1, 1, 1))
+    logits, _ = jax.eval_shape(model.init_with_output, jax.random.key(0),
+                               jnp.zeros((1, 64, 64, 3)))
+    assert logits.shape == (1, want)
+
+
+def test_macs_are_those_of_the_traced_program():
+  """Half the side, a quarter of the convolutions: they are not a table's."""
+  model = metaformer_jax.create_model("poolformer_s12", num_classes=0)
+  ratio = cost.of_model(model, 256).macs / cost.of_model(model, 128).macs
+  assert abs(ratio - 4) < 0.01
