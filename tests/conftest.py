@@ -15,5 +15,10 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
+def pytest_addoption(parser):
+  parser.addoption("--golden", default="golden_full",
+                   help="folder of the full-size files, for -m parity")
+
+
 def pytest_unconfigure():
   _CACHE.cleanup()
