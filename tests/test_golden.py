@@ -24,18 +24,20 @@ from metaformer_jax.convert import layouts
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
-def build(case, height, width):
+def build(case):
+  """The model and its variables' shapes, made for its own image size."""
   model = metaformer_jax.create_model(
       case.model, num_classes=case.num_classes, **case.overrides)
-  image = jnp.zeros((1, height, width, 3))
-  return model, jax.eval_shape(model.init, jax.random.key(0), image)
+  size = metaformer_jax.get_spec(case.model).input_size
+  return model, jax.eval_shape(model.init, jax.random.key(0),
+                               jnp.zeros((1, size, size, 3)))
 
 
 def compare(case, golden, *, gradients):
   """Checks logits and features of one case against its file."""
   family = metaformer_jax.get_spec(case.model).family
   tensors = parity_cases.weights(golden.state_shapes, gain=case.gain)
-  model, target = build(case, *case.sizes[0])
+  model, target = build(case)
   variables = layouts.to_flax(family, tensors, target)
   round_trip(tensors, layouts.to_torch(family, variables, case.layout))
 

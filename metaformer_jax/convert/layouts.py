@@ -184,7 +184,7 @@ def to_flax(family: str, tensors: Tensors, target: Mapping[str, Any],
     elif value.dtype.kind != np.dtype(want.dtype).kind:
       problems.append(f"{key} is {tensor.dtype}, not {np.dtype(want.dtype)}")
     else:
-      made[name] = np.ascontiguousarray(value, want.dtype)
+      made[name] = np.asarray(value, want.dtype, order="C")
   if problems or unused:
     raise errors.WeightsError(
         f"in the {layout} layout, {len(problems) + len(unused)} tensors do not "
@@ -214,8 +214,8 @@ def to_torch(family: str, variables: Mapping[str, Any], layout: str,
     raise errors.WeightsError(
         f"the {layout} layout has no place for {', '.join(sorted(lacking))}")
   return {
-      where[name].key: np.ascontiguousarray(
-          LAYINGS[where[name].laying].to_torch(np.asarray(value)))
+      where[name].key: np.asarray(
+          LAYINGS[where[name].laying].to_torch(np.asarray(value)), order="C")
       for name, value in flat.items()}
 
 
