@@ -7,6 +7,7 @@ adapted is told in the log.
 import logging
 import math
 import re
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,9 @@ _HEAD = re.compile(r"params/(head|head_dist|head/fc2)/(kernel|bias)")
 _STEM = re.compile(
     r"params/(stage1/downsample/conv|stage1/patch_embed/conv|stem/conv"
     r"|patch_embed)/kernel")
-_POSITIONS = re.compile(r"params/(.*/)?pos_embed(/embedding)?")
+_POSITIONS = re.compile(r"params/(?:(stage\d)/)?pos_embed(/embedding)?")
+_TIED = re.compile(  # Over all pixels or patches.
+    r"\w+/(.*/)?(token_mixer/(random_matrix|kernel)|(linear|mlp)_tokens/.*)")
 
 
 def is_head(name: str) -> bool:
@@ -51,31 +54,43 @@ def channels(kernel: np.ndarray, n: int) -> np.ndarray:
   return (repeated * (3 / n)).astype(kernel.dtype)
 
 
-def grid(value: np.ndarray, shape: tuple[int, ...],
-         image_size: tuple[int, int], *, pyramid: bool = False) -> np.ndarray:
-  """Resizes a position embedding for images of another size.
+def sequence(value: np.ndarray, n: int, image_size: tuple[int, int],
+             **how: Any) -> np.ndarray:
+  """Resizes the position embedding of a sequence for images of another size.
 
   Args:
-    value: [H, W, C], or [1, P + H W, C] with P positions of class tokens first
-      and a square grid.
-    shape: the new one, with the same P.
-    image_size: (height, width) that it is for: tells how the new grid's
-      positions make rows.
-    pyramid: as PVT does, bilinear without antialias; else as timm's vision
-      transformers.
+    value: [1, P + N, C]: those of P class tokens, at most 2, then those of the
+      N patches of a square image.
+    n: P + N of the new one.
+    image_size: (height, width) that it is for.
+    **how: as for `positions.resize`.
+
+  Raises:
+    ValueError: N is no square, or the image has no n patches.
   """
-  how = {"method": "linear", "antialias": False} if pyramid else {}
-  if value.ndim == 3 and value.shape[0] != 1:
-    return np.asarray(positions.resize(value, *shape[:2], **how))
-  n, dim = value.shape[1:]
-  n_tokens = next(p for p in range(n) if math.isqrt(n - p)**2 == n - p)
-  side = math.isqrt(n - n_tokens)
-  n_new = shape[1] - n_tokens
-  height = max(1, round(math.sqrt(n_new * image_size[0] / image_size[1])))
-  resized = positions.resize(value[0, n_tokens:].reshape(side, side, dim),
-                             height, n_new // height, **how)
-  return np.concatenate(
-      [value[:, :n_tokens], np.asarray(resized).reshape(1, -1, dim)], 1)
+  for n_tokens in range(3):
+    side = math.isqrt(value.shape[1] - n_tokens)
+    if side**2 == value.shape[1] - n_tokens:
+      height, width = _grid(n - n_tokens, image_size)
+      tokens, patches = value[:, :n_tokens], value[0, n_tokens:]
+      resized = positions.resize(patches.reshape(side, side, -1), height,
+                                 width, **how)
+      return np.concatenate(
+          [tokens, np.asarray(resized).reshape(1, -1, value.shape[2])], 1)
+  raise ValueError("the patches are of no square")
+
+
+def _grid(n: int, image_size: tuple[int, int]) -> tuple[int, int]:
+  """Rows and columns of n patches: a square's, as the models take it, or the
+  image's by whatever size of patches gives n."""
+  side = math.isqrt(n)
+  if side**2 == n:
+    return side, side
+  height, width = image_size
+  for patch in range(1, min(image_size) + 1):
+    if (height // patch) * (width // patch) == n:
+      return height // patch, width // patch
+  raise ValueError(f"{height} x {width} pixels do not make {n} patches")
 
 
 def to_shape(name: str, value: np.ndarray, shape: tuple[int, ...], *,
@@ -94,7 +109,7 @@ def to_shape(name: str, value: np.ndarray, shape: tuple[int, ...], *,
   Returns:
     The array; as it was, where nothing applies; None to leave it out.
   """
-  if value.shape == shape:
+  if value.shape == shape or value.ndim != len(shape):
     return value
   if is_head(name) and value.shape[:-1] == shape[:-1]:
     if head_21k and value.shape[-1] == 21_841 and shape[-1] == 1000:
@@ -108,10 +123,28 @@ def to_shape(name: str, value: np.ndarray, shape: tuple[int, ...], *,
       value.shape[:2] + value.shape[3:] == shape[:2] + shape[3:]):
     log.info("%s: of 3 channels, made for %d", name, shape[2])
     return channels(value, shape[2])
-  if _POSITIONS.fullmatch(name) and value.shape[-1] == shape[-1] and (
-      value.ndim == len(shape)):
+  found = _POSITIONS.fullmatch(name)
+  if found and value.shape[-1] == shape[-1]:
     log.info("%s: resized from %s to %s", name, value.shape, shape)
-    return grid(value, shape, image_size,
-                pyramid=re.fullmatch(r"params/stage\d/pos_embed", name)
-                is not None)
+    stage, on_grid = found.groups()
+    if on_grid:
+      return np.asarray(positions.resize(value, *shape[:2]))
+    # PVT's as in its code; else as timm's vision transformers.
+    how = {"method": "linear", "antialias": False} if stage else {}
+    try:
+      return sequence(value, shape[1], image_size, **how)
+    except ValueError:
+      return value
   return value
+
+
+def advice(name: str, value: np.ndarray, shape: tuple[int, ...]) -> str:
+  """What to do about an array that is of another shape; may be empty."""
+  if is_head(name) and value.shape[:-1] == shape[:-1]:
+    return "num_classes sets the classes of the model's head"
+  if _TIED.fullmatch(name):
+    return ("a matrix over all pixels ties a model to its image size: give the "
+            "file's as input_size (config.data.image_size in a run)")
+  if _POSITIONS.fullmatch(name):
+    return "positions are resized from those of square images only"
+  return ""

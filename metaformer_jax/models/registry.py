@@ -4,11 +4,12 @@ import fnmatch
 from typing import Any
 
 from metaformer_jax import errors
-from metaformer_jax.models import baselines, poolformer
+from metaformer_jax.models import baselines, compared, poolformer, pyramids
 from metaformer_jax.models import spec as spec_lib
 
 _MODELS: dict[str, spec_lib.ModelSpec] = {
-    **poolformer.MODELS, **baselines.MODELS}
+    **poolformer.MODELS, **baselines.MODELS, **compared.MODELS,
+    **pyramids.MODELS}
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -25,7 +25,7 @@ class ModelSpec:
     top1: published ImageNet-1K top-1 accuracy in percent; None where there is
       none.
     source: where `gmacs` and `top1` are published.
-    checkpoint: public name of the published weights.
+    checkpoint: public name of the published weights; None where none are.
     num_classes: outputs of the head.
     n_frozen: exact number of frozen values, which are not trained.
     input_size: side of the square training image in pixels.
@@ -43,7 +43,7 @@ class ModelSpec:
   gmacs: float | None
   top1: float | None
   source: str
-  checkpoint: str
+  checkpoint: str | None
   num_classes: int = 1000
   n_frozen: int = 0
   input_size: int = 224

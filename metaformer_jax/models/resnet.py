@@ -1,0 +1,222 @@
+"""ResNet (arXiv 1512.03385), the "v1.5" of torchvision and timm.
+
+A strided bottleneck has its stride in the 3x3 convolution, not in the first
+1x1. First weights are those of timm's resnet.py, by which the weights of
+arXiv 2110.00476, "ResNet strikes back", were trained.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from metaformer_jax.models import layers, norms
+
+Dtype = Any
+
+# Of a block's convolutions: kernel sizes, channels in units of the stage's
+# width, and which one has the stride.
+BLOCKS = {
+    "basic": ((3, 3), (1, 1), 1),
+    "bottleneck": ((1, 3, 1), (1, 1, 4), 2),
+}
+
+kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+# Begins its block as the shortcut alone.
+ZeroBatchNorm = functools.partial(norms.BatchNorm,
+                                  scale_init=nn.initializers.zeros)
+
+
+def conv_norm(x: jax.Array, mask, dim: int, kernel_size: int, stride: int = 1,
+              *, norm=norms.BatchNorm, dtype: Dtype | None, train: bool,
+              suffix: str | int = ""):
+  """Convolution, padded by half its kernel, and BatchNorm; with the new mask.
+
+  [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), dim]. Makes "conv" and
+  "norm", with the suffix, in the module that calls it.
+  """
+  k, s, p = kernel_size, stride, kernel_size // 2
+  x = nn.Conv(dim, (k, k), strides=(s, s), padding=((p, p), (p, p)),
+              use_bias=False, kernel_init=kaiming_fan_out, dtype=dtype,
+              name=f"conv{suffix}")(layers.apply_mask(x, mask))
+  mask = layers.downsample_mask(mask, *x.shape[1:3], kernel_size=k, stride=s,
+                                padding=p)
+  x = norm(dtype=dtype, name=f"norm{suffix}")(x, mask=mask, train=train)
+  return x, mask
+
+
+def max_pool(x: jax.Array, mask):
+  """Maxima of 3x3 windows at stride 2, less what lies outside; and the mask.
+
+  [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C], zero in the padding.
+  """
+  if mask is not None:
+    x = jnp.where(mask[..., None].astype(bool), x, -jnp.inf)
+  x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+  mask = layers.downsample_mask(mask, *x.shape[1:3], kernel_size=3, stride=2,
+                                padding=1)
+  if mask is not None:  # No product: 0 times infinity is not a number.
+    x = jnp.where(mask[..., None].astype(bool), x, 0)
+  return x, mask
+
+
+class Stem(nn.Module):
+  """A 7x7 convolution, then max pooling: [B, H, W, 3] -> stride 4, mask."""
+
+  dim: int
+  dtype: Dtype | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
+    x, mask = conv_norm(x, mask, self.dim, 7, 2, dtype=self.dtype, train=train)
+    return max_pool(nn.relu(x), mask)
+
+
+class Projection(nn.Module):
+  """The shortcut where the stride or the channels change."""
+
+  dim: int
+  stride: int
+  dtype: Dtype | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
+    return conv_norm(x, mask, self.dim, 1, self.stride, dtype=self.dtype,
+                     train=train)[0]
+
+
+class Block(nn.Module):
+  """relu(Shortcut(X) + Norm(Conv(... relu(Norm(Conv(X)))))), and its mask.
+
+  [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), C'], of which C' is
+  `width` or four times that.
+
+  Attributes:
+    kind: of `BLOCKS`.
+    width: channels of its 3x3 convolutions.
+    drop_path_rate: at which all but the shortcut is dropped.
+  """
+
+  kind: str
+  width: int
+  stride: int = 1
+  drop_path_rate: float = 0.0
+  dtype: Dtype | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
+    kernel_sizes, widths, strided = layers.lookup(BLOCKS, "block", self.kind)
+    y, y_mask = x, mask
+    for i, (kernel_size, width) in enumerate(zip(kernel_sizes, widths), 1):
+      last = i == len(widths)
+      y, y_mask = conv_norm(
+          y, y_mask, width * self.width, kernel_size,
+          self.stride if i == strided else 1, dtype=self.dtype, train=train,
+          norm=ZeroBatchNorm if last else norms.BatchNorm, suffix=i)
+      if not last:
+        y = nn.relu(y)
+    y = layers.DropPath(self.drop_path_rate, name="drop_path")(y, train=train)
+    if self.stride != 1 or x.shape[-1] != y.shape[-1]:
+      x = Projection(y.shape[-1], self.stride, dtype=self.dtype,
+                     name="downsample")(x, mask=mask, train=train)
+    return nn.relu(x + y), y_mask
+
+
+class Stage(nn.Module):
+  """Blocks, of which the first has the stride: [B, H, W, C], mask alike."""
+
+  blocks: Sequence[Callable[..., nn.Module]]
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
+    for i, block in enumerate(self.blocks, 1):
+      x, mask = block(name=f"block{i}")(x, mask=mask, train=train)
+    return x, mask
+
+
+class ResNet(nn.Module):
+  """A stem, stages of residual blocks, mean over the pixels, a linear head.
+
+  Attributes:
+    block: a name in `BLOCKS`.
+    depths: blocks of each stage.
+    widths: channels of the 3x3 convolutions of each stage.
+    num_classes: outputs of the head; 0 for the pooled features.
+    drop_rate: dropout before the head.
+    drop_path_rate: of the last block; linear from 0 at the first.
+    dtype: of the computation; None is float32. Parameters are float32.
+  """
+
+  block: str
+  depths: Sequence[int]
+  widths: Sequence[int] = (64, 128, 256, 512)
+  num_classes: int = 1000
+  drop_rate: float = 0.0
+  drop_path_rate: float = 0.0
+  dtype: Dtype | None = None
+
+  def setup(self):
+    if len(self.depths) != len(self.widths):
+      raise ValueError("depths and widths must name the same stages, got "
+                       f"{self.depths}, {self.widths}")
+    _, (*_, expansion), _ = layers.lookup(BLOCKS, "block", self.block)
+    self.stem = Stem(self.widths[0], dtype=self.dtype, name="stem")
+    n_blocks = sum(self.depths)
+    stages = []
+    first = 0  # Number of blocks before the stage.
+    for i, (depth, width) in enumerate(zip(self.depths, self.widths)):
+      stages.append(Stage([
+          functools.partial(
+              Block, self.block, width, stride=2 if i and not j else 1,
+              drop_path_rate=self.drop_path_rate * (first + j)
+              / max(n_blocks - 1, 1), dtype=self.dtype)
+          for j in range(depth)], name=f"stage{i + 1}"))
+      first += depth
+    self.stages = stages
+    self.dropout = nn.Dropout(self.drop_rate, name="drop")
+    if self.num_classes:
+      fan_in = self.widths[-1] * expansion
+      self.classifier = nn.Dense(
+          self.num_classes, kernel_init=layers.torch_conv_kernel,
+          bias_init=layers.torch_conv_bias(fan_in), dtype=self.dtype,
+          name="head")
+
+  def _stages(self, x, mask, train) -> Iterator[tuple[jax.Array, Any]]:
+    x, mask = self.stem(x, mask=mask, train=train)
+    for stage in self.stages:
+      x, mask = stage(x, mask=mask, train=train)
+      yield x, mask
+
+  def features(self, x: jax.Array, *, mask: jax.Array | None = None,
+               train: bool = False) -> dict[str, jax.Array]:
+    """Returns the stages' outputs.
+
+    Args:
+      x: normalised images [B, H, W, 3].
+      mask: [B, H, W], true where a pixel is image and not padding; None where
+        all are. See `layers`.
+      train: whether dropout and drop path are on, and BatchNorm uses the
+        batch's statistics; "batch_stats" must then be mutable.
+
+    Returns:
+      {"stage1": [B, H/4, W/4, C1], ..., "stage4": [B, H/32, W/32, C4]}, sides
+      rounded up; zero in the padding.
+    """
+    return {
+        f"stage{i}": layers.apply_mask(y, m)
+        for i, (y, m) in enumerate(self._stages(x, mask, train), 1)}
+
+  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None,
+               train: bool = False) -> jax.Array:
+    """Returns logits [B, num_classes] for images and mask as in `features`."""
+    for y, m in self._stages(x, mask, train):
+      x, mask = y, m
+    x = layers.global_average_pool(x, mask)
+    if not self.num_classes:
+      return x
+    return self.classifier(self.dropout(x, deterministic=not train))

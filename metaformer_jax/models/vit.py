@@ -1,0 +1,208 @@
+"""ViT and DeiT: a MetaFormer of one stage whose mixer is attention.
+
+Sources: arXiv 2010.11929; arXiv 2012.12877 and its code
+(github.com/facebookresearch/deit, models.py), from which are the first values.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from metaformer_jax.models import layers, mixers, norms, positions
+
+Dtype = Any
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention with biases, [B, N, C] alike in and out.
+
+  Tokens that are false in `mask` [B, N] are never attended to.
+  """
+
+  n_heads: int
+  drop_rate: float = 0.0
+  dtype: Dtype | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
+    b, n, dim = x.shape
+    if dim % self.n_heads:
+      raise ValueError(f"{self.n_heads} heads do not divide {dim} channels")
+    qkv = nn.Dense(3 * dim, dtype=self.dtype,
+                   kernel_init=layers.trunc_normal_02, name="qkv")(x)
+    # The output channels are ordered (q k v, head, channel of the head).
+    q, k, v = jnp.moveaxis(
+        qkv.reshape(b, n, 3, self.n_heads, dim // self.n_heads), 2, 0)
+    y = mixers.dot_product_attention(q, k, v, mask=mask)
+    y = nn.Dense(dim, dtype=self.dtype, kernel_init=layers.trunc_normal_02,
+                 name="proj")(y.reshape(b, n, dim))
+    return nn.Dropout(self.drop_rate, name="drop")(y, deterministic=not train)
+
+
+class Block(nn.Module):
+  """Y = X + Attention(Norm(X)); Z = Y + MLP(Norm(Y)): [B, N, C] to the same."""
+
+  n_heads: int
+  mlp_ratio: float = 4.0
+  norm_eps: float = 1e-6
+  drop_rate: float = 0.0
+  drop_path_rate: float = 0.0
+  dtype: Dtype | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
+    def norm(i):
+      return norms.LayerNorm(self.norm_eps, dtype=self.dtype, name=f"norm{i}")
+
+    def drop_path(i):
+      return layers.DropPath(self.drop_path_rate, name=f"drop_path{i}")
+
+    attn = Attention(self.n_heads, self.drop_rate, dtype=self.dtype,
+                     name="attn")
+    mlp = layers.Mlp(int(x.shape[-1] * self.mlp_ratio),
+                     drop_rate=self.drop_rate, dtype=self.dtype, name="mlp")
+    x = x + drop_path(1)(attn(norm(1)(x), mask=mask, train=train), train=train)
+    return x + drop_path(2)(mlp(norm(2)(x), train=train), train=train)
+
+
+def position_grid(embedding: jax.Array, height: int, width: int) -> jax.Array:
+  """[N, C] -> [H, W, C]: the grid that the positions were learned on.
+
+  It is square where N is a square; else it is that of the image at hand.
+
+  Raises:
+    ValueError: N is no square, nor is it height * width.
+  """
+  n, dim = embedding.shape
+  side = math.isqrt(n)
+  if side * side == n:
+    height = width = side
+  elif height * width != n:
+    raise ValueError(
+        f"a position embedding of {n} patches, which is no square, cannot be "
+        f"resized to {height} x {width}; resize the images to its own size")
+  return embedding.reshape(height, width, dim)
+
+
+class VisionTransformer(nn.Module):
+  """Patches, class token, positions, pre-norm blocks, norm, head.
+
+  Images of any size: the position embedding, of the size of the first image,
+  is resized as timm does with `dynamic_img_size`. Pixels beyond the last whole
+  patch are not seen; timm refuses images that have such.
+
+  Attributes:
+    patch_size: side of a patch in pixels.
+    dim: channels.
+    depth: number of blocks.
+    n_heads: of the attention.
+    mlp_ratio: hidden over outer channels of the MLPs.
+    norm_eps: of every LayerNorm.
+    distilled: whether there is a distillation token with a head of its own. The
+      logits, or without heads the tokens, are the mean of both, in training
+      too.
+    num_classes: outputs of the head; 0 for the normed class token.
+    drop_rate: dropout after positions, attention and in the MLPs.
+    drop_path_rate: of the last block; linear from 0 at the first.
+    dtype: of the computation; None is float32. Parameters are float32.
+  """
+
+  patch_size: int
+  dim: int
+  depth: int
+  n_heads: int
+  mlp_ratio: float = 4.0
+  norm_eps: float = 1e-6
+  distilled: bool = False
+  num_classes: int = 1000
+  drop_rate: float = 0.0
+  drop_path_rate: float = 0.0
+  dtype: Dtype | None = None
+
+  def setup(self):
+    p = self.patch_size
+    self.stem = nn.Conv(
+        self.dim, (p, p), strides=(p, p), padding="VALID", dtype=self.dtype,
+        kernel_init=layers.torch_conv_kernel,
+        bias_init=layers.torch_conv_bias(3 * p * p), name="patch_embed")
+    self.drop = nn.Dropout(self.drop_rate, name="drop")
+    self.blocks = [
+        Block(self.n_heads, self.mlp_ratio, self.norm_eps, self.drop_rate,
+              rate, dtype=self.dtype, name=f"block{i}")
+        for i, rate in enumerate(
+            np.linspace(0, self.drop_path_rate, self.depth).tolist(), 1)]
+    self.final_norm = norms.LayerNorm(self.norm_eps, dtype=self.dtype,
+                                      name="norm")
+    if self.num_classes:
+      self.heads = [
+          nn.Dense(self.num_classes, dtype=self.dtype,
+                   kernel_init=layers.trunc_normal_02, name=name)
+          for name in ("head", "head_dist")[:self._n_prefix]]
+
+  @property
+  def _n_prefix(self) -> int:
+    return 2 if self.distilled else 1
+
+  @nn.compact
+  def _embed(self, x, mask):
+    """[B, H, W, C] of patches -> [B, prefix + H W, C], in timm's order."""
+    b, h, w, dim = x.shape
+    prefix = jnp.concatenate([
+        self.param(name, layers.trunc_normal_02, (1, 1, dim))
+        for name in ("cls_token", "dist_token")[:self._n_prefix]], axis=1)
+    shape = ((1, self._n_prefix + h * w, dim) if self.is_initializing()
+             else self.get_variable("params", "pos_embed").shape)
+    pos_embed = self.param("pos_embed", layers.trunc_normal_02, shape)
+    prefix = (prefix + pos_embed[:, :self._n_prefix]).astype(x.dtype)
+    grid = position_grid(pos_embed[0, self._n_prefix:], h, w)
+    x = x + (positions.resize(grid, h, w)[None] if mask is None
+             else positions.resize_to_mask(grid, mask)).astype(x.dtype)
+    return jnp.concatenate([
+        jnp.broadcast_to(prefix, (b, *prefix.shape[1:])),
+        x.reshape(b, h * w, dim)], axis=1)
+
+  def _tokens(self, x, mask, train):
+    """Prefix [B, 1 or 2, C], patches [B, H, W, C], their mask; all unnormed."""
+    x = self.stem(layers.apply_mask(x, mask))
+    b, h, w, dim = x.shape
+    mask = layers.downsample_mask(
+        mask, h, w, kernel_size=self.patch_size, stride=self.patch_size,
+        padding=0)
+    tokens = self.drop(self._embed(x, mask), deterministic=not train)
+    valid = mask
+    if mask is not None:
+      valid = jnp.pad(mask.reshape(b, h * w).astype(bool),
+                      ((0, 0), (self._n_prefix, 0)), constant_values=True)
+    for block in self.blocks:
+      tokens = block(tokens, mask=valid, train=train)
+    prefix, patches = jnp.split(tokens, [self._n_prefix], axis=1)
+    return prefix, patches.reshape(b, h, w, dim), mask
+
+  def features(self, x: jax.Array, *, mask: jax.Array | None = None,
+               train: bool = False) -> dict[str, jax.Array]:
+    """Returns the patches after the last block, before the final norm.
+
+    Args:
+      x: normalised images [B, H, W, 3].
+      mask: [B, H, W], true where a pixel is image and not padding; None where
+        all are. See `layers`.
+      train: whether dropout and drop path are on.
+
+    Returns:
+      {"stage4": [B, H/patch_size, W/patch_size, dim]}; zero in the padding.
+    """
+    _, patches, mask = self._tokens(x, mask, train)
+    return {"stage4": layers.apply_mask(patches, mask)}
+
+  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None,
+               train: bool = False) -> jax.Array:
+    """Returns logits [B, num_classes] for images and mask as in `features`."""
+    prefix, _, _ = self._tokens(x, mask, train)
+    y = self.final_norm(prefix)
+    if self.num_classes:
+      y = jnp.stack([head(y[:, i]) for i, head in enumerate(self.heads)], 1)
+    return y.mean(1)
