@@ -265,16 +265,15 @@ def _check_model(cfg: Experiment, spec) -> Iterator[str]:
     yield ("config.model: " + ", ".join(
         f"{k} has {n}" for k, n in stages.items()) +
            " stages; give each the same number")
-  stem = {k: hparams.get(k) for k in ("in_patch_size", "in_pad")}
-  if None not in stem.values() and (
-      cfg.data.image_size + 2 * stem["in_pad"] < stem["in_patch_size"]):
+  kernel = hparams.get("in_patch_size", hparams.get("patch_size", 1))
+  least = kernel - 2 * hparams.get("in_pad", 0)
+  if cfg.data.image_size < least:
     yield (f"config.data.image_size: {cfg.data.image_size} is less than the "
-           f"stem's kernel, {stem['in_patch_size']}, with its padding; "
-           f"nearest: {stem['in_patch_size'] - 2 * stem['in_pad']}")
-  ratio = hparams.get("mlp_ratio")
-  if ratio and int(min(hparams["dims"], default=1) * ratio) < 1:
+           f"stem's kernel, {kernel}, with its padding; nearest: {least}")
+  ratio, dims = hparams.get("mlp_ratio"), hparams.get("dims")
+  if ratio and dims and int(min(dims) * ratio) < 1:
     yield (f"config.model.mlp_ratio: {ratio} gives an MLP without channels; "
-           f"least: {1 / min(hparams['dims'])}")
+           f"least: {1 / min(dims)}")
   n_stages = len(hparams.get("depths", ()))
   for stage in hparams.get("position_embeddings", ()):
     if stage > n_stages:

@@ -26,7 +26,7 @@ ALLOWED = {
     "training": CONFIG | {"config", "convert", "models", "tasks"},
     "cli": CONFIG | {"config", "training"},
     "main": {"cli", "experiment", "tasks", "training"},
-    "tools": CONFIG | {"cli", "tasks", "training"},
+    "tools": CONFIG | {"cli", "convert", "models", "tasks", "training"},
 }
 # Of the tasks the loop knows the protocol only.
 ALLOWED_MODULES = {"training": {"tasks.base"}}

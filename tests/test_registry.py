@@ -1,14 +1,17 @@
 """The model table: every row holds what is built, and what is published."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import metaformer_jax
+from metaformer_jax import config as config_lib
 from metaformer_jax.convert import rules
 from metaformer_jax.models import cost
+from metaformer_jax.tools import summarize
 
 # Names that share a network need it built once.
 NETWORKS = {}
@@ -73,6 +76,24 @@ def test_every_name_of_both_papers_is_there():
                                "_in21k")}
   assert len(second) == 55
   assert first | second <= set(metaformer_jax.list_models())
+
+
+def test_every_model_is_a_valid_config():
+  for name in metaformer_jax.list_models():
+    config = config_lib.default()
+    config.model.name = name
+    config.data.source = "digits"
+    assert config_lib.resolve(config).model.overrides() == {}
+
+
+def test_page_of_models_has_every_row():
+  page = (pathlib.Path(__file__).parents[1] / "docs/models.md").read_text()
+  named = [line.split(" | ")[0].removeprefix("| ")
+           for line in page.splitlines() if line.startswith("| ")][1:]
+  assert sorted(named) == metaformer_jax.list_models()
+  for pattern in ("poolformer_s*", "randformer_m48", "caformer_s18*"):
+    for row in summarize.rows(pattern):
+      assert f"\n{row}\n" in page
 
 
 def test_list_models_takes_a_pattern():

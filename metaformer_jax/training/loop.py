@@ -67,7 +67,10 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
 
   create = functools.partial(state_lib.create, task, tx, cfg.seed,
                              cfg.train.ema_decay)
-  shapes = jax.eval_shape(create)
+  try:
+    shapes = jax.eval_shape(create)
+  except ValueError as e:  # What a model says of settings that do not fit.
+    raise errors.ConfigError(f"config.model: {e}") from e
   shardings = sharding.state_shardings(mesh, shapes, cfg.mesh)
   first = jax.process_index() == 0
   claim_workdir(cfg, workdir, write=first)
