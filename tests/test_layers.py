@@ -62,11 +62,6 @@ def test_pooling_gradient_is_that_of_the_linear_map():
       gradient.ravel(), matrix @ dy.ravel(), atol=1e-5)
 
 
-def test_even_pool_size_is_refused():
-  with pytest.raises(ValueError, match="odd"):
-    mixers.Pooling(64, pool_size=4).apply({}, normal(SHAPE))
-
-
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
 def test_group_norm_normalises_over_the_whole_image(mean):
   x = normal(SHAPE, mean=mean)
@@ -110,23 +105,6 @@ def test_attention_has_whole_heads_whatever_the_channels(dim, n_heads):
   _, params = apply(mixers.Attention(dim), normal((1, 2, 2, dim)))
   assert params["qkv"]["kernel"].shape == (dim, 3 * 32 * n_heads)
   assert params["proj"]["kernel"].shape == (32 * n_heads, dim)
-
-
-def test_identity_mixes_nothing():
-  x = normal(SHAPE)
-  assert np.array_equal(apply(mixers.Identity(64), x)[0], x)
-
-
-@pytest.mark.parametrize("module", [
-    mixers.Pooling(64, pool_size=5), mixers.Attention(64), norms.GroupNorm(),
-    norms.LayerNorm()], ids=lambda m: type(m).__name__)
-def test_padding_changes_no_valid_pixel(module):
-  x = normal(SHAPE)
-  alone, _ = apply(module, x)
-  canvas = np.full((2, 9, 11, 64), 1e3, np.float32)
-  canvas[:, :5, :7] = x
-  padded, _ = apply(module, canvas, mask=valid_mask(canvas.shape, 5, 7))
-  np.testing.assert_allclose(padded[:, :5, :7], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_gelu_is_exact_and_so_is_its_gradient():

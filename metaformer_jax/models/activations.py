@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from metaformer_jax.models import norms
+
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
@@ -70,8 +72,7 @@ class StarReLU(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     scale = self.param("scale", nn.initializers.ones, (1,))
     bias = self.param("bias", nn.initializers.zeros, (1,))
-    scale, bias = (v.astype(x.dtype).reshape((1,) * x.ndim)
-                   for v in (scale, bias))
+    scale, bias = (norms.spread(v, x, x.dtype) for v in (scale, bias))
     return scale * squared_relu(x) + bias
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from metaformer_jax import errors
 from metaformer_jax.models import activations, norms
@@ -38,6 +39,14 @@ def torch_conv_bias(fan_in: int) -> nn.initializers.Initializer:
   return init
 
 
+def conv_inits(name: str, fan_in: int):
+  """First (kernel, bias): "torch", PyTorch's, or "trunc_normal", 0.02 and 0."""
+  return lookup({
+      "torch": (torch_conv_kernel, torch_conv_bias(fan_in)),
+      "trunc_normal": (trunc_normal_02, nn.initializers.zeros),
+  }, "conv_init", name)
+
+
 def lookup(table, kind: str, name: str):
   """Returns table[name]; ValueError names the nearest to an unknown."""
   if name not in table:
@@ -47,8 +56,8 @@ def lookup(table, kind: str, name: str):
 
 
 def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-  """Sets the padding of x [B, H, W, C] to zero."""
-  return x if mask is None else x * mask[..., None].astype(x.dtype)
+  """Sets the padding of x [B, H, W, C] to zero, whatever it holds."""
+  return x if mask is None else jnp.where(mask[..., None].astype(bool), x, 0)
 
 
 def global_average_pool(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -137,7 +146,7 @@ class Scale(nn.Module):
   def __call__(self, x: jax.Array):
     scale = self.param("scale", nn.initializers.constant(self.init_value),
                        (x.shape[-1],))
-    return x * per_channel(scale, x).astype(self.dtype or jnp.float32)
+    return x * norms.spread(scale, x, self.dtype or jnp.float32)
 
 
 def downsample_mask(mask: jax.Array | None, height: int, width: int, *,
@@ -152,10 +161,15 @@ def downsample_mask(mask: jax.Array | None, height: int, width: int, *,
   # The unpadded image has output i where its window, which ends at pixel
   # stride*i + kernel - 1 - padding, ends at most `padding` beyond the image.
   last = kernel_size - 1 - 2 * padding
-  before = max(-last, 0)
-  mask = jnp.pad(mask, ((0, 0), (before, 0), (before, 0)), mode="edge")
-  mask = mask[:, max(last, 0)::stride, max(last, 0)::stride]
-  return mask[:, :height, :width]
+  mask = mask.astype(bool)
+  if last < 0:
+    # Windows that begin on the image may end before it: it grows by those.
+    around = (-last, -last)
+    mask = lax.reduce_window(mask, False, lax.bitwise_or,
+                             (1, 1 - last, 1 - last), (1, 1, 1),
+                             ((0, 0), around, around))
+    last = 0
+  return mask[:, last::stride, last::stride][:, :height, :width]
 
 
 class Downsample(nn.Module):
@@ -166,8 +180,7 @@ class Downsample(nn.Module):
 
   Attributes:
     pre_norm, post_norm: norms of its input and of its output, or None.
-    conv_init: "torch", PyTorch's default, or "trunc_normal", 0.02 with a bias
-      of zero.
+    conv_init: as in `conv_inits`.
   """
 
   dim: int
@@ -182,10 +195,7 @@ class Downsample(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
     k, s, p = self.kernel_size, self.stride, self.padding
-    kernel_init, bias_init = lookup({
-        "torch": (torch_conv_kernel, torch_conv_bias(k * k * x.shape[-1])),
-        "trunc_normal": (trunc_normal_02, nn.initializers.zeros),
-    }, "conv_init", self.conv_init)
+    kernel_init, bias_init = conv_inits(self.conv_init, k * k * x.shape[-1])
     if self.pre_norm:
       x = self.pre_norm(dtype=self.dtype, name="norm")(
           x, mask=mask, train=train)

@@ -117,7 +117,8 @@ class MetaFormer(nn.Module):
     in_patch_size, in_stride, in_pad: kernel, stride, padding of the stem.
     downsample_norm: whether a LayerNorm follows the stem and comes before the
       other downsamplings.
-    conv_init: first weights of the downsamplings, as in `layers.Downsample`.
+    conv_init: first weights of the downsamplings' and the mixers'
+      convolutions, as in `layers.conv_inits`.
     head_norm_first: norm, then mean over the pixels (arXiv 2111.11418), or
       mean, then LayerNorm with a bias and an epsilon of 1e-6 (arXiv 2210.13452;
       timm's for both papers).
@@ -215,8 +216,10 @@ class MetaFormer(nn.Module):
     settings = {
         "pooling": {"pool_size": self.pool_size,
                     "subtract_input": self.pool_subtract},
-        "depthwise_conv": {"kernel_size": self.conv_kernel_size},
+        "depthwise_conv": {"kernel_size": self.conv_kernel_size,
+                           "conv_init": self.conv_init},
         "sepconv": {"kernel_size": self.conv_kernel_size,
+                    "conv_init": self.conv_init,
                     "activation": self._activation()},
         "attention": {"proj_bias": self.attention_proj_bias},
     }
@@ -239,13 +242,13 @@ class MetaFormer(nn.Module):
                              pre_norm=norm)
 
   def _head(self) -> nn.Module:
-    if self.head == "mlp":
-      return layers.MlpHead(self.num_classes, drop_rate=self.head_drop_rate,
-                            dtype=self.dtype, name="head")
-    if self.head != "linear":
-      raise ValueError(f"unknown head {self.head!r}; valid: linear, mlp")
-    return nn.Dense(self.num_classes, dtype=self.dtype,
-                    kernel_init=layers.trunc_normal_02, name="head")
+    make = layers.lookup({
+        "linear": functools.partial(
+            nn.Dense, kernel_init=layers.trunc_normal_02),
+        "mlp": functools.partial(
+            layers.MlpHead, drop_rate=self.head_drop_rate),
+    }, "head", self.head)
+    return make(self.num_classes, dtype=self.dtype, name="head")
 
   def _stages(self, x, mask, train) -> Iterator[tuple[jax.Array, Any]]:
     for stage in self.stages:

@@ -30,6 +30,11 @@ class Identity(nn.Module):
     return x
 
 
+def _check_odd(name: str, size: int) -> None:
+  if size % 2 == 0:
+    raise ValueError(f"{name} {size} is not odd: its window has no middle")
+
+
 def _window_sum(x: jax.Array, size: int) -> jax.Array:
   """Sums of size x size windows at stride 1, zero outside [B, H, W, C]."""
   return lax.reduce_window(
@@ -62,9 +67,7 @@ class Pooling(nn.Module):
   dtype: Dtype | None = None
 
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
-    if self.pool_size % 2 == 0:
-      raise ValueError(f"pool_size {self.pool_size} is not odd: its window has "
-                       "no middle")
+    _check_odd("pool_size", self.pool_size)
     total = _window_sum(layers.apply_mask(x, mask), self.pool_size)
     if mask is None:
       count = jnp.asarray(
@@ -77,13 +80,15 @@ class Pooling(nn.Module):
     return mean - x if self.subtract_input else mean
 
 
-def depthwise_conv(dim: int, kernel_size: int, *, use_bias: bool, dtype, name,
-                   ) -> nn.Conv:
+def depthwise_conv(dim: int, kernel_size: int, *, use_bias: bool,
+                   conv_init: str, dtype, name) -> nn.Conv:
   """A convolution of each channel by itself, same size out."""
   k = kernel_size
+  _check_odd("conv_kernel_size", k)
+  kernel_init, bias_init = layers.conv_inits(conv_init, k * k)
   return nn.Conv(dim, (k, k), padding=((k // 2, k // 2),) * 2,
                  feature_group_count=dim, use_bias=use_bias, dtype=dtype,
-                 kernel_init=layers.trunc_normal_02, name=name)
+                 kernel_init=kernel_init, bias_init=bias_init, name=name)
 
 
 class DepthwiseConv(nn.Module):
@@ -94,13 +99,14 @@ class DepthwiseConv(nn.Module):
 
   dim: int
   kernel_size: int = 3
+  conv_init: str = "torch"
   dtype: Dtype | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
     return depthwise_conv(self.dim, self.kernel_size, use_bias=True,
-                          dtype=self.dtype, name="conv")(
-                              layers.apply_mask(x, mask))
+                          conv_init=self.conv_init, dtype=self.dtype,
+                          name="conv")(layers.apply_mask(x, mask))
 
 
 class SepConv(nn.Module):
@@ -114,6 +120,7 @@ class SepConv(nn.Module):
   expansion: float = 2.0
   kernel_size: int = 7
   activation: Callable[..., nn.Module] = activations.StarReLU
+  conv_init: str = "trunc_normal"
   dtype: Dtype | None = None
 
   @nn.compact
@@ -123,7 +130,8 @@ class SepConv(nn.Module):
                  kernel_init=layers.trunc_normal_02, name="pwconv1")(x)
     x = layers.apply_mask(self.activation(name="act1")(x), mask)
     x = depthwise_conv(hidden, self.kernel_size, use_bias=False,
-                       dtype=self.dtype, name="dwconv")(x)
+                       conv_init=self.conv_init, dtype=self.dtype,
+                       name="dwconv")(x)
     return nn.Dense(self.dim, use_bias=False, dtype=self.dtype,
                     kernel_init=layers.trunc_normal_02, name="pwconv2")(x)
 

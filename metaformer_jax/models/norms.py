@@ -20,6 +20,15 @@ def per_channel(vector: jax.Array, x: jax.Array) -> jax.Array:
   return vector.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+def spread(vector: jax.Array, x: jax.Array, dtype: Dtype) -> jax.Array:
+  """A vector over channels, or one value, in the shape of x [..., C].
+
+  Cast last, so that its gradient, a sum over all of x, is a float32 sum: a CPU
+  sums bfloat16 in bfloat16, which ends at 256 times the largest value.
+  """
+  return jnp.broadcast_to(per_channel(vector, x), x.shape).astype(dtype)
+
+
 def _moments(x, axes, weight=None):
   """Mean, and the mean of the squared differences from it, kept as axes of 1.
 
@@ -48,10 +57,11 @@ class _Norm(nn.Module):
 
   eps: float = 1e-5
   use_bias: bool = True
+  scale_init: nn.initializers.Initializer = nn.initializers.ones
   dtype: Dtype | None = None
 
   def _affine(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    scale = self.param("scale", self.scale_init, (x.shape[-1],))
     y = x * per_channel(scale, x)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
@@ -108,9 +118,9 @@ class BatchNorm(_Norm):
       if not self.is_initializing():
         n = x.size / dim if mask is None else _count(x, axes, weight)
         unbiased = var * (n / jnp.maximum(n - 1, 1))
-        n_batches.value += 1
+        n_batches.value = n_batches.value + 1
         for running, new in ((running_mean, mean), (running_var, unbiased)):
-          running.value += (1 - self.momentum) * (
+          running.value = running.value + (1 - self.momentum) * (
               new.reshape(-1) - running.value)
     return self._affine((x - mean) * lax.rsqrt(var + self.eps))
 

@@ -66,4 +66,6 @@ class PositionEmbedding(nn.Module):
       added = resize(grid, *x.shape[1:3])[None]
     else:
       added = resize_to_mask(grid, mask)
-    return x + added.astype(self.dtype or jnp.float32)
+    # Cast last, so that the batch's gradients are a float32 sum.
+    return x + jnp.broadcast_to(added, x.shape).astype(
+        self.dtype or jnp.float32)
