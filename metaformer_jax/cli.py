@@ -9,6 +9,7 @@ with `main(cfg, workdir)` called once the configuration is known to be good.
 Nothing here imports jax: a mistake in a config is told at once.
 """
 
+import argparse
 import contextlib
 import logging
 import os
@@ -48,8 +49,16 @@ def run(main: Callable[[Experiment, pathlib.Path], None]) -> None:
 
 def start_logging() -> None:
   """Shows what the package logs on stderr."""
-  logging.basicConfig(format="%(message)s", stream=sys.stderr)
+  # Imported libraries may have set up theirs.
+  logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
   logging.getLogger("metaformer_jax").setLevel(logging.INFO)
+
+
+class Parser(argparse.ArgumentParser):
+  """For tools without an experiment: a mistake is one line here too."""
+
+  def error(self, message: str):
+    raise errors.ConfigError(f"command line: {message}; see --help")
 
 
 @contextlib.contextmanager
@@ -193,12 +202,13 @@ def _explain_file(error: BaseException) -> str:
   line = "\n".join([*sys.argv[1:], ""])
   path = re.search(r"^--?config[=\n](.*)\n", line, re.MULTILINE)[1]
   file = pathlib.Path(path.partition(":")[0])
+  if file.is_dir():
+    return f"--config: {file} is not a file; give e.g. configs/quickstart.py"
   if not file.is_file():
     near = ""
     if file.parent.is_dir():
-      folder = file if file.is_dir() else file.parent
       near = errors.did_you_mean(file.name, [
-          str(p) for where in {folder, pathlib.Path("configs")}
+          str(p) for where in {file.parent, pathlib.Path("configs")}
           for p in where.glob("*.py") if p.is_file()])
     return f"--config: {file} is not a file{near}"
   while error.args and isinstance(error.args[0], BaseException):

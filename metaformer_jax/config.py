@@ -20,12 +20,13 @@ import ml_collections
 from ml_collections import config_dict
 
 from metaformer_jax import errors
+from metaformer_jax.data import policies
 from metaformer_jax.experiment import Experiment
 from metaformer_jax.models import registry
 
-# Sections that may differ when a run is resumed: they change no number beyond
-# the order of a sum.
-RESUMABLE = ("mesh", "log", "checkpoint", "eval")
+# What may differ when a run is resumed: it changes no number beyond the order
+# of a sum, or, as the weights to start from, has done its work.
+RESUMABLE = ("mesh", "log", "checkpoint", "eval", "init")
 
 
 def default() -> ml_collections.ConfigDict:
@@ -326,6 +327,11 @@ def _check_data(cfg: Experiment) -> Iterator[str]:
   if data.source == "idx" and not data.path:
     yield (f"config.data.path: {data.path!r} with source idx; give the folder "
            "that holds the four files of MNIST or Fashion-MNIST")
+  try:
+    policies.parse(data.auto_augment)
+  except ValueError as e:
+    yield f"config.data.auto_augment: {data.auto_augment!r} {e}"
+  yield from _check_labels(cfg)
   if data.source == "digits":
     yield from _check_n_classes(cfg, 10)
   if not data.path:
@@ -339,6 +345,17 @@ def _check_data(cfg: Experiment) -> Iterator[str]:
     yield from _check_folders(cfg)
   except (OSError, RuntimeError) as e:  # Not permitted, too long, no home.
     yield f"config.data.path: {data.path}: {e}"
+
+
+def _check_labels(cfg: Experiment) -> Iterator[str]:
+  labels, source = cfg.eval.labels, cfg.data.source
+  if labels != "split" and source != "folder":
+    yield (f"config.eval.labels: {labels} with source {source}; only source "
+           "folder has it")
+  if labels == "real" and not pathlib.Path(
+      cfg.eval.real_path or "").expanduser().is_file():
+    yield (f"config.eval.real_path: {cfg.eval.real_path!r} is not a file; give "
+           "real.json of github.com/google-research/reassessed-imagenet")
 
 
 def _check_n_classes(cfg: Experiment, n_classes: int) -> Iterator[str]:

@@ -36,6 +36,7 @@ class Model:
       0.0, "stochastic depth of the last block", low=0, high=0.999)
   dtype: str = option("float32", "of the computation; parameters are float32",
                       choices=("float32", "bfloat16"))
+  depth: int | None = option(None, "blocks, of a model of one stage", low=1)
   depths: tuple[int, ...] | None = option(None, "blocks of each stage", low=1)
   dims: tuple[int, ...] | None = option(None, "channels of each stage", low=1)
   token_mixers: tuple[str, ...] | None = option(
@@ -69,7 +70,7 @@ class Model:
   in_pad: int | None = option(None, "padding of the stem", low=0)
   downsample_norm: bool | None = option(
       None, "LayerNorm after the stem and before the other downsamplings")
-  conv_init: str | None = option(None, "first weights of the downsamplings",
+  conv_init: str | None = option(None, "first weights of the convolutions",
                                  choices=("torch", "trunc_normal"))
   head_norm_first: bool | None = option(
       None, "the head's norm comes before the mean over pixels")
@@ -112,6 +113,15 @@ class Data:
   crop_ratio: tuple[float, ...] = option(
       (3 / 4, 4 / 3), "RandomResizedCrop: width over height", above=0, length=2)
   flip: float = option(0.5, "probability of a left-right flip", low=0, high=1)
+  auto_augment: str = option(
+      "", "after crop and flip, in timm's words: rand-m9-mstd0.5-inc1; 3a; "
+      "empty: nothing")
+  color_jitter: float = option(
+      0.0, "brightness, contrast and saturation change by up to this; inert "
+      "with rand", low=0)
+  repeats: int = option(
+      1, "an image comes so often in a row, differently augmented; of "
+      "an epoch's images, the others are left out", low=1)
   mean: tuple[float, ...] = option(
       (0.485, 0.456, 0.406), "of R, G, B in [0, 1]", low=0, high=1, length=3)
   std: tuple[float, ...] = option(
@@ -124,21 +134,43 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-  """AdamW and its schedule."""
+  """The optimizer and its schedule."""
 
+  name: str = option("adamw", "the optimizer; sgd is with coupled decay",
+                     choices=("adamw", "lamb", "sgd"))
   base_lr: float = option(
       1e-3, "peak learning rate for a batch of 1024; scales with batch_size",
       above=0)
-  min_lr: float = option(1e-5, "learning rate at the end", low=0)
+  schedule: str = option("cosine", "how the learning rate falls",
+                         choices=("constant", "cosine", "poly", "step"))
+  schedule_per: str = option("step", "the learning rate is set anew at each",
+                             choices=("epoch", "step"))
+  min_lr: float = option(1e-5, "learning rate at the end: cosine, poly", low=0)
   warmup_lr: float = option(1e-6, "learning rate at the start", low=0)
-  warmup_epochs: float = option(5.0, "linear warm-up", low=0)
+  warmup_epochs: float = option(5.0, "linear warm-up; 0: none", low=0)
+  cooldown_epochs: float = option(
+      0.0, "how long the run goes on after train.epochs, at the last learning "
+      "rate; train.steps leaves it out", low=0)
+  poly_power: float = option(0.9, "poly: exponent", above=0)
+  step_epochs: tuple[float, ...] = option(
+      (30.0, 60.0, 90.0), "step: when the learning rate falls", low=0)
+  step_factor: float = option(0.1, "step: by which it falls", above=0, high=1)
   weight_decay: float = option(
-      0.05, "decoupled; norms, biases and other vectors are exempt", low=0)
-  beta1: float = option(0.9, "decay of the first moment", low=0, high=0.9999)
+      0.05, "norms, biases and other vectors are exempt, and ViT's embeddings "
+      "that are parameters", low=0)
+  beta1: float = option(0.9, "adamw, lamb: decay of the first moment", low=0,
+                        high=0.9999)
   beta2: float = option(0.999, "of the second", low=0, high=0.999999)
-  eps: float = option(1e-8, "AdamW's epsilon", above=0)
+  eps: float | None = option(
+      None, "adamw, lamb: epsilon; None: 1e-8 and 1e-6", above=0)
+  momentum: float = option(0.9, "sgd: momentum", low=0, high=0.9999)
+  nesterov: bool = option(True, "sgd: Nesterov's momentum")
+  layer_decay: float = option(
+      1.0, "learning rate of a block over that of the next; 1: none", above=0,
+      high=1)
   clip_norm: float | None = option(
-      None, "largest global norm of the gradient", above=0)
+      None, "largest global norm of the gradient; None: 1 for lamb, else none",
+      above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +179,31 @@ class Train:
 
   batch_size: int = option(1024, "images of a step, over all devices", low=1,
                            high=2**24)
-  epochs: float = option(300.0, "length of the run", above=0)
+  epochs: float = option(
+      300.0, "length of the run, but for optim.cooldown_epochs", above=0)
   steps: int | None = option(
       None, "length of the run, instead of epochs", low=1)
   accumulate: int = option(1, "micro-batches of a step", low=1)
+  loss: str = option(
+      "ce", "ce: cross-entropy of the softmax; bce: binary, of each class",
+      choices=("bce", "ce"))
+  bce_threshold: float = option(
+      0.0, "bce: targets above are 1, the others 0; 0: left as they are",
+      low=0, high=0.999)
   label_smoothing: float = option(0.1, "mass on all classes", low=0, high=0.999)
+  mixup: float = option(
+      0.0, "alpha of mixup's beta distribution; 0: none", low=0)
+  cutmix: float = option(
+      0.0, "alpha of cutmix's beta distribution; 0: none", low=0)
+  mixup_prob: float = option(
+      1.0, "probability that a micro-batch is mixed", low=0, high=1)
+  mixup_switch_prob: float = option(
+      0.5, "that of cutmix, where both are on", low=0, high=1)
+  erasing: float = option(
+      0.0, "probability that a box of an image becomes noise", low=0, high=1)
   ema_decay: float = option(
-      0.0, "moving average of the parameters, used to evaluate; 0: none",
-      low=0, high=0.999999)
+      0.0, "moving average of the parameters and BatchNorm's statistics, used "
+      "to evaluate; 0: none", low=0, high=0.999999)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +212,11 @@ class Eval:
 
   batch_size: int = option(1024, "images, over all devices", low=1)
   every_epochs: float = option(1.0, "how often", above=0, high=1e6)
+  labels: str = option(
+      "split", "split: the evaluation split's own; real: ImageNet-ReaL's; "
+      "number: a folder's name is its class, as in ImageNet-V2",
+      choices=("number", "real", "split"))
+  real_path: str | None = option(None, "labels=real: its real.json")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,9 @@ import tempfile
 
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""),
-     "--xla_force_host_platform_device_count=8"]).strip()
+     "--xla_force_host_platform_device_count=8",
+     # Most of the time is compilation, and most programs run once.
+     "--xla_backend_optimization_level=0"]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 

@@ -15,14 +15,21 @@ from metaformer_jax.training import state as state_lib
 CFG = experiment.Checkpoint(keep_last=2, keep_best=1)
 
 
-def make_state(step, seed=0, ema=True):
+def make_state(step, seed=0, ema=True, stats=False):
   rng = np.random.default_rng(seed)
   params = {"a": {"kernel": jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)},
             "b": jnp.asarray(rng.normal(size=(3,)), jnp.bfloat16)}
-  return state_lib.TrainState(
-      step=jnp.int32(step), params=params, model_state={},
+  model_state = {
+      "batch_stats": {"mean": jnp.asarray(rng.normal(size=(4,)), jnp.float32),
+                      "n_batches": jnp.int32(step)},
+      "frozen": {"matrix": jnp.eye(4)}} if stats else {}
+  off = {} if ema else None
+  state = state_lib.TrainState(
+      step=jnp.int32(step), params=params, model_state=model_state,
       opt_state=(jax.tree.map(lambda x: x * 2, params), jnp.int32(step)),
-      ema_params=jax.tree.map(lambda x: x * 3, params) if ema else None)
+      ema_params=off, ema_state=off).start_average()
+  return state.replace(**jax.tree.map(lambda x: x * 3, {
+      "ema_params": state.ema_params, "ema_state": state.ema_state}))
 
 
 def abstract(state, sharding_of=None):
@@ -41,19 +48,23 @@ def assert_same(got, want):
 
 
 @pytest.mark.parametrize("ema", [True, False])
-def test_round_trip_is_exact(tmp_path, ema):
-  state = make_state(7, ema=ema)
+@pytest.mark.parametrize("stats", [True, False])
+def test_round_trip_is_exact(tmp_path, ema, stats):
+  state = make_state(7, ema=ema, stats=stats)
   saved = checkpoints_lib.Checkpoints(tmp_path, CFG)
   saved.save(state, position=224)
   saved.close()
   again = checkpoints_lib.Checkpoints(tmp_path, CFG)
   assert again.latest_step() == 7 and again.best_step() is None
-  got, position = again.restore(7, abstract(make_state(0, seed=1, ema=ema)))
+  got, position = again.restore(7, abstract(
+      make_state(0, seed=1, ema=ema, stats=stats)))
   assert position == 224
   assert_same(got, state)
   variables = again.restore_variables(7, abstract(state)).eval_variables()
   assert_same(variables, state.eval_variables())
   again.close()
+  # Whoever asks for a model's variables gets the averages, and all the rest.
+  assert_same(checkpoints_lib.read_variables(tmp_path), variables)
 
 
 def test_restores_onto_another_mesh(tmp_path):

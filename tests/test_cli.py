@@ -41,7 +41,7 @@ OVERRIDES = [_case(f"{GOOD} --config.{override}", *says)
     ("base_lr=3", "config.base_lr: no such key", "optim.base_lr?"),
     ("optim.base_lr.x=3", "config.optim.base_lr.x", "optim.base_lr?"),
     ("zzz=1", "config.zzz: no such key", "valid: "),
-    ("optim=3", "config.optim: is a section", "config.optim.base_lr"),
+    ("optim=3", "config.optim: is a section", "config.optim.name"),
     ("optim", "config.optim: is a section"),
     ("model.=3", "config.model."),
     # Values that cannot be read; test_config.py has those that can.

@@ -16,7 +16,6 @@ from metaformer_jax.tasks import classification
 from metaformer_jax.training import (
   optim,
   rng,
-  schedules,
   sharding,
   step,
 )
@@ -98,6 +97,34 @@ def test_micro_batches_train_as_one_batch(on_one_device, accumulate, data):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("model", [
+    {"norm": "batch_norm"}, {"token_mixers": ("random", "pooling")}],
+    ids=["batch norm", "random mixing"])
+def test_models_with_a_state_train_on_eight_devices_as_on_one(model):
+  """Statistics are of the global (micro-)batch; random matrices stay."""
+  train = {"accumulate": 2}
+  want, one = run_steps(
+      experiment_of(model=model, mesh={"data": 1}, train=train), 3)
+  losses, eight = run_steps(experiment_of(
+      model=model, mesh={"data": 4, "fsdp": 2, "min_size": 64}, train=train), 3)
+  np.testing.assert_allclose(losses, want, atol=1e-5)
+  first = classification.create(experiment_of(model=model)).model.init(
+      rng.named(0, "init"), jnp.zeros((1, 32, 32, 3)))
+  params = first.pop("params")
+  for tree in (one.params, one.ema_params, one.opt_state[0].mu):
+    assert jax.tree.structure(tree) == jax.tree.structure(params)
+  for (path, a), b, start in zip(
+      jax.tree_util.tree_leaves_with_path(eight.model_state),
+      jax.tree.leaves(one.model_state), jax.tree.leaves(first), strict=True):
+    a, b, start = map(np.asarray, (a, b, start))
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    if path[0].key == "frozen":
+      np.testing.assert_allclose(a, start, rtol=1e-6)
+    else:
+      assert np.all(a != start)
+      assert path[-1].key != "n_batches" or a == 6
+
+
 def line_step(state, batch, tx, **kwargs):
   options = {"schedule": lambda _: 0.1, "seed": 0, "ema_decay": 0.9,
              "accumulate": 1, **kwargs}
@@ -144,57 +171,41 @@ def test_evaluation_uses_the_average_only_where_there_is_one():
   for decay in (0.0, 0.9):
     state = state_lib.create(line_task.LineTask(), tx, 0, ema_decay=decay)
     state, _ = line_step(state, {"x": jnp.ones(4)}, tx, ema_decay=decay)
+    variables = state.eval_variables()
     expected = state.params if decay == 0 else state.ema_params
-    assert state.eval_variables()["params"] is expected
-    assert "batch_stats" in state.eval_variables()
+    assert variables["params"] is expected
+    expected = state.model_state if decay == 0 else state.ema_state
+    assert variables["batch_stats"] is expected["batch_stats"]
 
 
-def test_decay_spares_vectors_and_shrinks_matrices():
-  cfg = experiment_of(optim={"weight_decay": 0.5, "base_lr": 1.0},
-                      train={"batch_size": 1024})
-  tx, _ = optim.create(cfg, 10, 10)
-  params = {"kernel": jnp.full((2, 2), 4.0), "scale": jnp.full((2,), 4.0),
-            "conv": jnp.full((1, 1, 2, 2), 4.0), "scalar": jnp.float32(4.0)}
-  zeros = jax.tree.map(jnp.zeros_like, params)
-  updates, _ = tx.update(zeros, tx.init(params), params)
-  for name, value in updates.items():
-    # Decoupled: -learning rate * decay * parameter, at the peak rate of 1.
-    want = -0.5 * 4 if name in ("kernel", "conv") else 0.0
-    np.testing.assert_allclose(value, want, rtol=1e-6)
+def test_statistics_are_averaged_and_counters_are_not():
+  tx = optax.sgd(0.1)
+  state = state_lib.create(line_task.LineTask(), tx, 0, ema_decay=0.9)
+  for x in (1.0, 3.0):
+    state, _ = line_step(state, {"x": jnp.full(4, x)}, tx)
+  np.testing.assert_allclose(state.ema_state["batch_stats"]["mean"],
+                             0.9 * 0.1 * 1 + 0.1 * 3, rtol=1e-6)
+  assert state.model_state["batch_stats"]["mean"] == 3
+  new, old = ({"mean": jnp.float32(x), "n_batches": jnp.int32(n)}
+              for x, n in ((2.0, 7), (1.0, 0)))
+  found = state_lib.average(new, old, 0.75)
+  assert found["mean"] == 1.25 and found["n_batches"] == 7
+  assert found["n_batches"].dtype == jnp.int32
 
 
-def test_adamw_by_hand_with_clipping():
-  cfg = experiment_of(optim={"clip_norm": 0.1, "weight_decay": 0.0,
-                             "base_lr": 1.0, "eps": 0.5},
-                      train={"batch_size": 1024})
-  tx, _ = optim.create(cfg, 10, 10)
-  params = {"w": jnp.zeros((2,))}
-  updates, _ = tx.update({"w": jnp.array([3.0, 4.0])}, tx.init(params), params)
-  clipped = np.array([3.0, 4.0]) * 0.1 / 5
-  # The first step's corrected moments are the gradient and its square.
-  np.testing.assert_allclose(updates["w"], -clipped / (clipped + 0.5),
-                             rtol=1e-5)
+def test_no_decay_of_the_average_is_no_average():
+  """As decay goes to 0 the average is the state itself."""
+  new, old = {"a": jnp.arange(3.0)}, {"a": jnp.ones(3)}
+  assert jnp.array_equal(state_lib.average(new, old, 0.0)["a"], new["a"])
 
 
-def test_learning_rate_scales_with_the_batch():
-  for batch_size in (32, 4096):
-    cfg = experiment_of(optim={"base_lr": 1e-3, "min_lr": 0.0},
-                        train={"batch_size": batch_size})
-    _, schedule = optim.create(cfg, 100, 10)
-    np.testing.assert_allclose(schedule(0), 1e-3 * batch_size / 1024,
-                               rtol=1e-6)
-
-
-def test_schedule_is_linear_then_cosine():
-  schedule = schedules.warmup_cosine(
-      peak=4e-3, total_steps=300, warmup_steps=20, warmup_lr=1e-6, min_lr=1e-5)
-  for t in (0, 1, 7, 19):
-    want = 1e-6 + t * (4e-3 - 1e-6) / 20
-    np.testing.assert_allclose(schedule(t), want, rtol=1e-5)
-  for t in (20, 21, 150, 299, 300, 310):
-    want = 1e-5 + (4e-3 - 1e-5) * 0.5 * (
-        1 + math.cos(math.pi * min(t, 300) / 300))
-    np.testing.assert_allclose(schedule(t), want, rtol=1e-5)
+def test_matrices_that_stay_are_not_averaged():
+  cfg = experiment_of(model={"token_mixers": ("random", "pooling"),
+                             "norm": "batch_norm"})
+  state = jax.eval_shape(functools.partial(
+      state_lib.create, classification.create(cfg), optax.identity(), 0, 0.9))
+  assert state.model_state.keys() == {"batch_stats", "frozen"}
+  assert state.ema_state.keys() == {"batch_stats"}
 
 
 def test_keys_differ_by_seed_name_and_step():

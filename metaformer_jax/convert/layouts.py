@@ -5,7 +5,7 @@ then the module's path.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,8 +131,8 @@ def recognize(family: str, keys: Iterable[str], names: Iterable[str]) -> str:
 
 
 def to_flax(family: str, tensors: Tensors, target: Mapping[str, Any],
-            adapt: Adapt = lambda name, value, shape: value,
-            ) -> dict[str, Any]:
+            adapt: Adapt = lambda name, value, shape: value, *,
+            unwanted: Collection[str] = ()) -> dict[str, Any]:
   """Converts a whole model; each tensor is used once, each target filled.
 
   Args:
@@ -141,6 +141,8 @@ def to_flax(family: str, tensors: Tensors, target: Mapping[str, Any],
     target: variables of the model, or their shapes and dtypes.
     adapt: called with every flat name, converted array and the shape that the
       target has. What it leaves out is absent in the result.
+    unwanted: flat names of the target that the tensors may have, but the result
+      has not.
 
   Returns:
     Variables of numpy arrays.
@@ -164,32 +166,42 @@ def to_flax(family: str, tensors: Tensors, target: Mapping[str, Any],
   problems, made = [], {}
   for name, want in target.items():
     key, laying = where[name]
-    laying = LAYINGS[laying]
+    if name in unwanted:
+      continue
     if key not in tensors:
-      if where[name].laying == "count":  # Files of before PyTorch 0.4.1.
+      if laying == "count":  # Files of before PyTorch 0.4.1.
         made[name] = np.zeros(want.shape, want.dtype)
       else:
         problems.append(f"{key} is missing")
       continue
-    tensor = tensors[key]
-    need = laying.to_torch(_placeholder(want)).shape
+    tensor, laying = tensors[key], LAYINGS[laying]
+    if tensor.dtype.kind != np.dtype(want.dtype).kind:
+      problems.append(f"{key} is {tensor.dtype}, not {np.dtype(want.dtype)}")
+      continue
     try:
       value = adapt(name, laying.to_flax(tensor), want.shape)
+      fits = value is None or value.shape == want.shape
     except ValueError:  # Of another rank than the laying is for.
-      value = tensor
-    if value is None:
-      continue
-    if value.shape != want.shape:
+      fits = False
+    if not fits:
+      need = laying.to_torch(_placeholder(want)).shape
       problems.append(f"{key} is {list(tensor.shape)}, not {list(need)}")
-    elif value.dtype.kind != np.dtype(want.dtype).kind:
-      problems.append(f"{key} is {tensor.dtype}, not {np.dtype(want.dtype)}")
-    else:
+    elif value is not None:
       made[name] = np.asarray(value, want.dtype, order="C")
   if problems or unused:
     raise errors.WeightsError(
         f"in the {layout} layout, {len(problems) + len(unused)} tensors do not "
         f"fit the model: {'; '.join(problems + unused)}")
   return unflatten(made)
+
+
+def check_layout(family: str, layout: str) -> None:
+  """Raises WeightsError if the family's weights have no such layout."""
+  known = [*rules.RULES[family], "flax"]
+  if layout not in known:
+    raise errors.WeightsError(
+        f"layout {layout!r} is not known for this model"
+        f"{errors.did_you_mean(layout, known)}")
 
 
 def to_torch(family: str, variables: Mapping[str, Any], layout: str,
@@ -203,11 +215,7 @@ def to_torch(family: str, variables: Mapping[str, Any], layout: str,
   flat = flatten(variables)
   if layout == "flax":
     return {name: np.asarray(value) for name, value in flat.items()}
-  known = rules.RULES[family]
-  if layout not in known:
-    raise errors.WeightsError(
-        f"layout {layout!r} is not known for this model"
-        f"{errors.did_you_mean(layout, [*known, 'flax'])}")
+  check_layout(family, layout)
   where = entries(family, layout, flat)
   lacking = flat.keys() - where
   if lacking:

@@ -47,6 +47,10 @@ class Loader:
     process_index, process_count: this process's part of each batch.
     workers: processes that prepare batches; 0 for none, -1 for one a core.
     threads: reading threads of each process.
+    repeats: how often an example comes in a row of the training stream. An
+      epoch still has n_examples positions, which the first n_examples / repeats
+      of its permutation fill (repeated augmentation, arXiv 1901.09335, as
+      DeiT's and timm's samplers do it).
   """
 
   source: Source
@@ -57,6 +61,7 @@ class Loader:
   process_count: int = 1
   workers: int = 0
   threads: int = 4
+  repeats: int = 1
 
   def __post_init__(self):
     if self.batch_size % self.process_count:
@@ -78,9 +83,8 @@ class Loader:
       The transform's arrays, stacked: {"image": [b, ...], "label": [b], ...}
       with b = batch_size / process_count.
     """
-    stream = _Part(_TrainStream(self.source, self.transform, self.seed),
-                   self, position, _ENDLESS)
-    yield from self._read(stream)
+    stream = _TrainStream(self.source, self.transform, self.seed, self.repeats)
+    yield from self._read(_Part(stream, self, position, _ENDLESS))
 
   def eval_batches(self) -> Iterator[Batch]:
     """The whole data set in order, once; the last batch is filled up.
@@ -143,12 +147,15 @@ class _TrainStream:
   source: Source
   transform: Callable[..., dict[str, Any]]
   seed: int
+  repeats: int
 
   def __getitem__(self, position: int) -> dict[str, Any]:
     n = len(self.source)
     epoch, place = divmod(position, n)
+    place, repeat = divmod(place, self.repeats)
     index = int(_permutation(self.seed, epoch, n)[place])
-    rng = np.random.default_rng((self.seed, _AUGMENT, epoch, index))
+    key = (self.seed, _AUGMENT, epoch, index)
+    rng = np.random.default_rng((*key, repeat) if repeat else key)
     return _example(self.source, index, self.transform, rng)
 
 

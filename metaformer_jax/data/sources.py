@@ -9,6 +9,7 @@ and pickled to worker processes.
 import gzip
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -31,8 +32,13 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> Record: ...
 
 
-def create(cfg: Data, split: str) -> Source:
+def create(cfg: Data, split: str, numbered: bool = False) -> Source:
   """Opens the "train" or the "eval" split that the config names.
+
+  Args:
+    cfg: what is where.
+    split: "train" or "eval".
+    numbered: source folder: the names of the class folders are the classes.
 
   Raises:
     ConfigError: what is missing, or cannot be read, and where.
@@ -45,7 +51,7 @@ def create(cfg: Data, split: str) -> Source:
     case "idx":
       return idx(cfg.path, train)
     case "folder":
-      return _class_folders(cfg, train)
+      return _class_folders(cfg, train, numbered)
     case "tfds":
       # A module of its own, as only this source needs the extra `tfds`.
       from metaformer_jax.data import tfds_source  # noqa: PLC0415
@@ -180,13 +186,22 @@ def class_names(root: pathlib.Path) -> list[str]:
   return names
 
 
-def _class_folders(cfg: Data, train: bool) -> ClassFolders:
+def _class_folders(cfg: Data, train: bool, numbered: bool) -> ClassFolders:
   root = pathlib.Path(cfg.path).expanduser()
   train_root = root / (cfg.train_split or "train")
+  split_root = train_root if train else root / (cfg.eval_split or "val")
+  if numbered:  # ImageNet-V2 is so: 0 to 999.
+    names = class_names(split_root)
+    for name in names:
+      if not re.fullmatch(r"0|[1-9]\d{0,5}", name):
+        raise errors.ConfigError(
+            f"config.data.eval_split: {split_root} has the folder {name!r}, "
+            "which is no number of a class")
+    return ClassFolders(split_root, [
+        str(i) for i in range(1 + max(map(int, names)))])
   # Both splits number the classes by the training split's folders: a class
   # without evaluation images must not shift the ones after it.
-  return ClassFolders(train_root if train else root / (cfg.eval_split or "val"),
-                      class_names(train_root))
+  return ClassFolders(split_root, class_names(train_root))
 
 
 def _image_files(folder: str) -> list[str]:

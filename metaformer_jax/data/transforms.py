@@ -14,11 +14,9 @@ import math
 import numpy as np
 from PIL import Image
 
+from metaformer_jax.data import augment, resampling
 from metaformer_jax.data.sources import Record
 from metaformer_jax.experiment import Data
-
-_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR,
-               "bicubic": Image.Resampling.BICUBIC}
 
 
 def decode(image: bytes | np.ndarray) -> Image.Image:
@@ -28,7 +26,10 @@ def decode(image: bytes | np.ndarray) -> Image.Image:
       if picture.mode.startswith("I;16"):  # 16 bits, which convert() would cut.
         picture = Image.fromarray(
             (np.asarray(picture) >> 8).astype(np.uint8))
-      return picture.convert("RGB")
+      if picture.mode != "RGB":
+        return picture.convert("RGB")
+      picture.load()
+      return picture  # Converted, it would be copied.
   if image.ndim == 3 and image.shape[-1] == 1:
     image = image[..., 0]
   return Image.fromarray(image).convert("RGB")
@@ -69,7 +70,7 @@ def resize_shorter(picture: Image.Image, size: int,
     w, h = size, int(size * h / w)
   else:
     w, h = int(size * w / h), size
-  return picture.resize((w, h), _RESAMPLING[interpolation])
+  return picture.resize((w, h), resampling.RESAMPLING[interpolation])
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
@@ -84,7 +85,7 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-  """RandomResizedCrop and flip: record, rng -> {"image", "label"}."""
+  """Crop, resize, flip, augment: record, rng -> {"image", "label"}."""
 
   cfg: Data
 
@@ -96,11 +97,14 @@ class TrainTransform:
     interpolation = cfg.train_interpolation
     if interpolation == "random":
       interpolation = ("bilinear", "bicubic")[rng.integers(2)]
-    size = (cfg.image_size, cfg.image_size)
     # Cropped first: a box given to resize() also samples pixels outside it.
-    picture = picture.crop(box).resize(size, _RESAMPLING[interpolation])
+    picture = resampling.resize(picture.crop(box), cfg.image_size,
+                                interpolation)
     if rng.random() < cfg.flip:
       picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    fill = augment.fill_colour(cfg.mean)
+    for op in augment.draw(cfg, rng):
+      picture = augment.apply(picture, op, fill)
     return {"image": np.asarray(picture), "label": np.int32(record["label"])}
 
 
@@ -117,4 +121,6 @@ class EvalTransform:
         decode(record["image"]), math.floor(cfg.image_size / cfg.crop_pct),
         cfg.interpolation)
     picture = centre_crop(picture, cfg.image_size)
-    return {"image": np.asarray(picture), "label": np.int32(record["label"])}
+    labels = {"labels": record["labels"]} if "labels" in record else {}
+    return {"image": np.asarray(picture), "label": np.int32(record["label"]),
+            **labels}

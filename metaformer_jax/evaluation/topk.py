@@ -11,6 +11,10 @@ class TopK:
 
   Of equal logits the lower class ranks first. With fewer than five classes
   "top5" counts all of them. The loss is plain cross-entropy.
+
+  With "labels", int [B, L] and -1 behind the last, any of an example's labels
+  is right, and one without labels is left out (ImageNet-ReaL); the loss stays
+  that of "label".
   """
 
   def __init__(self):
@@ -18,13 +22,15 @@ class TopK:
 
   def statistics(self, outputs: jax.Array, batch) -> dict[str, jax.Array]:
     """Sums over the valid examples of logits [B, C] and labels [B]."""
-    mask = batch["mask"].astype(jnp.float32)
-    label = batch["label"]
+    label, valid = batch["label"], batch["mask"]
+    labels = batch.get("labels", label[:, None])
+    valid &= (labels >= 0).any(-1)
+    mask = valid.astype(jnp.float32)
     _, ranked = jax.lax.top_k(outputs, min(5, outputs.shape[-1]))
-    hits = ranked == label[:, None]
+    hits = (ranked[:, :, None] == labels[:, None, :]).any(-1)
     # where: an example that only fills up may have any loss.
     loss = jnp.where(
-        batch["mask"],
+        valid,
         optax.softmax_cross_entropy_with_integer_labels(outputs, label), 0)
     return {
         "top1": (hits[:, 0] * mask).sum(),

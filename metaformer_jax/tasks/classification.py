@@ -10,11 +10,11 @@ import optax
 from flax import linen as nn
 
 from metaformer_jax import errors
-from metaformer_jax.data import loader, sources, transforms
+from metaformer_jax.data import loader, real_labels, sources, transforms
 from metaformer_jax.evaluation import topk
 from metaformer_jax.experiment import Experiment
 from metaformer_jax.models import registry
-from metaformer_jax.tasks import base
+from metaformer_jax.tasks import base, mixing
 
 
 def normalize(image: jax.Array, mean, std) -> jax.Array:
@@ -27,10 +27,10 @@ def normalize(image: jax.Array, mean, std) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-  """Softmax cross-entropy with label smoothing; top-1 and top-5.
+  """Cross-entropy, smoothed and mixed as configured; top-1 and top-5.
 
-  Batches are {"image": uint8 [B, H, W, 3], "label": int32 [B]}, and "mask":
-  bool [B] to evaluate.
+  Batches are {"image": uint8 [B, H, W, 3], "label": int32 [B]}; to evaluate,
+  "mask": bool [B] too, and for ImageNet-ReaL "labels": int32 [B, L].
   """
 
   cfg: Experiment
@@ -51,15 +51,29 @@ class Classification:
     return normalize(batch["image"], self.cfg.data.mean, self.cfg.data.std)
 
   def loss(self, variables, batch, rngs, train):
+    cfg = self.cfg.train
+    images = self._images(batch)
+    targets = mixing.smooth_one_hot(
+        batch["label"], self.cfg.model.num_classes, cfg.label_smoothing)
+    if train:
+      key_mix, key_erase = jax.random.split(rngs["augment"])
+      images, targets = mixing.mixup_cutmix(
+          key_mix, images, targets, mixup_alpha=cfg.mixup,
+          cutmix_alpha=cfg.cutmix, prob=cfg.mixup_prob,
+          switch_prob=cfg.mixup_switch_prob)
+      images = mixing.random_erasing(key_erase, images, cfg.erasing)
     logits, updates = self.model.apply(
-        variables, self._images(batch), train=train, rngs=rngs,
-        mutable=["batch_stats"])
+        variables, images, train=train, rngs=rngs, mutable=["batch_stats"])
     logits = logits.astype(jnp.float32)
-    targets = optax.smooth_labels(
-        jax.nn.one_hot(batch["label"], logits.shape[-1]),
-        self.cfg.train.label_smoothing)
-    loss = optax.softmax_cross_entropy(logits, targets).mean()
-    top1 = (logits.argmax(-1) == batch["label"]).mean()
+    if cfg.loss == "ce":
+      loss = optax.softmax_cross_entropy(logits, targets).mean()
+    else:
+      labels = targets
+      if cfg.bce_threshold:
+        labels = (targets > cfg.bce_threshold).astype(jnp.float32)
+      loss = optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+    # Of a mixed image, the label with the most of it.
+    top1 = (logits.argmax(-1) == targets.argmax(-1)).mean()
     state = {k: v for k, v in variables.items() if k != "params"}
     return loss, {"loss": loss, "top1": top1}, {**state, **updates}
 
@@ -71,12 +85,16 @@ class Classification:
   def make_data(self, split: str) -> loader.Loader:
     cfg = self.cfg
     train = split == "train"
-    source = sources.create(cfg.data, split)
+    labels = "split" if train else cfg.eval.labels
+    source = sources.create(cfg.data, split, numbered=labels == "number")
     if source.n_classes is not None and (
         source.n_classes > cfg.model.num_classes):
       raise errors.ConfigError(
           f"config.model.num_classes: {cfg.model.num_classes}, but the {split} "
           f"data has labels of {source.n_classes} classes")
+    if labels == "real":
+      source = real_labels.RealLabels(source, cfg.eval.real_path,
+                                      cfg.model.num_classes)
     transform = transforms.TrainTransform if train else transforms.EvalTransform
     batch_size = cfg.train.batch_size
     if not train:
@@ -88,7 +106,8 @@ class Classification:
     return loader.Loader(
         source, transform(cfg.data), batch_size, seed=cfg.seed,
         process_index=jax.process_index(), process_count=jax.process_count(),
-        workers=cfg.data.workers, threads=cfg.data.threads)
+        workers=cfg.data.workers, threads=cfg.data.threads,
+        repeats=cfg.data.repeats)
 
   def make_evaluators(self) -> dict[str, base.Evaluator]:
     return {"classification": topk.TopK()}

@@ -5,8 +5,8 @@
         --layout=timm
 
 The input's layout is told by its names; or it is a run's workdir, whose model
-is then the one converted. The output is safetensors: timm and the official
-code load it with strict=True.
+is then the one converted, its checkpoints folder or one step in it. The output
+is safetensors: timm and the official code load it with strict=True.
 """
 
 import argparse
@@ -34,19 +34,22 @@ def main(args: argparse.Namespace) -> None:
         f"--output: {args.output} does not end with .safetensors")
   name, settings = _model(args)
   try:
+    spec = registry.get_spec(name)
+    layouts.check_layout(spec.family, args.layout)
     variables = pretrained.load_pretrained(
         name, args.input, in_chans=args.in_chans, head_21k=args.head_21k,
         **settings)
   except ValueError as e:
-    raise errors.ConfigError(f"--model: {e}") from e
-  family = registry.get_spec(name).family
+    raise errors.ConfigError(f"command line: {e}") from e
+  family = spec.family
   tensors = layouts.to_torch(
       family, jax.tree.map(np.asarray, variables), args.layout)
   files.write_safetensors(args.output, tensors, {
       "format": "pt", "model": name, "layout": args.layout})
   log.info("%s: %d tensors of %s in the %s layout", args.output, len(tensors),
            name, args.layout)
-  if family == "poolformer" and args.layout == "timm":
+  hparams = {**spec.hparams, **settings}
+  if args.layout == "timm" and hparams.get("head_norm_first"):
     log.warning(
         "timm computes PoolFormer's head in another order than the paper's "
         "code, mean before norm: its outputs will differ")
@@ -55,15 +58,17 @@ def main(args: argparse.Namespace) -> None:
 def _model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
   """The model's name, and keywords for `load_pretrained`."""
   settings = {"num_classes": args.num_classes, "input_size": args.input_size}
-  run = pathlib.Path(args.input).expanduser() / "config.json"
-  if run.is_file():
+  run = _config(args.input)
+  if run:
     try:
       config = json.loads(run.read_text())
       model = Model(**{k: tuple(v) if isinstance(v, list) else v
                        for k, v in config["model"].items()})
       size = config["data"]["image_size"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-      raise errors.ConfigError(f"--input: {run} cannot be read: {e}") from e
+      raise errors.ConfigError(
+          f"--input: {run} is not that of a run ({e!r}); give a run's folder "
+          "or a file of weights") from e
     if args.model not in (None, model.name):
       raise errors.ConfigError(
           f"--model: {args.model}, but {args.input} is a run of {model.name}")
@@ -78,9 +83,22 @@ def _model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
   return args.model, settings
 
 
+def _config(path: str) -> pathlib.Path | None:
+  """The config.json of the run that the folder is, or is a part of."""
+  try:
+    folder = pathlib.Path(path).expanduser().absolute()
+    if folder.is_dir():
+      for part in (folder, *folder.parents[:2]):
+        if (part / "config.json").is_file():
+          return part / "config.json"
+  except (OSError, RuntimeError) as e:  # Too long; the home of nobody.
+    raise errors.ConfigError(f"--input: {path}: {e}") from e
+  return None
+
+
 def parse() -> argparse.Namespace:
   """The command line."""
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
       prog="python -m metaformer_jax.tools.convert", description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--model", help="a name of metaformer_jax.list_models()")

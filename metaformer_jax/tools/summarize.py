@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse() -> argparse.Namespace:
   """The command line."""
-  parser = argparse.ArgumentParser(
+  parser = cli.Parser(
       prog="python -m metaformer_jax.tools.summarize", description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("pattern", nargs="?", default="*",

@@ -1,6 +1,6 @@
 """Checkpoints: every call of Orbax is here.
 
-A step is saved as separate items: `params`, `ema_params` and `model_state` can
+A step is saved as separate items: the variables and their moving averages can
 be read without the optimizer's state, which is the larger part.
 """
 
@@ -19,11 +19,14 @@ from metaformer_jax.training.state import TrainState
 log = logging.getLogger(__name__)
 
 # The items of a step that are trees of arrays; empty ones are not written.
-_TREES = ("params", "model_state", "opt_state", "ema_params")
+_TREES = ("params", "model_state", "opt_state", "ema_params", "ema_state")
 
-# Not every checkpoint follows an evaluation; Orbax warns of each of those.
+# Orbax warns of checkpoints that follow no evaluation, of items that are read
+# without their step, and of what is then an error.
+_EXPECTED = ("did not provide metrics", "Metadata file does not exist",
+             "Failed to get item metadata")
 logging.getLogger("absl").addFilter(
-    lambda record: "did not provide metrics" not in record.getMessage())
+    lambda record: not any(s in record.getMessage() for s in _EXPECTED))
 
 
 class Checkpoints:
@@ -151,15 +154,17 @@ def read_variables(path: pathlib.Path) -> dict[str, Any]:
       or the folder of one step.
 
   Returns:
-    Variables of numpy arrays: the moving average of the parameters where there
-    is one.
+    Variables of numpy arrays: the moving averages where there are any.
 
   Raises:
     WeightsError: there is no checkpoint, or it is damaged.
   """
   folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-  steps = [int(p.name) for p in folder.iterdir()
-           if p.is_dir() and p.name.isdecimal()]
+  try:
+    steps = [int(p.name) for p in folder.iterdir()
+             if p.is_dir() and p.name.isdecimal()]
+  except OSError as e:
+    raise errors.WeightsError(f"{folder}: cannot be read: {e}") from e
   step = (folder / str(max(steps)) if steps else folder).absolute()
   params = "ema_params" if (step / "ema_params").is_dir() else "params"
   if not (step / params).is_dir():
@@ -170,18 +175,23 @@ def read_variables(path: pathlib.Path) -> dict[str, Any]:
   reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
   def read(item):
-    tree = reader.metadata(step / item).item_metadata.tree
+    metadata = reader.metadata(step / item).item_metadata
+    if metadata is None:
+      raise ValueError(f"{item} has no metadata")
     as_numpy = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
     return reader.restore(step / item, args=ocp.args.PyTreeRestore(
         restore_args=as_numpy))
 
   try:
     variables = {"params": read(params)}
-    if (step / "model_state").is_dir():
-      variables |= read("model_state")
+    for item in ("model_state", "ema_state"):  # The second replaces.
+      if (step / item).is_dir():
+        variables |= read(item)
   except Exception as e:  # Of what Orbax and its libraries raise.
-    raise errors.WeightsError(f"{step}: is damaged or not complete: {e}") from e
+    reason = " ".join(str(e).split())
+    raise errors.WeightsError(
+        f"{step}: is damaged or not complete: {reason}") from e
   return variables
 
 

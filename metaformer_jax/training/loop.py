@@ -34,10 +34,11 @@ log = logging.getLogger(__name__)
 
 
 def total_steps(cfg: Experiment, n_examples: int) -> int:
-  """Steps of the run: `train.steps`, or `train.epochs` of the data set."""
+  """Steps of the run: `train.steps`, or its epochs and the cool-down's."""
   if cfg.train.steps is not None:
     return cfg.train.steps
-  return max(1, round(cfg.train.epochs * n_examples / cfg.train.batch_size))
+  epochs = cfg.train.epochs + cfg.optim.cooldown_epochs
+  return max(1, round(epochs * n_examples / cfg.train.batch_size))
 
 
 def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
@@ -90,11 +91,13 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
     if first:
       log.info("resumed %s at step %d", workdir, restored)
   else:
+    weights = cfg.init and pretrained.read(
+        cfg.init, registry.get_spec(cfg.model.name).family,
+        {"params": shapes.params, **shapes.model_state},
+        (cfg.data.image_size,) * 2, new_head=True)
     state = jax.jit(create, out_shardings=shardings)()
-    if cfg.init:
-      state = pretrained.warm_start(
-          state, cfg.init, registry.get_spec(cfg.model.name).family,
-          (cfg.data.image_size,) * 2)
+    if weights:
+      state = pretrained.warm_start(state, weights)
     restored, position = 0, 0
 
   everywhere = sharding.replicated(mesh)

@@ -1,6 +1,5 @@
 """Weights from elsewhere: files of PyTorch's world, or a run of ours."""
 
-import functools
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -34,15 +33,15 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
       checkpoints folder or one step in it, of which the moving average is
       taken if there is one.
     num_classes: of the model. Where the file has another number, the last layer
-      begins anew; 0 leaves out the head. By default as published, and then the
-      file must have as many.
+      begins anew; 0 leaves out the head, which the file need not have. By
+      default as published, and then the file must have as many.
     in_chans: channels of the images. Others than the file's 3 sum or repeat the
       stem's, as timm does.
     input_size: side, or height and width, of the images, by default the
       model's: position embeddings are resized to it. Models with a matrix over
       all pixels work at the file's size only.
     head_21k: of a head of ImageNet-21K's 21,841 classes, take those of
-      ImageNet-1K, as the official tool does.
+      ImageNet-1K, as the official tool does; the model must have 1000.
     rng: key for a last layer that begins anew.
     **overrides: hyper-parameters, as for `create_model`.
 
@@ -50,12 +49,19 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
     {"params": ..., and, if the model has them, "batch_stats" or "frozen"}.
 
   Raises:
-    ValueError: unknown name or hyper-parameter.
+    ValueError: unknown name or hyper-parameter, or a number that cannot be.
     WeightsError: one line with everything in the file that does not fit.
   """
   spec = registry.get_spec(name)
   size = spec.input_size if input_size is None else input_size
   height, width = (size, size) if isinstance(size, int) else size
+  if min(height, width, in_chans) < 1 or (num_classes or 0) < 0:
+    raise ValueError(
+        "num_classes, in_chans and input_size count what cannot be fewer than "
+        f"none, got {num_classes}, {in_chans} and {input_size}")
+  if head_21k and (num_classes or spec.num_classes) != 1000:
+    raise ValueError("head_21k gives 1000 classes: set num_classes=1000 and a "
+                     "model without _in21k in its name")
   image = jnp.zeros((1, height, width, in_chans))
 
   def make(n):
@@ -67,13 +73,17 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
   kept = target if num_classes != 0 else jax.eval_shape(
       make(0).init, jax.random.key(0), image)
   variables = read(path, spec.family, target, (height, width), kept=kept,
-                   new_head=num_classes is not None, head_21k=head_21k)
+                   new_head=num_classes is not None and not head_21k,
+                   head_21k=head_21k)
   missing = layouts.flatten(kept).keys() - layouts.flatten(variables)
   if missing:
-    rng = jax.random.key(0) if rng is None else rng
-    fresh = layouts.flatten(jax.jit(whole.init)(rng, image))
-    variables = layouts.unflatten(layouts.flatten(variables) | {
-        k: fresh[k] for k in missing})
+    @jax.jit  # Of the model, only what is missing is computed.
+    def fresh(rng):
+      found = layouts.flatten(whole.init(rng, image))
+      return {name: found[name] for name in missing}
+
+    variables = layouts.unflatten(layouts.flatten(variables) | fresh(
+        jax.random.key(0) if rng is None else rng))
   return jax.tree.map(jnp.asarray, variables)
 
 
@@ -87,41 +97,49 @@ def read(path: str | pathlib.Path, family: str, target: Mapping[str, Any],
     family: `ModelSpec.family`.
     target: variables of the whole model, or their shapes.
     image_size: (height, width) of the model's images.
-    kept: the part of `target` to return; all by default.
+    kept: the part of `target` to return; all by default. The rest may be
+      absent in the file.
     new_head, head_21k: see `adapt.to_shape`. A head that is to begin anew is
       absent.
 
   Raises:
     WeightsError: one line that begins with the path.
   """
-  path = pathlib.Path(path).expanduser()
-  names = layouts.flatten(target if kept is None else kept)
-
-  def to_shape(name, value, shape):
-    if name not in names:
-      return None
-    return adapt.to_shape(name, value, shape, image_size=image_size,
-                          new_head=new_head, head_21k=head_21k)
-
-  if path.is_dir():
+  try:
+    path = pathlib.Path(path).expanduser()
+    is_folder = path.is_dir()
+  except (OSError, RuntimeError) as e:  # Too long; the home of nobody.
+    raise errors.WeightsError(f"{path}: cannot be read: {e}") from e
+  if is_folder:
     tensors = layouts.flatten(checkpoints.read_variables(path))
   else:
     tensors = files.read_tensors(path)
+  advice = {}  # In order, each once.
+
+  def to_shape(name, value, shape):
+    value = adapt.to_shape(name, value, shape, image_size=image_size,
+                           new_head=new_head, head_21k=head_21k)
+    if value is not None and value.shape != shape:
+      advice[adapt.advice(name, value, shape)] = None
+    return value
+
+  unwanted = () if kept is None else (
+      layouts.flatten(target).keys() - layouts.flatten(kept))
   try:
-    return layouts.to_flax(family, tensors, target, to_shape)
+    return layouts.to_flax(family, tensors, target, to_shape,
+                           unwanted=unwanted)
   except errors.WeightsError as e:
-    raise errors.WeightsError(f"{path}: {e}") from e
+    raise errors.WeightsError(
+        "; ".join([f"{path}: {e}", *filter(None, advice)])) from e
 
 
-def warm_start(state: TrainState, path: str, family: str,
-               image_size: tuple[int, int]) -> TrainState:
-  """Returns a fresh state with its parameters and statistics from a file.
+def warm_start(state: TrainState, weights: Mapping[str, Any]) -> TrainState:
+  """Returns a fresh state that begins with the variables of `read`.
 
-  A head of another number of classes stays as it is; everything else must fit.
+  What they lack, a head of another number of classes, stays as it is.
   """
-  variables = {"params": state.params, **state.model_state}
-  found = layouts.flatten(read(path, family, variables, image_size,
-                               new_head=True))
+  found = layouts.flatten(weights)
+  flat = layouts.flatten({"params": state.params, **state.model_state})
 
   def place(name, fresh):
     if name not in found:
@@ -130,14 +148,8 @@ def warm_start(state: TrainState, path: str, family: str,
     return jax.make_array_from_callback(
         fresh.shape, fresh.sharding, lambda index: value[index])
 
-  flat = layouts.flatten(variables)
   started = layouts.unflatten({k: place(k, v) for k, v in flat.items()})
-  new_head = sorted(flat.keys() - found)
-  log.info("started from %s%s", path,
-           f"; anew: {', '.join(new_head)}" if new_head else "")
+  if flat.keys() - found:
+    log.info("begins anew: %s", ", ".join(sorted(flat.keys() - found)))
   params = started.pop("params")
-  ema_params = state.ema_params
-  if ema_params is not None:
-    ema_params = jax.tree.map(functools.partial(jnp.array, copy=True), params)
-  return state.replace(params=params, model_state=started,
-                       ema_params=ema_params)
+  return state.replace(params=params, model_state=started).start_average()

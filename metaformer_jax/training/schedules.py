@@ -1,26 +1,89 @@
-"""Learning rates as functions of the step."""
+"""Learning rates as functions of the step.
 
+The curves are timm's (timm.scheduler; for "step" its StepLRScheduler): the
+warm-up comes first but is no prefix, the curve's time runs from the start of
+the run, so that it begins a little below its peak where the warm-up ends.
+"""
+
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from metaformer_jax.experiment import Experiment, Optim
 
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def warmup_cosine(peak: float, total_steps: int, warmup_steps: int,
-                  warmup_lr: float, min_lr: float) -> Schedule:
-  """Linear warm-up from `warmup_lr` to `peak`, then a cosine to `min_lr`.
+def create(cfg: Experiment, total_steps: int,
+           steps_per_epoch: float) -> Schedule:
+  """The experiment's learning rate.
 
-  The cosine spans the whole run, warm-up included, as timm's does: after the
-  warm-up the rate is that of the cosine at that step, a little below `peak`.
+  Args:
+    cfg: the experiment.
+    total_steps: of the run, cool-down included.
+    steps_per_epoch: need not be whole.
+
+  Returns:
+    A function of the number of steps taken. Where `optim.schedule_per` is
+    "epoch", the rate stays as it is until the next epoch's first step, as in
+    timm's training script; its values are computed in float64.
   """
+  optim, train = cfg.optim, cfg.train
+  peak = optim.base_lr * train.batch_size / 1024
+  if optim.schedule_per == "step":
+    length = total_steps
+    if train.steps is None:
+      length -= round(optim.cooldown_epochs * steps_per_epoch)
+    return curve(optim, peak, max(length, 1), steps_per_epoch)
+  epochs = train.epochs if train.steps is None else (
+      total_steps / steps_per_epoch)
+  rates, starts = table(optim, peak, epochs, total_steps, steps_per_epoch)
 
   def schedule(step):
-    t = jnp.asarray(step, jnp.float32)
-    warmup = warmup_lr + (peak - warmup_lr) * t / max(warmup_steps, 1)
-    progress = jnp.clip(t / total_steps, 0, 1)
-    cosine = min_lr + (peak - min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return jnp.where(t < warmup_steps, warmup, cosine)
+    epoch = jnp.searchsorted(starts, jnp.asarray(step), side="right") - 1
+    return jnp.asarray(rates, jnp.float32)[epoch]
+
+  return schedule
+
+
+def table(optim: Optim, peak: float, epochs: float, total_steps: int,
+          steps_per_epoch: float) -> tuple[np.ndarray, np.ndarray]:
+  """The rate of each epoch of the run, float64, and the epoch's first step."""
+  n_epochs = max(1, math.ceil(round(total_steps / steps_per_epoch, 6)))
+  rates = curve(optim, peak, epochs, 1, np)(np.arange(n_epochs))
+  starts = np.ceil(np.round(np.arange(n_epochs) * steps_per_epoch, 6))
+  return rates, starts.astype(np.int32)
+
+
+def curve(optim: Optim, peak: float, length: float, per_epoch: float,
+          xp=jnp) -> Schedule:
+  """The rate as a function of t.
+
+  Args:
+    optim: kind of the curve, and its constants.
+    peak: the highest rate.
+    length: what t is where "cosine" and "poly" have come down.
+    per_epoch: how much t grows in an epoch.
+    xp: jax.numpy for float32, numpy for float64.
+  """
+  low = optim.min_lr
+  warmup = round(optim.warmup_epochs * per_epoch)
+  milestones = optim.step_epochs if optim.schedule == "step" else ()
+
+  def schedule(t):
+    t = xp.asarray(t, float)
+    progress = xp.clip(t / length, 0, 1)
+    if optim.schedule == "cosine":
+      rate = low + (peak - low) * 0.5 * (1 + xp.cos(xp.pi * progress))
+    elif optim.schedule == "poly":
+      rate = low + (peak - low) * (1 - progress) ** optim.poly_power
+    else:
+      n_falls = sum(t >= epoch * per_epoch for epoch in milestones)
+      rate = peak * optim.step_factor ** n_falls
+    rising = optim.warmup_lr + (peak - optim.warmup_lr) * t / max(warmup, 1)
+    return xp.where(t < warmup, rising, rate)
 
   return schedule

@@ -6,6 +6,7 @@ import optax
 
 from metaformer_jax.tasks import base
 from metaformer_jax.training import rng
+from metaformer_jax.training import state as state_lib
 from metaformer_jax.training.schedules import Schedule
 from metaformer_jax.training.state import TrainState
 
@@ -18,13 +19,16 @@ def train_step(state: TrainState, batch: base.Batch, *, task: base.Task,
   grads, metrics, model_state = gradients(task, state, batch, rngs, accumulate)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  ema_params = state.ema_params
+  ema_params, ema_state = state.ema_params, state.ema_state
   if ema_params is not None:
-    ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
+    ema_params, ema_state = state_lib.average(
+        (params, state_lib.averaged(model_state)), (ema_params, ema_state),
+        ema_decay)
   metrics |= {"learning_rate": schedule(state.step),
               "grad_norm": optax.tree.norm(grads)}
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state,
-                    model_state=model_state, ema_params=ema_params), metrics
+                    model_state=model_state, ema_params=ema_params,
+                    ema_state=ema_state), metrics
 
 
 def gradients(task, state, batch, rngs, accumulate):

@@ -1,0 +1,57 @@
+"""ImageNet-ReaL: the validation images labelled anew, with several labels.
+
+Beyer et al., arXiv 2006.07159; real.json of
+github.com/google-research/reassessed-imagenet is a list over the images
+ILSVRC2012_val_00000001 to 50000 of the list of each one's classes.
+"""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+
+from metaformer_jax import errors
+from metaformer_jax.data.sources import Record, Source
+
+
+class RealLabels:
+  """A source with "labels" besides: int32 [L], -1 behind the last.
+
+  An image without labels has -1 only: evaluation leaves it out.
+  """
+
+  def __init__(self, source: Source, path: str, n_classes: int):
+    """Reads the file; ConfigError: it is none, or malformed."""
+    file = pathlib.Path(path).expanduser()
+    where = f"config.eval.real_path: {file}"
+    try:
+      labels = json.loads(file.read_bytes())
+    except (OSError, ValueError) as e:
+      raise errors.ConfigError(f"{where} cannot be read as JSON: {e}") from e
+    if not isinstance(labels, list) or not labels:
+      raise errors.ConfigError(f"{where} is no list of lists of classes")
+    for number, one in enumerate(labels, 1):
+      if not isinstance(one, list) or not all(
+          type(v) is int and 0 <= v < n_classes for v in one):
+        raise errors.ConfigError(
+            f"{where}: image {number} has {str(one)[:60]}, which is no list of "
+            f"classes below {n_classes}")
+    self._source = source
+    self.n_classes = source.n_classes
+    self._labels = np.full((len(labels), max(1, *map(len, labels), 1)), -1,
+                           np.int32)
+    for row, one in zip(self._labels, labels):
+      row[:len(one)] = one
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> Record:
+    record = self._source[index]
+    name = pathlib.PurePath(record["path"]).stem
+    match = re.fullmatch(r"ILSVRC2012_val_(\d{8})", name)
+    if not match or not 1 <= int(match[1]) <= len(self._labels):
+      raise ValueError(f"{name} is no image of real.json, which has those from "
+                       f"ILSVRC2012_val_{1:08} to {len(self._labels):08}")
+    return {**record, "labels": self._labels[int(match[1]) - 1]}

@@ -1,0 +1,137 @@
+"""Augmentation on the device: mixup, cutmix and random erasing.
+
+Pure functions of a key, of static shapes, on normalised float images
+[B, H, W, C]; each computes what timm's namesake does. timm's script mixes
+before it erases, as `tasks.classification` does; it rounds mixed images to
+8 bits, which here nothing is.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def smooth_one_hot(labels: jax.Array, n_classes: int,
+                   smoothing: float) -> jax.Array:
+  """[B] -> [B, C]: s / C everywhere, 1 - s more at the label."""
+  return (jax.nn.one_hot(labels, n_classes) * (1 - smoothing)
+          + smoothing / n_classes)
+
+
+def blend(x: jax.Array, lam: jax.Array) -> jax.Array:
+  """lam of each example, 1 - lam of its partner: the batch reversed."""
+  return lam * x + (1 - lam) * x[::-1]
+
+
+def cutmix_box(height: int, width: int, lam: jax.Array, y: jax.Array,
+               x: jax.Array) -> tuple[jax.Array, ...]:
+  """The (top, bottom, left, right) of a box about pixel (y, x), clipped.
+
+  Its sides are sqrt(1 - lam) of the image's (arXiv 1905.04899, eq. 2).
+  """
+  ratio = jnp.sqrt(1 - lam)
+  box = []
+  for size, centre in ((height, y), (width, x)):
+    side = jnp.floor(size * ratio).astype(jnp.int32)
+    box += [jnp.clip(centre - side // 2, 0, size),
+            jnp.clip(centre + (side + 1) // 2, 0, size)]
+  return tuple(box)
+
+
+def inside(height: int, width: int, box: tuple[jax.Array, ...]) -> jax.Array:
+  """bool [..., H, W]: the pixels of boxes whose sides are [...]."""
+  top, bottom, left, right = (jnp.asarray(v)[..., None, None] for v in box)
+  shape = (1,) * (top.ndim - 2)
+  y = jnp.arange(height).reshape(*shape, -1, 1)
+  x = jnp.arange(width).reshape(*shape, 1, -1)
+  return (top <= y) & (y < bottom) & (left <= x) & (x < right)
+
+
+def cutmix(images: jax.Array, box: tuple[jax.Array, ...],
+           ) -> tuple[jax.Array, jax.Array]:
+  """Pastes the partners' box; returns (images, the part that is not of it)."""
+  height, width = images.shape[1:3]
+  top, bottom, left, right = box
+  lam = 1 - (bottom - top) * (right - left) / (height * width)
+  mask = inside(height, width, box)[None, :, :, None]
+  return jnp.where(mask, images[::-1], images), lam
+
+
+def mixup_cutmix(rng: jax.Array, images: jax.Array, targets: jax.Array, *,
+                 mixup_alpha: float, cutmix_alpha: float, prob: float = 1.0,
+                 switch_prob: float = 0.5) -> tuple[jax.Array, jax.Array]:
+  """Mixes a batch with its reverse, with one lambda for all of it.
+
+  Args:
+    rng: a key.
+    images: float [B, H, W, C].
+    targets: [B, C], smoothed.
+    mixup_alpha, cutmix_alpha: lambda is Beta(alpha, alpha); 0: not this one.
+    prob: that the batch is mixed.
+    switch_prob: that it is by cutmix, where both can be.
+
+  Returns:
+    Images and targets of the same shapes.
+  """
+  if not (mixup_alpha or cutmix_alpha) or not prob:
+    return images, targets
+  height, width = images.shape[1:3]
+  key_do, key_which, key_mix, key_cut, key_y, key_x = jax.random.split(rng, 6)
+
+  def by_mixup():
+    lam = jax.random.beta(key_mix, mixup_alpha, mixup_alpha)
+    return blend(images, lam), lam
+
+  def by_cutmix():
+    lam = jax.random.beta(key_cut, cutmix_alpha, cutmix_alpha)
+    return cutmix(images, cutmix_box(
+        height, width, lam, jax.random.randint(key_y, (), 0, height),
+        jax.random.randint(key_x, (), 0, width)))
+
+  if mixup_alpha and cutmix_alpha:
+    mixed, lam = jax.lax.cond(
+        jax.random.uniform(key_which) < switch_prob, by_cutmix, by_mixup)
+  else:
+    mixed, lam = by_mixup() if mixup_alpha else by_cutmix()
+  do = jax.random.uniform(key_do) < prob
+  return (jnp.where(do, mixed, images),
+          jnp.where(do, blend(targets, lam), targets))
+
+
+def erasing_boxes(rng: jax.Array, n: int, height: int, width: int, *,
+                  prob: float, area=(0.02, 1 / 3), least_aspect: float = 0.3,
+                  ) -> tuple[jax.Array, ...]:
+  """n boxes (top, bottom, left, right), each int [n]; empty with 1 - prob.
+
+  Of ten tries at a uniform area and a log-uniform height/width, in
+  [least_aspect, 1 / least_aspect], the first that is smaller than the image
+  both ways is taken; none, if none is.
+  """
+  key_do, key_area, key_aspect, key_top, key_left = jax.random.split(rng, 5)
+  tries = (n, 10)
+  target = height * width * jax.random.uniform(
+      key_area, tries, minval=area[0], maxval=area[1])
+  limit = -math.log(least_aspect)
+  aspect = jnp.exp(jax.random.uniform(
+      key_aspect, tries, minval=-limit, maxval=limit))
+  h = jnp.round(jnp.sqrt(target * aspect)).astype(jnp.int32)
+  w = jnp.round(jnp.sqrt(target / aspect)).astype(jnp.int32)
+  fits = (h < height) & (w < width)
+  first = fits.argmax(1)[:, None]
+  h, w = (jnp.take_along_axis(v, first, 1)[:, 0] for v in (h, w))
+  top = jax.random.randint(key_top, (n,), 0, height - h + 1)
+  left = jax.random.randint(key_left, (n,), 0, width - w + 1)
+  do = (jax.random.uniform(key_do, (n,)) < prob) & fits.any(1)
+  return top, top + jnp.where(do, h, 0), left, left + jnp.where(do, w, 0)
+
+
+def random_erasing(rng: jax.Array, images: jax.Array, prob: float) -> jax.Array:
+  """Fills a box of an image by normal noise (arXiv 1708.04896; mode pixel)."""
+  if not prob:
+    return images
+  n, height, width, _ = images.shape
+  key_box, key_noise = jax.random.split(rng)
+  boxes = erasing_boxes(key_box, n, height, width, prob=prob)
+  noise = jax.random.normal(key_noise, images.shape, images.dtype)
+  return jnp.where(inside(height, width, boxes)[..., None], noise, images)

@@ -1,0 +1,116 @@
+"""Ablations with a state beside the parameters, through the training loop."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from metaformer_jax import experiment
+from metaformer_jax.data import loader
+from metaformer_jax.tasks import classification
+from metaformer_jax.training import checkpoints as checkpoints_lib
+from metaformer_jax.training import loop, optim, sharding
+from metaformer_jax.training import state as state_lib
+
+N_STEPS = 4
+
+
+class Interrupted(Exception):
+  pass
+
+
+def experiment_of(**model) -> experiment.Experiment:
+  return experiment.Experiment(
+      model=experiment.Model(**{
+          "num_classes": 10, "depths": (1,), "dims": (16,),
+          "token_mixers": ("pooling",), **model}),
+      data=experiment.Data(source="digits", image_size=16),
+      optim=experiment.Optim(base_lr=0.5, warmup_epochs=0.0),
+      train=experiment.Train(batch_size=16, steps=N_STEPS, ema_decay=0.5,
+                             accumulate=2),
+      eval=experiment.Eval(batch_size=304),
+      checkpoint=experiment.Checkpoint(every_steps=1),
+      mesh=experiment.Mesh(data=2),
+      log=experiment.Log(tensorboard=False, compilation_cache=""))
+
+
+def create(cfg):
+  """A function that makes the state before the first step."""
+  tx, _ = optim.create(cfg, N_STEPS, 1)
+  return functools.partial(state_lib.create, classification.create(cfg), tx,
+                           cfg.seed, cfg.train.ema_decay)
+
+
+def restore(cfg, workdir, step):
+  mesh = sharding.make_mesh(cfg)
+  shapes = jax.eval_shape(create(cfg))
+  checkpoints = checkpoints_lib.Checkpoints(workdir, cfg.checkpoint)
+  try:
+    state, _ = checkpoints.restore(step, sharding.abstract(
+        shapes, sharding.state_shardings(mesh, shapes, cfg.mesh)))
+  finally:
+    checkpoints.close()
+  return state
+
+
+def interrupt_after(monkeypatch, n_batches):
+  whole = loader.Loader.train_batches
+
+  def train_batches(self, position):
+    batches = whole(self, position)
+    for _ in range(n_batches):
+      yield next(batches)
+    batches.close()
+    raise Interrupted
+
+  monkeypatch.setattr(loader.Loader, "train_batches", train_batches)
+
+
+@pytest.mark.parametrize("model,collection", [
+    ({"norm": "batch_norm"}, "batch_stats"),
+    ({"token_mixers": ("random",), "activation": "star_relu",
+      "res_scale_init": (1.0,), "layer_scale_init": 0.0}, "frozen")],
+    ids=["batch norm", "like randformer"])
+def test_state_is_trained_saved_resumed_and_evaluated(
+    tmp_path, monkeypatch, model, collection):
+  cfg = experiment_of(**model)
+  task, mesh = classification.create(cfg), sharding.make_mesh(cfg)
+  whole = loop.train_and_evaluate(cfg, task, mesh, tmp_path / "whole")
+  with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    interrupt_after(patch, 2)
+    loop.train_and_evaluate(cfg, task, mesh, tmp_path / "parts")
+  assert restore(cfg, tmp_path / "parts", 2).step == 2
+  parts = loop.train_and_evaluate(cfg, task, mesh, tmp_path / "parts")
+  assert parts["loss"] == whole["loss"]
+
+  last, resumed = (restore(cfg, tmp_path / run, N_STEPS)
+                   for run in ("whole", "parts"))
+  for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(resumed), strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+  first = jax.jit(create(cfg))()
+  assert first.model_state.keys() == last.model_state.keys() == {collection}
+  for a, b in zip(jax.tree.leaves(first.model_state),
+                  jax.tree.leaves(last.model_state), strict=True):
+    # Statistics move; random matrices stay bit by bit.
+    assert np.array_equal(a, b) == (collection == "frozen")
+  for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(last.params)):
+    assert not np.array_equal(a, b)
+
+  evaluate = loop.Evaluation(task, mesh, task.make_data("eval"))
+  variables = last.eval_variables()
+  assert evaluate(variables)["loss"] == whole["loss"]
+  changed = jax.tree.map(lambda v: v * 2, variables[collection])
+  other = {**variables, collection: changed}
+  assert evaluate(other)["loss"] != whole["loss"]
+
+
+def test_initialising_on_images_moves_no_statistics():
+  cfg = experiment_of(norm="batch_norm")
+  task = classification.create(cfg)
+  x = np.random.default_rng(0).normal(3, 2, (4, 16, 16, 3)).astype(np.float32)
+  stats = jax.jit(functools.partial(task.model.init, train=True))(
+      jax.random.key(0), x)["batch_stats"]
+  for path, value in jax.tree_util.tree_leaves_with_path(stats):
+    assert np.all(value == (path[-1].key == "var")), path
