@@ -5,12 +5,12 @@
 
 Hardware: the batch of 4096 is meant for a TPU pod slice or several GPUs;
 `--config.train.accumulate=8` fits it on fewer.
-Published: 82.5% top-1 with the whole recipe (arXiv 2111.11418, table 1); see
-`recipes.poolformer_imagenet` for what is not here yet.
+Expected: 82.5% top-1, published (arXiv 2111.11418, table 1); not trained here.
+Recipe: `recipes.poolformer`, of arXiv 2111.11418 and its official train.py.
 """
 
 from metaformer_jax import recipes
 
 
 def get_config():
-  return recipes.poolformer_imagenet("poolformer_m48", drop_path_rate=0.4)
+  return recipes.poolformer("poolformer_m48", drop_path_rate=0.4)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_imagenet
 
+import metaformer_jax
 from metaformer_jax import config as config_lib
 from metaformer_jax.data import sources
 from metaformer_jax.tasks import classification
@@ -45,12 +46,22 @@ def write_idx(folder):
           header + values.tobytes())
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_config_trains(path, imagenet, tmp_path):
-  config = runpy.run_path(str(path))["get_config"]()
-  config.model.depths = (1, 1)
-  config.model.dims = (8, 16)
-  config.model.token_mixers = ("pooling",) * 2
+def shrink(config):
+  """Sets what makes any config small enough to run here."""
+  config.init = None
+  hparams = metaformer_jax.get_spec(config.model.name).hparams
+  if "token_mixers" in hparams:  # A MetaFormer: of four stages, the last two.
+    settings = {**hparams, **{k: v for k, v in config.model.items()
+                              if k in hparams and v is not None}}
+    config.model.depths = (1, 1)
+    config.model.dims = (8, 16)
+    config.model.token_mixers = settings["token_mixers"][-2:]
+    config.model.res_scale_init = settings["res_scale_init"][-2:]
+    config.model.position_embeddings = ()
+  elif "depths" in hparams:
+    config.model.depths = (1, 1, 1, 1)
+  else:
+    config.model.depth = 1
   config.mesh.data = 1
   config.data.image_size = 32
   config.data.workers = 0
@@ -58,20 +69,63 @@ def test_config_trains(path, imagenet, tmp_path):
   config.train.steps = 2
   config.eval.batch_size = 16
   config.log.compilation_cache = ""
+
+
+def trains(path, imagenet, folder):
+  """Runs a config for two steps and an evaluation."""
+  config = runpy.run_path(str(path))["get_config"]()
+  shrink(config)
   if config.data.source == "folder":
     config.data.path = str(imagenet / "folder")
   elif config.data.source == "idx":
-    write_idx(tmp_path / "idx")
-    config.data.path = str(tmp_path / "idx")
+    write_idx(folder / "idx")
+    config.data.path = str(folder / "idx")
   cfg = config_lib.resolve(config)
   task = classification.create(cfg)
   summary = loop.train_and_evaluate(cfg, task, sharding.make_mesh(cfg),
-                                    tmp_path / "run")
+                                    folder / "run")
   n_eval = len(sources.create(cfg.data, "eval"))
   assert summary["step"] == 2 and summary["n_examples"] == n_eval
   # Two steps of a tiny rate: the loss is still near that of chance.
   chance = np.log(cfg.model.num_classes)
   assert abs(summary["loss"] / chance - 1) < 0.5
+
+
+# One of each recipe and of each family of models.
+CHOSEN = ("quickstart", "fashion_mnist", "poolformer_s12", "randformer_m48",
+          "convformer_b36_384", "caformer_s18", "deit_small_patch16_224",
+          "resmlp_12_224", "resnet18", "pvt_tiny")
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_config_trains(name, imagenet, tmp_path):
+  trains(ROOT / "configs" / f"{name}.py", imagenet, tmp_path)
+
+
+@pytest.mark.configs
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_trains(path, imagenet, tmp_path):
+  trains(path, imagenet, tmp_path)
+
+
+ABLATIONS = runpy.run_path(str(ROOT / "configs" / "ablations.py"))
+
+
+@pytest.mark.parametrize("variant", ABLATIONS["VARIANTS"])
+def test_ablation_is_the_papers_model(variant):
+  """What is named there and a model here is the same network."""
+  config = ABLATIONS["get_config"](variant)
+  settings = {k: v for k, v in config.model.items()
+              if v is not None and k not in (
+                  "name", "num_classes", "drop_path_rate", "dtype")}
+  model = metaformer_jax.create_model("poolformer_s12", **settings)
+  named = {"identity": "metaformer_id_s12", "baseline": "poolformer_s12",
+           "pppa": "metaformer_pppa_s12_224", "ppaa": "metaformer_ppaa_s12_224",
+           "pppf": "metaformer_pppf_s12_224", "ppff": "metaformer_ppff_s12_224"}
+  if variant in named:
+    assert model == metaformer_jax.create_model(named[variant])
+  else:
+    assert model != metaformer_jax.create_model("poolformer_s12")
 
 
 @pytest.mark.parametrize("form", ["folder", "tfds"])

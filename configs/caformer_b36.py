@@ -1,0 +1,20 @@
+"""CAFormer-B36 on ImageNet-1K.
+
+    python -m metaformer_jax.main --config=configs/caformer_b36.py \
+        --config.data.path=/path/to/imagenet
+
+Hardware: the batch of 4096 is meant for a TPU pod slice or several GPUs;
+`--config.train.accumulate=8` fits it on fewer.
+Expected: 85.5% top-1, published (github.com/sail-sg/metaformer, README);
+not trained here.
+Recipe: `recipes.metaformer_baseline`, of scripts/caformer/
+train_caformer_b36.sh there.
+That script names caformer_s36; its settings are meant for B36.
+"""
+
+from metaformer_jax import recipes
+
+
+def get_config():
+  return recipes.metaformer_baseline(
+      "caformer_b36", drop_path_rate=0.6, head_drop_rate=0.5)

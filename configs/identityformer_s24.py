@@ -1,0 +1,18 @@
+"""IdentityFormer-S24 on ImageNet-1K.
+
+    python -m metaformer_jax.main --config=configs/identityformer_s24.py \
+        --config.data.path=/path/to/imagenet
+
+Hardware: the batch of 4096 is meant for a TPU pod slice or several GPUs;
+`--config.train.accumulate=8` fits it on fewer.
+Expected: 78.2% top-1, published (github.com/sail-sg/metaformer, README);
+not trained here.
+Recipe: `recipes.metaformer_baseline`, of scripts/identityformer/
+train_identityformer_s24.sh there.
+"""
+
+from metaformer_jax import recipes
+
+
+def get_config():
+  return recipes.metaformer_baseline("identityformer_s24", drop_path_rate=0.1)

@@ -1,0 +1,18 @@
+"""IdentityFormer-S36 on ImageNet-1K.
+
+    python -m metaformer_jax.main --config=configs/identityformer_s36.py \
+        --config.data.path=/path/to/imagenet
+
+Hardware: the batch of 4096 is meant for a TPU pod slice or several GPUs;
+`--config.train.accumulate=8` fits it on fewer.
+Expected: 79.3% top-1, published (github.com/sail-sg/metaformer, README);
+not trained here.
+Recipe: `recipes.metaformer_baseline`, of scripts/identityformer/
+train_identityformer_s36.sh there.
+"""
+
+from metaformer_jax import recipes
+
+
+def get_config():
+  return recipes.metaformer_baseline("identityformer_s36", drop_path_rate=0.2)

@@ -1,0 +1,16 @@
+"""ResMLP-S24 on ImageNet-1K.
+
+    python -m metaformer_jax.main --config=configs/resmlp_24_224.py \
+        --config.data.path=/path/to/imagenet
+
+Hardware: the batch of 1024 is meant for a TPU pod slice or several GPUs;
+`--config.train.accumulate=8` fits it on fewer.
+Expected: 79.4% top-1, published (arXiv 2105.03404); not trained here.
+Recipe: `recipes.resmlp`, which says what of it is not published.
+"""
+
+from metaformer_jax import recipes
+
+
+def get_config():
+  return recipes.resmlp("resmlp_24_224")

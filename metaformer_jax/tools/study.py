@@ -1,0 +1,224 @@
+"""Trains the variants of a study and compares them:
+
+    python -m metaformer_jax.tools.study \
+        --config=configs/study_fashion_mnist.py --workdir=runs/study
+
+The config file has VARIANTS, {name: (settings, published top-1 or None)}, and
+get_config(name); SEEDS, where there are several. Each variant and seed is a run
+in WORKDIR/NAME/seed_N, which is resumed where it stopped, and passed over where
+it is done. WORKDIR gets study.json, study.md and study.png, over all runs that
+are done. With --part=0/4 to --part=3/4, four hosts share the runs.
+"""
+
+import argparse
+import ast
+import fnmatch
+import gc
+import json
+import pathlib
+import runpy
+import statistics
+from typing import Any
+
+from metaformer_jax import cli, errors
+from metaformer_jax import config as config_lib
+
+# What a run leaves when it is done, besides what every run leaves.
+_RESULT = "result.json"
+
+
+def main(args: argparse.Namespace) -> None:
+  """Runs the part of the study that the command line names."""
+  study = load(pathlib.Path(args.config))
+  names = fnmatch.filter(study["VARIANTS"], args.only)
+  if not names:
+    raise errors.ConfigError(
+        f"--only: no variant matches {args.only!r}"
+        f"{errors.did_you_mean(args.only, study['VARIANTS'])}")
+  seeds = args.seeds or study.get("SEEDS", (0,))
+  runs = [(name, seed) for seed in seeds for name in names]
+  # All are checked before the first begins.
+  experiments = [experiment(study, name, seed, args.set) for name, seed in runs]
+  workdir = pathlib.Path(args.workdir).expanduser()
+  index, count = args.part
+  for (name, seed), cfg in list(zip(runs, experiments))[index::count]:
+    folder = workdir / name / f"seed_{seed}"
+    if not (folder / _RESULT).is_file():
+      print(f"{name}, seed {seed}", flush=True)
+      _train(cfg, folder)
+    report(study, workdir)
+
+
+def load(path: pathlib.Path) -> dict[str, Any]:
+  """The names that a study's config file defines."""
+  if not path.is_file():
+    raise errors.ConfigError(f"--config: {path} is not a file")
+  try:
+    study = runpy.run_path(str(path))
+  except Exception as e:  # The file is a program.
+    raise errors.ConfigError(f"{path}: {type(e).__name__}: {e}") from e
+  missing = {"VARIANTS", "get_config"} - study.keys()
+  if missing:
+    raise errors.ConfigError(
+        f"{path}: has no {' and no '.join(sorted(missing))}; see "
+        "configs/ablations.py")
+  return study
+
+
+def experiment(study: dict[str, Any], name: str, seed: int,
+               settings: list[tuple[str, Any]]):
+  """The checked experiment of one run."""
+  config = study["get_config"](name)
+  config.seed = seed
+  for key, value in settings:
+    known = config_lib.keys()
+    if key not in known:
+      raise errors.ConfigError(f"--set: {key}: no such key"
+                               f"{errors.did_you_mean(key, known)}")
+    try:
+      config.update_from_flattened_dict({key: value})
+    except (TypeError, ValueError) as e:
+      raise errors.ConfigError(f"--set: {key}={value!r}: {e}") from e
+  return config_lib.resolve(config)
+
+
+def _train(cfg, folder: pathlib.Path) -> None:
+  mesh = cli.start_jax(cfg)
+  import jax  # noqa: PLC0415  After the configs are checked.
+
+  from metaformer_jax import tasks  # noqa: PLC0415
+  from metaformer_jax.models import cost  # noqa: PLC0415
+  from metaformer_jax.training import loop  # noqa: PLC0415
+
+  task = tasks.create(cfg)
+  try:
+    summary = loop.train_and_evaluate(cfg, task, mesh, folder)
+  except errors.DivergedError as e:  # A result too: not every variant trains.
+    summary = {"diverged": str(e)}
+  network = cost.of_model(task.model, cfg.data.image_size)
+  beside = folder / f"{_RESULT}.tmp"
+  beside.write_text(json.dumps(
+      {**summary, **network._asdict()}, indent=2) + "\n")
+  beside.replace(folder / _RESULT)
+  jax.clear_caches()
+  gc.collect()
+
+
+def collect(study: dict[str, Any], workdir: pathlib.Path,
+            ) -> list[dict[str, Any]]:
+  """A row for each variant of which runs are done, in the study's order."""
+  rows = []
+  for name, (_, published) in study["VARIANTS"].items():
+    done = [json.loads(path.read_text()) for path in
+            sorted((workdir / name).glob(f"seed_*/{_RESULT}"))]
+    if not done:
+      continue
+    top1 = [100 * run["top1"] for run in done if "top1" in run]
+    rows.append({
+        "variant": name, "n_params": done[0]["n_params"],
+        "macs": done[0]["macs"], "top1": top1, "published": published,
+        "diverged": len(done) - len(top1)})
+  return rows
+
+
+def report(study: dict[str, Any], workdir: pathlib.Path) -> None:
+  """Writes the table and the plot of what is done."""
+  rows = collect(study, workdir)
+  (workdir / "study.json").write_text(json.dumps(rows, indent=2) + "\n")
+  (workdir / "study.md").write_text(table(rows))
+  _plot(rows, workdir / "study.png")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  """Top-1 in percent: mean over the seeds, least to most, runs; as Markdown."""
+  lines = ["| variant | parameters | MACs | top-1 | least - most | runs "
+           "| published |", "|---" * 7 + "|"]
+  for row in rows:
+    top1 = row["top1"]
+    mean = f"{statistics.mean(top1):.2f}" if top1 else "diverged"
+    spread = f"{min(top1):.2f} - {max(top1):.2f}" if top1 else ""
+    runs = str(len(top1) + row["diverged"])
+    if top1 and row["diverged"]:
+      runs += f", {row['diverged']} diverged"
+    published = "" if row["published"] is None else f"{row['published']:.1f}"
+    lines.append(
+        f"| {row['variant']} | {row['n_params']:,} | {row['macs']:,} | {mean} "
+        f"| {spread} | {runs} | {published} |")
+  return "\n".join(lines) + "\n"
+
+
+def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+  """Top-1 error, on a log scale, against parameters and MACs.
+
+  Variants are numbered by their error; bars go from the least to the most of
+  the seeds, crosses are published.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+  from matplotlib.figure import Figure  # noqa: PLC0415
+
+  errors_of = {row["variant"]: [100 - top1 for top1 in row["top1"]]
+               for row in rows if row["top1"]}
+  rows = sorted((row for row in rows if row["top1"]),
+                key=lambda row: statistics.mean(errors_of[row["variant"]]))
+  figure = Figure(figsize=(13, 6), layout="constrained")
+  FigureCanvasAgg(figure)
+  for axes, key, label in zip(
+      figure.subplots(1, 2, sharey=True), ("n_params", "macs"),
+      ("parameters, millions", "MACs of one image, millions")):
+    for i, row in enumerate(rows, 1):
+      found, x = errors_of[row["variant"]], row[key] / 1e6
+      mean = statistics.mean(found)
+      axes.errorbar(
+          x, mean, [[mean - min(found)], [max(found) - mean]], fmt="o",
+          capsize=3, alpha=0.7,
+          label=f"{i}  {row['variant']}  {mean:.2f}")
+      axes.annotate(str(i), (x, mean), xytext=(6 + 11 * (i % 4), -3),
+                    fontsize=7, textcoords="offset points")
+      if row["published"] is not None:
+        axes.plot(x, 100 - row["published"], "kx")
+    axes.set_xlabel(label)
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+  figure.axes[0].set_ylabel("top-1 error, percent")
+  figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=7,
+                loc="outside right upper")
+  figure.savefig(path, dpi=100)
+
+
+def _part(text: str) -> tuple[int, int]:
+  index, _, count = text.partition("/")
+  if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+    raise argparse.ArgumentTypeError(f"{text!r} is not INDEX/COUNT, as 0/4")
+  return int(index), int(count)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+  key, found, value = text.partition("=")
+  if not found:
+    raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+  try:
+    return key, ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    return key, value  # A string without quotation marks.
+
+
+def parse() -> argparse.Namespace:
+  """The command line."""
+  parser = cli.Parser(
+      prog="python -m metaformer_jax.tools.study", description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--config", required=True, help="the study's file")
+  parser.add_argument("--workdir", required=True, help="folder of the runs")
+  parser.add_argument("--only", default="*", help="shell pattern of variants")
+  parser.add_argument("--seeds", type=int, nargs="+", help="instead of SEEDS")
+  parser.add_argument("--part", type=_part, default=(0, 1),
+                      help="INDEX/COUNT: this host's share of the runs")
+  parser.add_argument("--set", type=_setting, action="append", default=[],
+                      metavar="KEY=VALUE", help="of every run's config")
+  return parser.parse_args()
+
+
+if __name__ == "__main__":
+  cli.start_logging()
+  with cli.one_line_errors():
+    main(parse())
