@@ -91,10 +91,10 @@ def trains(path, imagenet, folder):
   assert abs(summary["loss"] / chance - 1) < 0.5
 
 
-# One of each recipe and of each family of models.
-CHOSEN = ("quickstart", "fashion_mnist", "poolformer_s12", "randformer_m48",
+# One of each recipe.
+CHOSEN = ("quickstart", "fashion_mnist", "poolformer_s12",
           "convformer_b36_384", "caformer_s18", "deit_small_patch16_224",
-          "resmlp_12_224", "resnet18", "pvt_tiny")
+          "resmlp_12_224", "resnet18")
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -149,7 +149,8 @@ def test_s24_trains_on_imagenet(form, imagenet, tmp_path):
        # Shared by the two forms: the program is the same.
        f"--config.log.compilation_cache={imagenet / 'cache'}", *data],
       cwd=ROOT, capture_output=True, text=True,
-      env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)})
+      env={**os.environ, "PYTHONPATH": str(ROOT),
+           "XLA_FLAGS": "--xla_backend_optimization_level=0"})
   assert done.returncode == 0, done.stderr
   assert "Traceback" not in done.stderr and "Warning" not in done.stderr
   summary = json.loads((tmp_path / "summary.json").read_text())

@@ -14,7 +14,6 @@ from metaformer_jax import config as config_lib
 
 SEEDS = (0, 1)
 VARIANTS = {"pooling": ({}, 77.2),
-            "no_residual": ({"residual": False}, 0.1),
             "wide": ({"dims": (16, 16)}, None)}
 
 def get_config(variant):
@@ -56,10 +55,10 @@ def test_runs_what_is_missing_and_compares_all(run, capsys):
   rows = run("--only=pooling", "--seeds", "0")
   assert [(r["variant"], len(r["top1"])) for r in rows] == [("pooling", 1)]
   before = (run.folder / "pooling/seed_0/result.json").stat().st_mtime_ns
-  run("--part=0/2")  # Of six runs the first, third and fifth.
+  run("--part=0/2")  # Of four runs the first and the third.
   rows = run("--part=1/2")
   assert [(r["variant"], len(r["top1"]), r["published"]) for r in rows] == [
-      ("pooling", 2, 77.2), ("no_residual", 2, 0.1), ("wide", 2, None)]
+      ("pooling", 2, 77.2), ("wide", 2, None)]
   done = run.folder / "pooling/seed_0/result.json"
   assert done.stat().st_mtime_ns == before  # Passed over.
   assert capsys.readouterr().out.count("pooling, seed") == 2
@@ -68,9 +67,9 @@ def test_runs_what_is_missing_and_compares_all(run, capsys):
                         / "summary.json").read_text()) for seed in (0, 1)]
     assert row["top1"] == [100 * r["top1"] for r in runs]
     assert row["n_params"] == runs[0]["n_params"]
-  assert rows[2]["macs"] > rows[0]["macs"] == rows[1]["macs"]
+  assert rows[1]["macs"] > rows[0]["macs"]
   table = (run.folder / "study.md").read_text().splitlines()
-  assert len(table) == 2 + 3
+  assert len(table) == 2 + 2
   mean = sum(rows[0]["top1"]) / 2
   assert f"| pooling | {rows[0]['n_params']:,} |" in table[2]
   assert f"| {mean:.2f} |" in table[2] and table[2].endswith("| 77.2 |")
