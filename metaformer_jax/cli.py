@@ -33,8 +33,6 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics, curves; a run "
     "that it holds is resumed. Default: runs/NAME_OF_THE_CONFIG.")
 
-_MISSING = "--config: is missing; give e.g. --config=configs/quickstart.py"
-
 # What an override looks like on the command line: key, and value if attached.
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 

@@ -18,7 +18,6 @@ from metaformer_jax import errors
 from metaformer_jax.models import activations, norms
 
 Dtype = Any
-per_channel = norms.per_channel
 
 # timm's trunc_normal_(std=0.02) truncates at +-2, which is 100 standard
 # deviations: a plain normal distribution.

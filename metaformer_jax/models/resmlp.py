@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from metaformer_jax.models import layers, mlp_mixer
+from metaformer_jax.models import layers, mlp_mixer, norms
 
 Dtype = Any
 
@@ -20,7 +20,7 @@ class Affine(nn.Module):
   def __call__(self, x: jax.Array):
     alpha = self.param("alpha", nn.initializers.ones, (x.shape[-1],))
     beta = self.param("beta", nn.initializers.zeros, (x.shape[-1],))
-    alpha, beta = (layers.per_channel(v, x) for v in (alpha, beta))
+    alpha, beta = (norms.per_channel(v, x) for v in (alpha, beta))
     return (alpha * x + beta).astype(self.dtype or jnp.float32)
 
 
