@@ -26,11 +26,19 @@ class WeightsError(ConfigError):
 
 
 class DataError(UserError):
-  """An example cannot be used; the message names it."""
+  """Too many examples cannot be used; the message names one."""
+
+
+class StorageError(UserError):
+  """The workdir can no longer be written: the disk is full, or gone."""
+
+
+class WorkerLostError(UserError):
+  """Another process of the run is gone; the message names it."""
 
 
 class DivergedError(UserError):
-  """The loss is no longer finite; starting again would not help."""
+  """Training is no longer finite; starting again would not help."""
 
   exit_code = 3
 

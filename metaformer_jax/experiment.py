@@ -126,6 +126,12 @@ class Data:
       (0.485, 0.456, 0.406), "of R, G, B in [0, 1]", low=0, high=1, length=3)
   std: tuple[float, ...] = option(
       (0.229, 0.224, 0.225), "of R, G, B in [0, 1]", above=0, length=3)
+  max_pixels: int = option(
+      50_000_000, "an image with more is taken for a bad one, not decoded",
+      low=1)
+  max_bad_fraction: float = option(
+      0.001, "bad images are replaced; the run ends when there are more than "
+      "this, of an epoch or of the images so far", low=0, high=1)
   workers: int = option(
       0, "processes that prepare batches; 0: threads of this one; -1: one for "
       "each core", low=-1, high=1024)
@@ -184,6 +190,9 @@ class Train:
   steps: int | None = option(
       None, "length of the run, instead of epochs", low=1)
   accumulate: int = option(1, "micro-batches of a step", low=1)
+  max_skipped: int = option(
+      10, "a step whose loss or gradient is not finite changes nothing; the "
+      "run ends after so many in a row", low=1)
   loss: str = option(
       "ce", "ce: cross-entropy of the softmax; bce: binary, of each class",
       choices=("bce", "ce"))
@@ -240,6 +249,8 @@ class Mesh:
       2**16, "arrays with fewer values than this are not split", low=0)
   rules: tuple[tuple[Any, ...], ...] = option(
       (), "(regular expression of a parameter's path, axis to split or -1)")
+  heartbeat_seconds: int = option(
+      30, "a process that is silent for so long is taken for dead", low=5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +259,9 @@ class Log:
 
   every_steps: int = option(50, "how often metrics are written", low=1)
   tensorboard: bool = option(True, "write TensorBoard events")
+  hang_seconds: float = option(
+      600.0, "when no step ends for so long, what every thread does is written "
+      "to stderr", above=0)
   compilation_cache: str = option(
       "~/.cache/metaformer_jax", "folder of compiled programs; empty: none")
 

@@ -18,19 +18,20 @@ ALLOWED = {
     "experiment": set(),
     "models": {"errors"},
     "convert": {"errors", "models"},
-    "config": CONFIG | {"data", "models"},
+    "checks": CONFIG | {"data", "models"},
+    "config": CONFIG | {"checks"},
     "recipes": {"config", "models"},
     "data": CONFIG,
     "evaluation": set(),
     "tasks": CONFIG | {"models", "data", "evaluation"},
-    "training": CONFIG | {"config", "convert", "models", "tasks"},
+    "training": CONFIG | {"checks", "config", "convert", "models", "tasks"},
     "cli": CONFIG | {"config", "training"},
     "main": {"cli", "experiment", "tasks", "training"},
     "tools": CONFIG | {"cli", "config", "convert", "models", "tasks",
                        "training"},
 }
-# Of the tasks the loop knows the protocol only; of data, config the strings.
-ALLOWED_MODULES = {"training": {"tasks.base"}, "config": {"data.policies"}}
+# Of the tasks the loop knows the protocol only; of data, checks the strings.
+ALLOWED_MODULES = {"training": {"tasks.base"}, "checks": {"data.policies"}}
 
 HEAVY = {"tensorflow", "tensorflow_datasets", "torch"}
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from metaformer_jax import experiment
-from metaformer_jax.data import transforms
+from metaformer_jax.data import images, transforms
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
@@ -59,7 +59,7 @@ ENCODED = {
 @pytest.mark.parametrize("kind", ENCODED)
 def test_decode_gives_rgb_of_any_file(kind):
   data, expected = ENCODED[kind]
-  picture = transforms.decode(data)
+  picture = images.decode(data)
   assert picture.mode == "RGB"
   assert pixels(picture) == expected
 
@@ -67,7 +67,7 @@ def test_decode_gives_rgb_of_any_file(kind):
 def test_decode_of_a_jpeg_is_pillows():
   data = encode(Image.fromarray(noise(17, 23)), "JPEG", quality=70)
   np.testing.assert_array_equal(
-      transforms.decode(data), Image.open(io.BytesIO(data)))
+      images.decode(data), Image.open(io.BytesIO(data)))
 
 
 ARRAYS = {
@@ -85,14 +85,14 @@ ARRAYS = {
 @pytest.mark.parametrize("kind", ARRAYS)
 def test_decode_gives_rgb_of_arrays(kind):
   array, expected = ARRAYS[kind]
-  picture = transforms.decode(array)
+  picture = images.decode(array)
   assert picture.mode == "RGB"
   assert pixels(picture) == expected
 
 
 def test_decode_of_16_bits_keeps_black_and_order():
   data = encode(Image.fromarray(np.array([[0, 100, 65535]], np.uint16)))
-  picture = transforms.decode(data)
+  picture = images.decode(data)
   assert picture.mode == "RGB"
   assert pixels(picture)[0][0] == [0, 0, 0]
   assert pixels(picture)[0][2] == [255, 255, 255]
@@ -101,14 +101,14 @@ def test_decode_of_16_bits_keeps_black_and_order():
 def test_decode_of_16_bits_keeps_the_brightness():
   data = encode(Image.fromarray(np.array([[0, 16384, 32768]], np.uint16)))
   np.testing.assert_allclose(
-      np.asarray(transforms.decode(data))[0, :, 0], [0, 64, 128], atol=1)
+      np.asarray(images.decode(data))[0, :, 0], [0, 64, 128], atol=1)
 
 
 @pytest.mark.parametrize("data", [
     b"", b"no image", encode(Image.fromarray(noise(64, 64)), "JPEG")[:2000]])
 def test_decode_of_a_broken_file_raises(data):
   with pytest.raises(OSError, match=r"cannot identify|truncated"):
-    transforms.decode(data)
+    images.decode(data)
 
 
 # The training crop.

@@ -8,31 +8,14 @@ accuracies were measured with.
 """
 
 import dataclasses
-import io
 import math
 
 import numpy as np
 from PIL import Image
 
-from metaformer_jax.data import augment, resampling
+from metaformer_jax.data import augment, images, resampling
 from metaformer_jax.data.sources import Record
 from metaformer_jax.experiment import Data
-
-
-def decode(image: bytes | np.ndarray) -> Image.Image:
-  """An encoded image, or uint8 [H, W] or [H, W, 3], as an RGB picture."""
-  if isinstance(image, bytes):
-    with Image.open(io.BytesIO(image)) as picture:
-      if picture.mode.startswith("I;16"):  # 16 bits, which convert() would cut.
-        picture = Image.fromarray(
-            (np.asarray(picture) >> 8).astype(np.uint8))
-      if picture.mode != "RGB":
-        return picture.convert("RGB")
-      picture.load()
-      return picture  # Converted, it would be copied.
-  if image.ndim == 3 and image.shape[-1] == 1:
-    image = image[..., 0]
-  return Image.fromarray(image).convert("RGB")
 
 
 def random_resized_crop_box(
@@ -91,7 +74,7 @@ class TrainTransform:
 
   def __call__(self, record: Record, rng: np.random.Generator):
     cfg = self.cfg
-    picture = decode(record["image"])
+    picture = images.decode(record["image"])
     box = random_resized_crop_box(*picture.size, cfg.crop_area, cfg.crop_ratio,
                                   rng)
     interpolation = cfg.train_interpolation
@@ -118,8 +101,8 @@ class EvalTransform:
     del rng
     cfg = self.cfg
     picture = resize_shorter(
-        decode(record["image"]), math.floor(cfg.image_size / cfg.crop_pct),
-        cfg.interpolation)
+        images.decode(record["image"]),
+        math.floor(cfg.image_size / cfg.crop_pct), cfg.interpolation)
     picture = centre_crop(picture, cfg.image_size)
     labels = {"labels": record["labels"]} if "labels" in record else {}
     return {"image": np.asarray(picture), "label": np.int32(record["label"]),

@@ -11,8 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from metaformer_jax import config as config_lib
-from metaformer_jax import errors, experiment
+from metaformer_jax import checks, errors, experiment
 
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
@@ -35,7 +34,7 @@ def make_mesh(cfg: experiment.Experiment) -> Mesh:
     raise errors.ConfigError(
         f"config.mesh: data x fsdp = {cfg.mesh.data} x {cfg.mesh.fsdp} does "
         f"not fit {n} devices; choose sizes with that product")
-  problems = list(config_lib.check_batch(cfg, data * fsdp))
+  problems = list(checks.check_batch(cfg, data * fsdp))
   if problems:
     raise errors.ConfigError("; also ".join(problems))
   return jax.make_mesh((data, fsdp), ("data", "fsdp"),
