@@ -11,6 +11,7 @@ Nothing here imports jax: a mistake in a config is told at once.
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import pathlib
@@ -29,9 +30,22 @@ from metaformer_jax.experiment import Experiment
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, e.g. configs/quickstart.py; "
     "--config.section.key=value overrides one value.", lock_config=True)
+_CONFIG_JSON = flags.DEFINE_string(
+    "config_json", None, "Instead of --config: the experiment as data, e.g. "
+    "runs/quickstart/config.json, of which nothing is run; absent keys take "
+    "their defaults. Overrides as for --config.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics, curves; a run "
     "that it holds is resumed. Default: runs/NAME_OF_THE_CONFIG.")
+
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0 of a run of several; by "
+    "default SLURM, Open MPI or the Cloud TPU tells.")
+_PROCESS_COUNT = flags.DEFINE_integer(
+    "process_count", None, "Processes of the run; 1: no others, whatever the "
+    "environment tells.", lower_bound=1)
+_PROCESS_INDEX = flags.DEFINE_integer(
+    "process_index", None, "Which of them this one is, from 0.", lower_bound=0)
 
 # What an override looks like on the command line: key, and value if attached.
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
@@ -65,7 +79,9 @@ def one_line_errors():
   try:
     yield
   except errors.UserError as e:
-    one_line = " ".join(str(e).split())
+    # Names and values may be of others: none controls the terminal.
+    one_line = "".join(c if c.isprintable() else "?"
+                       for c in " ".join(str(e).split()))
     print(f"{type(e).__name__}: {one_line}", file=sys.stderr, flush=True)
     sys.exit(e.exit_code)
 
@@ -87,15 +103,16 @@ def parse() -> tuple[Experiment, pathlib.Path]:
     print(_help())
     sys.exit(0)
   cleared = _check_overrides()
+  json_path = _read_json()
   config = _load()
   logging.getLogger("absl").setLevel(logging.WARNING)
   with config.unlocked():
     for key in cleared:
-      section, _, name = key.rpartition(".")
-      config.get_ref(section).get()[name] = None
-  name = pathlib.Path(config_flags.get_config_filename(
-      flags.FLAGS["config"]).partition(":")[0]).stem
-  workdir = _WORKDIR.value or os.path.join("runs", name)
+      *sections, name = key.split(".")
+      functools.reduce(getattr, sections, config)[name] = None
+  path = json_path or config_flags.get_config_filename(
+      flags.FLAGS["config"]).partition(":")[0]
+  workdir = _WORKDIR.value or os.path.join("runs", pathlib.Path(path).stem)
   return config_lib.resolve(config), _check_workdir(workdir)
 
 
@@ -126,9 +143,31 @@ def _check_overrides() -> list[str]:
   return cleared
 
 
+def _read_json() -> str | None:
+  """Reads what --config_json names; it is then the value of the flag `config`.
+
+  Returns:
+    Its path; None where the flag is not given.
+  """
+  # --config_json=PATH or --config_json PATH; the overrides can be parsed once
+  # the config is known.
+  line = "\n".join([*sys.argv[1:], ""])
+  paths = re.findall(r"^--?config_json[=\n](.*)\n", line, re.MULTILINE)
+  if not paths:
+    return None
+  if len(paths) > 1 or re.search(r"^--?config[=\n]", line, re.MULTILINE):
+    raise errors.ConfigError(
+        "--config_json: is given besides another config; give one of them")
+  config = config_lib.read_json(pathlib.Path(paths[0]))
+  delattr(flags.FLAGS, "config")
+  config_flags.DEFINE_config_dict("config", config)
+  return paths[0]
+
+
 def _load() -> ml_collections.ConfigDict:
   """Parses the flags, which runs the config file and applies the overrides."""
-  missing = "--config: is missing; give e.g. --config=configs/quickstart.py"
+  missing = ("--config: is missing; give e.g. --config=configs/quickstart.py, "
+             "or --config_json")
   try:
     rest = flags.FLAGS(sys.argv)
     config = _CONFIG.value
@@ -142,7 +181,7 @@ def _load() -> ml_collections.ConfigDict:
     raise errors.ConfigError(_explain_value(str(e), str(cause))) from e
   except flags.Error as e:
     if "config." in str(e) and not any(
-        re.match(r"--?config(=|$)", arg) for arg in sys.argv):
+        re.match(r"--?config(_json)?(=|$)", arg) for arg in sys.argv):
       raise errors.ConfigError(missing) from e  # So no override is known.
     raise errors.ConfigError(f"command line: {e}; see --help") from e
   except (Exception, SystemExit) as e:  # The file is a program.
@@ -150,7 +189,7 @@ def _load() -> ml_collections.ConfigDict:
   if len(rest) > 1:
     raise errors.ConfigError(
         f"command line: {rest[1]!r} is not a flag; write --flag=value")
-  if not flags.FLAGS["config"].present:
+  if not (flags.FLAGS["config"].present or _CONFIG_JSON.present):
     raise errors.ConfigError(missing)
   if isinstance(config, dict):
     config = ml_collections.ConfigDict(config)
@@ -161,14 +200,22 @@ def _load() -> ml_collections.ConfigDict:
 
 
 def start_jax(cfg: Experiment):
-  """Sets up jax; returns the mesh. ConfigError: the devices do not fit."""
+  """Sets up jax, joins the other processes of the run; returns the mesh.
+
+  Raises:
+    ConfigError: the devices do not fit, or the flags that name the processes.
+    WorkerLostError: a process did not come.
+  """
   import jax  # noqa: PLC0415  After the config is checked.
 
-  from metaformer_jax.training import sharding  # noqa: PLC0415
+  from metaformer_jax.training import processes, sharding  # noqa: PLC0415
 
   folder = cfg.log.compilation_cache
   if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+  if flags.FLAGS.is_parsed():  # Tools with flags of their own have none of it.
+    processes.start(_COORDINATOR.value, _PROCESS_COUNT.value,
+                    _PROCESS_INDEX.value, cfg.mesh.heartbeat_seconds)
   return sharding.make_mesh(cfg)
 
 

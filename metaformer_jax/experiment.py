@@ -261,7 +261,7 @@ class Log:
   tensorboard: bool = option(True, "write TensorBoard events")
   hang_seconds: float = option(
       600.0, "when no step ends for so long, what every thread does is written "
-      "to stderr", above=0)
+      "to stderr", low=1, high=1e6)
   compilation_cache: str = option(
       "~/.cache/metaformer_jax", "folder of compiled programs; empty: none")
 

@@ -6,7 +6,7 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 MEAN = (0.485, 0.456, 0.406)
 FILTERS = ("bilinear", "bicubic")
@@ -54,6 +54,60 @@ def picture() -> Image.Image:
   image = image + rng.integers(-15, 16, image.shape)
   image[:8, :8], image[-8:, -8:] = 0, 255
   return Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+def odd_pictures():
+  """Yields (name, array) of extreme sizes and contents."""
+  rng = np.random.default_rng(2)
+  for height, width in ((1, 1), (1, 9), (9, 1), (2, 2), (3, 3), (2, 5), (4, 3),
+                        (31, 50), (64, 17)):
+    yield f"noise {height}x{width}", rng.integers(
+        0, 256, (height, width, 3), np.uint8)
+  yield "flat", np.full((6, 7, 3), (0, 77, 255), np.uint8)
+  yield "two values", rng.integers(100, 102, (20, 30, 3)).astype(np.uint8)
+  # A step of 1 in equalize, whose table then passes 255.
+  yield "dull", rng.integers(90, 130, (24, 19, 3)).astype(np.uint8)
+
+
+def by_pillow(picture, name, value, kind, fill):
+  """An operation as Pillow's own functions do it."""
+  kind = Image.Resampling[kind.upper()]
+  width, height = picture.size
+
+  def affine(*matrix):
+    return picture.transform(picture.size, Image.Transform.AFFINE, matrix,
+                             resample=kind, fillcolor=fill)
+
+  enhance = {"color": ImageEnhance.Color, "contrast": ImageEnhance.Contrast,
+             "brightness": ImageEnhance.Brightness,
+             "sharpness": ImageEnhance.Sharpness}
+  if name in enhance:
+    return enhance[name](picture).enhance(value)
+  match name:
+    case "auto_contrast":
+      return ImageOps.autocontrast(picture)
+    case "equalize":
+      return ImageOps.equalize(picture)
+    case "invert":
+      return ImageOps.invert(picture)
+    case "posterize":
+      return ImageOps.posterize(picture, value)
+    case "solarize":
+      return ImageOps.solarize(picture, value)
+    case "solarize_add":
+      return picture.point(
+          [i + value if i < 128 else i for i in range(256)] * 3)
+    case "rotate":
+      return picture.rotate(value, kind, fillcolor=fill)
+    case "shear_x":
+      return affine(1, value, 0, 0, 1, 0)
+    case "shear_y":
+      return affine(1, 0, 0, value, 1, 0)
+    case "translate_x":
+      return affine(1, 0, value * width, 0, 1, 0)
+    case "translate_y":
+      return affine(1, 0, 0, 0, 1, value * height)
+  raise ValueError(name)
 
 
 def encoded_images() -> dict[str, bytes]:

@@ -10,7 +10,14 @@ from metaformer_jax import experiment
 from metaformer_jax.data import loader
 from metaformer_jax.tasks import classification
 from metaformer_jax.training import checkpoints as checkpoints_lib
-from metaformer_jax.training import loop, optim, sharding
+from metaformer_jax.training import (
+  evaluate,
+  loop,
+  optim,
+  sharding,
+  signals,
+  watchdog,
+)
 from metaformer_jax.training import state as state_lib
 
 N_STEPS = 4
@@ -98,12 +105,17 @@ def test_state_is_trained_saved_resumed_and_evaluated(
   for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(last.params)):
     assert not np.array_equal(a, b)
 
-  evaluate = loop.Evaluation(task, mesh, task.make_data("eval"))
+  evaluation = evaluate.Evaluation(task, mesh, task.make_data("eval"), 0.0)
   variables = last.eval_variables()
-  assert evaluate(variables)["loss"] == whole["loss"]
+
+  def loss(variables):
+    return evaluation(variables, signals.StopSignal(),
+                      watchdog.Watchdog(60))["loss"]
+
+  assert loss(variables) == whole["loss"]
   changed = jax.tree.map(lambda v: v * 2, variables[collection])
   other = {**variables, collection: changed}
-  assert evaluate(other)["loss"] != whole["loss"]
+  assert loss(other) != whole["loss"]
 
 
 def test_initialising_on_images_moves_no_statistics():

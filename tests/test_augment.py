@@ -17,14 +17,15 @@ from metaformer_jax import config, errors, experiment
 from metaformer_jax.data import (
     augment,
     loader,
+    pixels,
     policies,
-    resampling,
     transforms,
 )
 
 TIMM = np.load(pathlib.Path(__file__).parent / "golden" / "augment-timm.npz")
 RECIPE = "rand-m9-mstd0.5-inc1"
 N = 10_000
+MOVING = {case[0] for case in augment_cases.MOVING}
 
 
 def difference(got, want):
@@ -34,16 +35,6 @@ def difference(got, want):
 
 
 # Pixels.
-
-
-@pytest.mark.parametrize(
-    "case", list(augment_cases.pixel_cases()), ids=lambda case: case[0])
-def test_an_operation_gives_timms_pixels(case):
-  key, name, _, value, kind = case
-  got = augment.apply(augment_cases.picture(), augment.Op(name, value, kind),
-                      augment.fill_colour(augment_cases.MEAN))
-  assert got.mode == "RGB"
-  assert difference(got, TIMM[f"op {key}"]) <= 1
 
 
 @pytest.mark.parametrize("kind", augment_cases.FILTERS)
@@ -65,30 +56,71 @@ def test_there_are_twenty_images_to_evaluate():
 @pytest.fixture(params=["pillow", "numba"])
 def engine(request, monkeypatch):
   if request.param == "pillow":
-    monkeypatch.setattr(resampling, "kernels", None)
-  elif resampling.kernels is None:
+    monkeypatch.setattr(pixels, "kernels", None)
+  elif pixels.kernels is None:
     pytest.skip("Numba is not installed")
 
 
-@pytest.mark.parametrize("case", [
-    case for case in augment_cases.pixel_cases()
-    if case[1].startswith(("shear", "translate"))], ids=lambda case: case[0])
+@pytest.mark.parametrize(
+    "case", list(augment_cases.pixel_cases()), ids=lambda case: case[0])
 @pytest.mark.usefixtures("engine")
-def test_a_shift_gives_timms_pixels_either_way(case):
-  test_an_operation_gives_timms_pixels(case)
+def test_an_operation_gives_timms_pixels(case):
+  key, name, _, value, kind = case
+  image = np.array(augment_cases.picture())
+  before = image.copy()
+  got = augment.apply(image, augment.Op(name, value, kind),
+                      augment.fill_colour(augment_cases.MEAN))
+  assert got.dtype == np.uint8
+  assert difference(got, TIMM[f"op {key}"]) <= 1
+  np.testing.assert_array_equal(image, before)
+
+
+# Beyond what a recipe draws, too.
+ARGUMENTS = {
+    "posterize": (1, 4, 8), "solarize": (0, 100, 256),
+    "solarize_add": (0, 60, 128),
+    **dict.fromkeys(("color", "contrast", "brightness", "sharpness"),
+                    (0.0, 0.1, 0.73, 1.0, 1.9, 5.0)),
+    "rotate": (-180, -45, -1e-3, 0, 17.3, 90),
+    **dict.fromkeys(("shear_x", "shear_y"), (-1.7, 0, 0.013, 0.3)),
+    **dict.fromkeys(("translate_x", "translate_y"), (-0.45, 0, 0.1, 0.5, 1.2))}
+
+
+@pytest.mark.parametrize("name", policies.RAND_OPS)
+@pytest.mark.usefixtures("engine")
+def test_an_operation_gives_pillows_pixels_exactly(name):
+  for case, image in augment_cases.odd_pictures():
+    for value in ARGUMENTS.get(name, (0,)):
+      for kind in augment_cases.FILTERS if name in MOVING else ("bilinear",):
+        want = augment_cases.by_pillow(Image.fromarray(image), name, value,
+                                       kind, (7, 0, 255))
+        got = augment.apply(image, augment.Op(name, value, kind), (7, 0, 255))
+        np.testing.assert_array_equal(got, np.asarray(want),
+                                      f"{case}, {value}, {kind}")
 
 
 @pytest.mark.parametrize("kind", augment_cases.FILTERS)
 @pytest.mark.usefixtures("engine")
-def test_a_resize_gives_pillows_pixels_either_way(kind):
+def test_a_resized_crop_has_pillows_pixels_exactly(kind):
   rng = np.random.default_rng(0)
-  image = rng.integers(0, 256, (400, 400, 3), np.uint8)
-  for size in (32, 50, 224):
-    for width, height in (*rng.integers(1, 400, (20, 2)), (1, 1), (400, 1)):
-      picture = Image.fromarray(image[:height, :width])
-      want = picture.resize((size, size), resampling.RESAMPLING[kind])
-      got = resampling.resize(picture, size, kind)
-      np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+  picture = Image.fromarray(rng.integers(0, 256, (400, 400, 3), np.uint8))
+  for size in (1, 7, 32, 50, 224):
+    for width, height in (*rng.integers(1, 400, (12, 2)), (1, 1), (400, 1),
+                          (1, 400), (16, 17), (400, 400)):
+      left, top = rng.integers(401 - width), rng.integers(401 - height)
+      box = tuple(map(int, (left, top, left + width, top + height)))
+      want = picture.crop(box).resize((size, size), pixels.FILTERS[kind])
+      for flip in (False, True):
+        got = pixels.crop_resize(picture, box, size, kind, flip)
+        np.testing.assert_array_equal(
+            got[:, ::-1] if flip else got, np.asarray(want), str((box, size)))
+
+
+def test_kernels_compile_where_nothing_can_be_kept(monkeypatch):
+  """As in a read-only installation without a home directory."""
+  caching = pytest.importorskip("numba.core.caching")
+  monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+  assert pixels.kernels._compile(lambda x: x + 1)(2) == 3
 
 
 # Draws.
@@ -279,11 +311,10 @@ def test_the_recipe_in_one_transform():
   changed = 0
   for seed in range(40):
     rng = np.random.default_rng(seed)
-    picture = Image.fromarray(
-        transforms.TrainTransform(plain)(record, rng)["image"])
+    image = transforms.TrainTransform(plain)(record, rng)["image"]
     for op in augment.draw(cfg, rng):
-      picture = augment.apply(picture, op, (26, 128, 255))
+      image = augment.apply(image, op, (26, 128, 255))
       changed += 1
     got = transforms.TrainTransform(cfg)(record, np.random.default_rng(seed))
-    np.testing.assert_array_equal(got["image"], np.asarray(picture))
+    np.testing.assert_array_equal(got["image"], image)
   assert 20 < changed < 60

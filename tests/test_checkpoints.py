@@ -4,47 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from checkpoint_cases import CFG, abstract, assert_same, make_state
 
 from metaformer_jax import errors, experiment
 from metaformer_jax.training import checkpoints as checkpoints_lib
 from metaformer_jax.training import sharding
-from metaformer_jax.training import state as state_lib
-
-CFG = experiment.Checkpoint(keep_last=2, keep_best=1)
-
-
-def make_state(step, seed=0, ema=True, stats=False):
-  rng = np.random.default_rng(seed)
-  params = {"a": {"kernel": jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)},
-            "b": jnp.asarray(rng.normal(size=(3,)), jnp.bfloat16)}
-  model_state = {
-      "batch_stats": {"mean": jnp.asarray(rng.normal(size=(4,)), jnp.float32),
-                      "n_batches": jnp.int32(step)},
-      "frozen": {"matrix": jnp.eye(4)}} if stats else {}
-  off = {} if ema else None
-  state = state_lib.TrainState(
-      step=jnp.int32(step), params=params, model_state=model_state,
-      opt_state=(jax.tree.map(lambda x: x * 2, params), jnp.int32(step)),
-      ema_params=off, ema_state=off).start_average()
-  return state.replace(**jax.tree.map(lambda x: x * 3, {
-      "ema_params": state.ema_params, "ema_state": state.ema_state}))
-
-
-def abstract(state, sharding_of=None):
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-          x.shape, x.dtype, sharding=sharding_of(x) if sharding_of else device),
-      state)
-
-
-def assert_same(got, want):
-  assert jax.tree.structure(got) == jax.tree.structure(want)
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-    assert a.dtype == b.dtype
-    assert np.array_equal(np.asarray(a, np.float64), np.asarray(b, np.float64))
 
 
 @pytest.mark.parametrize("ema", [True, False])
@@ -52,13 +17,13 @@ def assert_same(got, want):
 def test_round_trip_is_exact(tmp_path, ema, stats):
   state = make_state(7, ema=ema, stats=stats)
   saved = checkpoints_lib.Checkpoints(tmp_path, CFG)
-  saved.save(state, position=224)
+  saved.save(state, position=224, totals={"bad_images": 3})
   saved.close()
   again = checkpoints_lib.Checkpoints(tmp_path, CFG)
   assert again.latest_step() == 7 and again.best_step() is None
   got, position = again.restore(7, abstract(
       make_state(0, seed=1, ema=ema, stats=stats)))
-  assert position == 224
+  assert position == 224 and again.totals(7) == {"bad_images": 3}
   assert_same(got, state)
   variables = again.restore_variables(7, abstract(state)).eval_variables()
   assert_same(variables, state.eval_variables())

@@ -1,29 +1,19 @@
 """The command line: a mistake is one line on stderr and exit code 2.
 
-absl's flags are global, and starting a process for each case would take a
-minute: all cases run in forks of one process that has imported the entry
-point. Some run again as a user runs them. `TMP` in a case is a folder of files
-that `tmp` makes.
+All cases run in forks of one process, some again as a user runs them. `TMP` in
+a case is a folder of files that `tmp` makes.
 """
 
 import ast
-import dataclasses
-import json
 import os
 import pathlib
 import shlex
-import subprocess
-import sys
-import tempfile
-import time
-import traceback
 
+import command_line
 import pytest
 
-from metaformer_jax import cli
 from metaformer_jax import config as config_lib
 
-ROOT = pathlib.Path(__file__).parents[1]
 GOOD = "--config=configs/quickstart.py"
 FOLDER = "--config=configs/poolformer_s12.py --config.data.path=TMP/data"
 
@@ -168,6 +158,8 @@ HOSTILE = [_case(*row) for row in [
      "config.data.path: ''"),
     (f"{GOOD} --noconfig.log.tensorbord",
      "config.log.tensorbord: no such key", "log.tensorboard?"),
+    (f"{GOOD} --config.data.path='/no\x1b[2J\x07\u202e'",
+     "config.data.path: /no?[2J?? is not a folder"),
     (f"{GOOD} --flagfile=TMP/flags",
      "config.sed: no such key", "did you mean seed?"),
     ("--config.seed=1",
@@ -189,7 +181,27 @@ HOSTILE = [_case(*row) for row in [
      "config.train.batch_size: 9"),
 ]]
 
-MALFORMED = OVERRIDES + LINES + HOSTILE
+# An experiment as data; test_security.py has what is no experiment.
+JSON = "--config_json=TMP/part.json"
+PART = ('{"data": {"source": "digits"}, "optim": {"base_lr": 1},'
+        ' "model": {"depths": [1, 2, 3, 4]}, "mesh": {"rules": [["k", -1]]}}')
+AS_JSON = [_case(*row) for row in [
+    ("--config_json", "--config_json", "Missing value"),
+    ("--config_json=", "--config_json: ", "is not a file"),
+    ("--config_json=TMP/none.json", "--config_json: TMP/none.json", "not a f"),
+    ("--config_json=TMP", "--config_json: TMP: is not a file"),
+    ("--config_jsn=TMP/part.json", "config_jsn", "Did you mean: config_json"),
+    (f"{JSON} {GOOD}", "--config_json: is given besides another config"),
+    (f"{GOOD} {JSON}", "--config_json: is given besides another config"),
+    (f"{JSON} {JSON}", "--config_json: is given besides another config"),
+    (f"{JSON} --config.sed=1", "config.sed: no such key", "seed?"),
+    (f"{JSON} --config.seed=x", "config.seed: 'x'"),
+    (f"{JSON} --config.seed", "--config.seed", "Missing value"),
+    (f"{JSON} --config.data.source=folder", "config.data.path: None"),
+    (f"{JSON} stray", "'stray'", "--flag=value"),
+]]
+
+MALFORMED = OVERRIDES + LINES + HOSTILE + AS_JSON
 
 VALID = [_case(f"{GOOD} {line}", *values) for line, *values in [
     ("", ("seed", 0), ("data.path", None), ("model.depths", (1, 1, 2, 1))),
@@ -208,15 +220,15 @@ VALID = [_case(f"{GOOD} {line}", *values) for line, *values in [
     ("--workdir=TMP/new/run --config.seed=1", ("seed", 1)),
 ]] + [
     _case(f"{FOLDER} --config.train.accumulate=8", ("train.accumulate", 8)),
-    _case(f"{GOOD} --config.model.depths=None", ("model.depths", None))]
-
-
-@dataclasses.dataclass
-class Result:
-  code: int
-  out: str
-  err: str
-  seconds: float
+    _case(f"{GOOD} --config.model.depths=None", ("model.depths", None)),
+    _case(f"{GOOD} --config.init=x --config.init=None", ("init", None)),
+    _case(JSON, ("seed", 0), ("optim.base_lr", 1.0), ("train.steps", None),
+          ("model.depths", (1, 2, 3, 4)), ("mesh.rules", (("k", -1),))),
+    _case("--config_json TMP/part.json --config.train.steps=3 "
+          "--config.model.depths=None --config.optim.base_lr=2 --workdir=TMP/x",
+          ("train.steps", 3), ("model.depths", None), ("optim.base_lr", 2.0)),
+    _case(f"--config.log.tensorboard=false {JSON} --config.mesh.rules=()",
+          ("log.tensorboard", False), ("mesh.rules", ()))]
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +239,7 @@ def tmp(tmp_path_factory):
     (root / name).mkdir(parents=True)
   (root / "file").write_text("")
   (root / "flags").write_text("--config.sed=3\n")
+  (root / "part.json").write_text(PART)
   for name, (text, *_) in FILES.items():
     (root / f"{name}.py").write_text(
         _HEAD + text if text.startswith(" ") else text,
@@ -238,34 +251,17 @@ def _argv(args, tmp):
   return [arg.replace("TMP", str(tmp)) for arg in shlex.split(args)]
 
 
-def _python(args, **kwargs):
-  """Runs Python at the root of the repository."""
-  path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-  env = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-  return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, text=True,
-                        capture_output=True, timeout=30, **kwargs)
-
-
 @pytest.fixture(scope="module")
 def results(tmp):
   """{command line: its Result}."""
   lines = [param.values[0] for param in MALFORMED + VALID]
-  done = _python([__file__], input=json.dumps([_argv(a, tmp) for a in lines]))
-  assert not done.returncode, done.stderr
-  return {line: Result(*result)
-          for line, result in zip(lines, json.loads(done.stdout), strict=True)}
+  return dict(zip(lines, command_line.fork([_argv(a, tmp) for a in lines])))
 
 
 def _check_refused(result, says, tmp):
-  assert result.code == 2, result
-  assert result.out == ""
-  assert result.err.startswith("ConfigError: "), result.err
-  assert result.err.endswith("\n")
-  assert len(result.err.splitlines()) == 1, result.err
-  assert "Traceback" not in result.err, result.err
+  command_line.check_refused(result)
   for part in says:
     assert part.replace("TMP", str(tmp)) in result.err
-  assert result.seconds < 2
 
 
 @pytest.mark.parametrize("line, says", MALFORMED)
@@ -279,8 +275,8 @@ def test_override_arrives_in_its_type(line, values, results, tmp):
   assert (result.code, result.err) == (0, ""), result
   cfg, workdir = ast.literal_eval(result.out)
   flags = dict(arg.split("=", 1) for arg in _argv(line, tmp) if "=" in arg)
-  assert workdir == flags.get("--workdir", "runs/" + pathlib.Path(
-      flags["--config"]).stem)
+  path = flags.get("--config", "part.json")
+  assert workdir == flags.get("--workdir", "runs/" + pathlib.Path(path).stem)
   for key, value in values:
     found = cfg
     for part in key.split("."):
@@ -293,20 +289,13 @@ def test_override_arrives_in_its_type(line, values, results, tmp):
 @pytest.mark.parametrize("line, says", [
     p for p in OVERRIDES + LINES if not p.marks][::6])
 def test_malformed_line_is_refused_by_the_entry_point(line, says, tmp):
-  for _ in range(2):  # A busy machine may be slow once.
-    start = time.perf_counter()
-    done = _python(["-m", "metaformer_jax.main", f"--workdir={tmp}/run",
-                    *_argv(line, tmp)])
-    seconds = time.perf_counter() - start
-    if seconds < 2:
-      break
-  _check_refused(Result(done.returncode, done.stdout, done.stderr, seconds),
-                 says, tmp)
+  _check_refused(
+      command_line.run([f"--workdir={tmp}/run", *_argv(line, tmp)]), says, tmp)
 
 
 def test_entry_point_imports_no_framework_for_a_mistake():
-  done = _python(["-X", "importtime", "-m", "metaformer_jax.main", GOOD,
-                  "--config.seed=-1"])
+  done = command_line.python(["-X", "importtime", "-m", "metaformer_jax.main",
+                              GOOD, "--config.seed=-1"])
   assert done.returncode == 2
   modules = {line.rpartition("|")[2].strip().partition(".")[0]
              for line in done.stderr.splitlines()}
@@ -314,60 +303,25 @@ def test_entry_point_imports_no_framework_for_a_mistake():
   assert not modules & {"jax", "flax", "tensorflow", "torch", "numpy"}
 
 
+def test_the_other_entry_points_take_json(tmp):
+  done = command_line.python([
+      "-m", "metaformer_jax.tools.evaluate", f"--workdir={tmp}/new",
+      f"--config_json={tmp}/part.json", "--config.seed=-1"])
+  assert done.returncode == 2
+  assert done.stderr.startswith("ConfigError: config.seed: -1 is below")
+
+
 def test_help_names_every_flag_and_key():
-  done = _python(["-m", "metaformer_jax.main", "--help"])
+  done = command_line.python(["-m", "metaformer_jax.main", "--help"])
   assert (done.returncode, done.stderr) == (0, "")
   keys = config_lib.keys()
-  for name in ("config", "workdir", *(f"config.{key}" for key in keys)):
+  for name in ("config", "config_json", "workdir",
+               *(f"config.{key}" for key in keys)):
     assert f"--{name}" in done.stdout
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_workdir_must_be_writable(tmp_path):
   tmp_path.chmod(0o500)
-  done = _python(["-m", "metaformer_jax.main", GOOD, f"--workdir={tmp_path}/x"])
-  _check_refused(Result(done.returncode, done.stdout, done.stderr, 0),
+  _check_refused(command_line.run([GOOD, f"--workdir={tmp_path}/x"]),
                  (f"--workdir: {tmp_path} is not writable",), tmp_path)
-
-
-def _serve():
-  """Runs each argv of the JSON list on stdin in a fork; prints Results."""
-  results = []
-  for argv in json.load(sys.stdin):
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-      start = time.perf_counter()
-      pid = os.fork()
-      if not pid:
-        os.dup2(out.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-        _run(argv)
-      status = os.waitpid(pid, 0)[1]
-      seconds = time.perf_counter() - start
-      out.seek(0)
-      err.seek(0)
-      results.append((os.waitstatus_to_exitcode(status), out.read().decode(),
-                      err.read().decode(), seconds))
-  json.dump(results, sys.stdout)
-
-
-def _run(argv):
-  """Ends the process as the entry point does; prints what it would run."""
-  code = 1
-  try:
-    sys.argv = ["main.py", *argv]
-    cli.run(lambda cfg, workdir: print((dataclasses.asdict(cfg), str(workdir))))
-    code = 0
-  except SystemExit as e:
-    code = e.code if isinstance(e.code, int) else 1
-  except BaseException:
-    traceback.print_exc()
-  finally:
-    if "jax" in sys.modules:
-      code = 99
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-if __name__ == "__main__":
-  _serve()

@@ -95,9 +95,10 @@ def test_a_malformed_file_is_a_line(imagenet, text, words):
 
 def test_images_that_the_file_does_not_know_are_named(imagenet):
   save(imagenet / "val" / "n01" / "ILSVRC2012_val_00000004.JPEG")
-  with pytest.raises(errors.DataError,
-                     match="ILSVRC2012_val_00000004 is no image of"):
-    list(real(imagenet).make_data("eval").eval_batches())
+  with pytest.raises(errors.ConfigError, match=(
+      r"^config.eval.real_path: .* has labels of ILSVRC2012_val_00000001 to "
+      r"00000003, not of .*n01/ILSVRC2012_val_00000004\.JPEG$")):
+    real(imagenet).make_data("eval")
 
 
 @pytest.mark.parametrize("values, words", [

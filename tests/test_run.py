@@ -4,10 +4,8 @@ import dataclasses
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
-import time
 
 import jax
 import line_task
@@ -19,7 +17,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from metaformer_jax import errors, experiment
 from metaformer_jax.tasks import classification
 from metaformer_jax.training import checkpoints as checkpoints_lib
-from metaformer_jax.training import loop, sharding, writers
+from metaformer_jax.training import evaluate, loop, sharding, writers
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -52,13 +50,6 @@ def run(*args, expect=0, **kwargs):
   return out, err
 
 
-def saved_arrays(workdir, step):
-  """Every array of a checkpoint's state, and the position, as on disk."""
-  cfg = load_config(workdir)
-  state, position = restore(cfg, workdir, step)
-  return jax.tree.map(np.asarray, state), position
-
-
 def load_config(workdir) -> experiment.Experiment:
   from metaformer_jax import config  # noqa: PLC0415
 
@@ -83,17 +74,6 @@ def restore(cfg, workdir, step):
         shapes, sharding.state_shardings(mesh, shapes, cfg.mesh)))
   finally:
     checkpoints.close()
-
-
-def assert_equal_runs(got, want):
-  """Bit for bit: parameters, optimizer, EMA, position, and losses."""
-  (got_state, got_position), (want_state, want_position) = (
-      saved_arrays(w, 12) for w in (got, want))
-  assert got_position == want_position == 12 * 40
-  for a, b in zip(jax.tree.leaves(got_state), jax.tree.leaves(want_state),
-                  strict=True):
-    assert a.tobytes() == b.tobytes()
-  assert evaluations(got) == evaluations(want)
 
 
 def evaluations(workdir):
@@ -176,42 +156,6 @@ def test_evaluate_measures_the_checkpoint(finished):
   assert "no checkpoint 5" in err
   _, err = run(workdir / "none", module=evaluate, expect=2)
   assert "holds no checkpoints" in err
-
-
-def wait_for_step(process, workdir, step):
-  """Waits until the run has recorded a step, while it goes on."""
-  deadline = time.monotonic() + 120
-  path = workdir / "metrics.jsonl"
-  while time.monotonic() < deadline and process.poll() is None:
-    if any(r["step"] >= step for r in writers.read(path)):
-      return
-    time.sleep(0.01)
-  raise AssertionError(process.communicate())
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_rest_is_the_same(finished, tmp_path, number):
-  process = start(tmp_path)
-  wait_for_step(process, tmp_path, 4)
-  process.send_signal(number)
-  _, err = process.communicate(timeout=120)
-  if process.returncode == 0:
-    pytest.fail("the run was over before the signal")
-  assert process.returncode == 143, err
-  assert "Traceback" not in err and "saved in" in err
-  run(tmp_path)
-  assert_equal_runs(tmp_path, finished[0])
-
-
-def test_sigkill_loses_nothing_that_was_saved(finished, tmp_path):
-  process = start(tmp_path)
-  wait_for_step(process, tmp_path, 4)
-  process.kill()
-  process.communicate(timeout=120)
-  with (tmp_path / "metrics.jsonl").open("a") as f:
-    f.write('{"step": 99, "spl')  # As a kill while writing would leave it.
-  run(tmp_path)
-  assert_equal_runs(tmp_path, finished[0])
 
 
 def test_another_experiment_is_refused(finished):
@@ -297,7 +241,7 @@ def test_a_task_of_thirty_lines_trains(tmp_path):
   assert summary["error"] < 0.05 and summary["score"] == -summary["error"]
   errors_ = [r["error"] for r in evaluations(tmp_path)]
   assert len(errors_) == 3 and errors_[0] > errors_[-1]
-  result = loop.evaluate_checkpoint(
+  result = evaluate.evaluate_checkpoint(
       cfg, line_task.LineTask(), mesh, tmp_path, "best")
   assert result["error"] == min(errors_)
   wrong = dataclasses.replace(cfg, checkpoint=experiment.Checkpoint(
@@ -310,7 +254,7 @@ def test_a_task_of_thirty_lines_trains(tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_unsaved(tmp_path):
   _, err = run(tmp_path, "--config.optim.base_lr=1e30",
                "--config.optim.warmup_epochs=0", expect=3)
-  assert "is nan; lower config.optim.base_lr" in err or "is inf" in err
+  assert "DivergedError: " in err and "lower config.optim.base_lr" in err
   steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
   cfg = load_config(tmp_path)
   for step in steps:

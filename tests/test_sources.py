@@ -240,6 +240,36 @@ def test_folder_orders_nested_files_as_image_folder(tmp_path):
   assert named(folder_source(tmp_path)) == image_folder(tmp_path / "train")
 
 
+def test_folder_walks_into_a_folder_with_an_images_name(tmp_path):
+  write(tmp_path / "train", "a/1.jpg", "a/2.jpg/3.jpg")
+  assert named(folder_source(tmp_path)) == [("a/1.jpg", 0),
+                                            ("a/2.jpg/3.jpg", 0)]
+  assert named(folder_source(tmp_path)) == image_folder(tmp_path / "train")
+
+
+def test_folder_leaves_out_nothing_that_it_cannot_list(tmp_path, monkeypatch):
+  write(tmp_path / "train", "a/1.jpg", "a/b/2.jpg")
+  closed, scandir = str(tmp_path / "train" / "a" / "b"), os.scandir
+
+  def scan(path):  # Who runs the tests may be let into any folder.
+    if path == closed:
+      raise PermissionError(13, "Permission denied", path)
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", scan)
+  fails(lambda: folder_source(tmp_path), "config.data.path", closed,
+        "cannot be read")
+
+
+def test_folder_tells_a_path_without_the_file(tmp_path):
+  write(tmp_path / "train", "a/1.jpg", "b/2.jpg")
+  source = folder_source(tmp_path)
+  (tmp_path / "train" / "b" / "2.jpg").unlink()
+  assert source.path(1) == str(tmp_path / "train" / "b" / "2.jpg")
+  with pytest.raises(FileNotFoundError, match=r"b/2\.jpg"):
+    source[1]
+
+
 def test_folder_ignores_hidden_folders(tmp_path):
   write(tmp_path / "train", ".cache/x.jpg", "a/x.jpg", "b/x.jpg")
   source = folder_source(tmp_path)

@@ -97,6 +97,9 @@ def test_train_records_are_the_archives_images(data_dir):
       for synset, _, data in tiny_imagenet.train_images())
   assert all(type(r["image"]) is bytes and type(r["label"]) is int
              for r in got)
+  # A bad image is named by it.
+  names = {data: name for _, name, data in tiny_imagenet.train_images()}
+  assert [r["path"] for r in got] == [names[r["image"]] for r in got]
 
 
 def test_eval_records_have_the_official_labels(data_dir):

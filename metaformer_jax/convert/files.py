@@ -106,6 +106,8 @@ def _read(path: pathlib.Path) -> Any:
       raise errors.WeightsError(one_line(
           path, "is a folder; name a file of weights"
           + errors.did_you_mean(path.name, _names(path))))
+    if path.exists() and not path.is_file():  # A pipe would be waited for.
+      raise errors.WeightsError(one_line(path, "is a pipe or a device"))
     with open(path, "rb") as file:
       head = file.read(512)
   except FileNotFoundError as error:

@@ -12,10 +12,11 @@ import dataclasses
 import math
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from metaformer_jax.data import policies, resampling
+from metaformer_jax.data import pixels, policies
 from metaformer_jax.experiment import Data
+
+_VALUES = np.arange(256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,46 +105,84 @@ def fill_colour(mean: tuple[float, ...]) -> tuple[int, ...]:
   return tuple(min(255, round(255 * v)) for v in mean)
 
 
-def _look_up(picture: Image.Image, value) -> Image.Image:
-  return picture.point([value(i) for i in range(256)] * 3)
+def _blended(value: float, factor: float) -> np.ndarray:
+  """A table from one value (at 0) to the identity (1), and beyond.
+
+  In float32, as Pillow's.
+  """
+  rise = np.float32(factor) * (_VALUES - value).astype(np.float32)
+  return (np.float32(value) + rise).clip(0, 255)
 
 
-def apply(picture: Image.Image, op: Op, fill: tuple[int, ...]) -> Image.Image:
-  """Does one operation to an RGB picture."""
+def _stretched(counts: np.ndarray) -> np.ndarray:
+  """A table that spreads the values that come, of [256], over 0 to 255."""
+  least, most = np.flatnonzero(counts)[[0, -1]]
+  if least == most:
+    return _VALUES
+  scale = 255 / (most - least)
+  return (_VALUES * scale - least * scale).clip(0, 255)
+
+
+def _equalized(counts: np.ndarray) -> np.ndarray:
+  """A table after which all values of a histogram [256] come as often."""
+  step = (counts.sum() - counts[np.flatnonzero(counts)[-1]]) // 255
+  if not step:
+    return _VALUES
+  return (step // 2 + np.cumsum(counts) - counts) // step
+
+
+def _rotation(degrees: float, width: int, height: int) -> tuple[float, ...]:
+  """The matrix of a rotation about the centre, counter-clockwise.
+
+  Rounded as Pillow's.
+  """
+  angle = -math.radians(degrees % 360)
+  cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+  x, y = width / 2, height / 2
+  return cos, sin, -x * cos - y * sin + x, -sin, cos, x * sin - y * cos + y
+
+
+def apply(image: np.ndarray, op: Op, fill: tuple[int, ...]) -> np.ndarray:
+  """Does one operation to an RGB picture, uint8 [H, W, 3]."""
   value = op.argument
+  height, width, _ = image.shape
   match op.name:
     case "auto_contrast":
-      return ImageOps.autocontrast(picture)
+      return pixels.look_up(
+          image, [_stretched(counts) for counts in pixels.histogram(image)])
     case "equalize":
-      return ImageOps.equalize(picture)
+      return pixels.look_up(
+          image, [_equalized(counts) for counts in pixels.histogram(image)])
     case "invert":
-      return ImageOps.invert(picture)
-    case "posterize":  # To 0 bits, black: not all versions of Pillow do it.
-      return _look_up(picture, lambda i: i & (0xFF00 >> int(value)))
+      return 255 - image
+    case "posterize":  # To 0 bits, black.
+      return image & np.uint8(0xFF00 >> int(value) & 0xFF)
     case "solarize":
-      return _look_up(picture, lambda i: i if i < value else 255 - i)
+      return pixels.look_up(
+          image, np.where(value > _VALUES, _VALUES, 255 - _VALUES))
     case "solarize_add":
-      return _look_up(picture, lambda i: i + value if i < 128 else i)
-    case "color":
-      return ImageEnhance.Color(picture).enhance(value)
-    case "contrast":
-      return ImageEnhance.Contrast(picture).enhance(value)
+      return pixels.look_up(image, _VALUES + value * (_VALUES < 128))
     case "brightness":
-      return ImageEnhance.Brightness(picture).enhance(value)
+      return pixels.look_up(image, _blended(0, value))
+    case "contrast":
+      gray = int(pixels.mean_gray(image) + 0.5)
+      return pixels.look_up(image, _blended(gray, value))
+    case "color":
+      return pixels.color(image, value)
     case "sharpness":
-      return ImageEnhance.Sharpness(picture).enhance(value)
+      return pixels.sharpness(image, value)
     case "blur":
-      return picture.filter(ImageFilter.GaussianBlur(value))
+      return pixels.blur(image, value)
     case "rotate":
-      return resampling.rotate(picture, value, op.filter, fill)
+      matrix = _rotation(value, width, height)
     case "shear_x":
-      return resampling.shear(picture, value, op.filter, fill)
-    case "translate_x":
-      return resampling.translate(picture, value, op.filter, fill)
+      matrix = (1, value, 0, 0, 1, 0)
     case "shear_y":
-      return resampling.transposed(resampling.shear, picture, value, op.filter,
-                                   fill)
+      matrix = (1, 0, 0, value, 1, 0)
+    case "translate_x":
+      matrix = (1, 0, value * width, 0, 1, 0)
     case "translate_y":
-      return resampling.transposed(resampling.translate, picture, value,
-                                   op.filter, fill)
-  raise ValueError(f"unknown operation {op.name!r}")
+      matrix = (1, 0, 0, 0, 1, value * height)
+    case _:
+      raise ValueError(f"unknown operation {op.name!r}")
+  return pixels.affine(image, matrix, op.filter, fill)

@@ -1,8 +1,10 @@
-"""Resizing and shifting, compiled by Numba, with Pillow's own pixels.
+"""What `pixels` does with Pillow, compiled by Numba: the same values, faster.
 
-Pillow does these one value at a time; here the inner loops run over contiguous
-memory and are vectorised. The arithmetic is Pillow's: resizing in integers of
-22 fractional bits, rounded between the two directions, and shifts in float64.
+Inner loops run over contiguous memory, so that they are vectorised, and the
+arithmetic is Pillow's, in its types and its order: resizing in integers of 22
+fractional bits, rounded between the two directions; maps in float64; blends in
+float32. Pictures are uint8 [H, W, 3]; where pixels are moved about, each is one
+uint32: red, green, blue and a byte that is not used.
 """
 
 import math
@@ -10,10 +12,20 @@ import math
 import numba
 import numpy as np
 
-_compile = numba.njit(nogil=True, cache=True)
+
+def _compile(function):
+  """Compiles at the first call, and keeps that for other processes."""
+  try:
+    return numba.njit(nogil=True, cache=True)(function)
+  except RuntimeError:  # There is no directory to keep it in.
+    return numba.njit(nogil=True)(function)
+
 
 # Fractional bits of a weight.
 _BITS = 22
+
+# Rows that are resized horizontally at a time: few, so that they stay cached.
+_STRIPE = 16
 
 
 @_compile
@@ -51,13 +63,12 @@ def _weights(n_in: int, n_out: int, bicubic: bool):
 
 
 @_compile
-def _mix_rows(rows, n_out, bicubic):
-  """uint8 [n_in, m] -> [n_out, m]: each a weighted mean of some rows."""
-  first, count, weights = _weights(rows.shape[0], n_out, bicubic)
+def _mix_rows(rows, weights, out):
+  """uint8 [n_in, m] -> out [n_out, m]: each a weighted mean of some rows."""
+  first, count, weights = weights
   m = rows.shape[1]
   total = np.empty(m, np.int32)
-  out = np.empty((n_out, m), np.uint8)
-  for i in range(n_out):
+  for i in range(len(out)):
     total[:] = 1 << (_BITS - 1)
     for k in range(count[i]):
       row, w = rows[first[i] + k], weights[i, k]
@@ -65,66 +76,235 @@ def _mix_rows(rows, n_out, bicubic):
         total[j] += np.int32(row[j]) * w
     for j in range(m):
       out[i, j] = min(max(total[j] >> _BITS, 0), 255)
+
+
+@_compile
+def _resize_height(pixels, size, bicubic):
+  """uint32 [H, W] -> [size, W]."""
+  height, width = pixels.shape
+  out = np.empty((size, width), np.uint32)
+  _mix_rows(pixels.view(np.uint8), _weights(height, size, bicubic),
+            out.view(np.uint8))
   return out
 
 
 @_compile
-def resize(pixels, size, bicubic):
-  """Resizes uint8 [A, B, 3] along A, then along B: [size (B), size (A), 3].
-
-  The result is transposed, as two passes over rows make it.
-  """
-  n = pixels.shape[1]
-  mixed = _mix_rows(pixels.reshape(-1, n * 3), size, bicubic)
-  rows = np.empty((n, size * 3), np.uint8)
-  for i in range(size):
-    for j in range(n):
-      for c in range(3):
-        rows[j, 3 * i + c] = mixed[i, 3 * j + c]
-  return _mix_rows(rows, size, bicubic).reshape(size, size, 3)
+def _resize_width(pixels, size, bicubic, flip):
+  """uint32 [H, W] -> [H, size]: stripe by stripe turned, mixed, turned back."""
+  height, width = pixels.shape
+  weights = _weights(width, size, bicubic)
+  stripe = np.zeros((width, _STRIPE), np.uint32)
+  mixed = np.empty((size, _STRIPE), np.uint32)
+  out = np.empty((height, size), np.uint32)
+  for top in range(0, height, _STRIPE):
+    n = min(_STRIPE, height - top)
+    for y in range(n):
+      for x in range(width):
+        stripe[x, y] = pixels[top + y, x]
+    _mix_rows(stripe.view(np.uint8), weights, mixed.view(np.uint8))
+    for y in range(n):
+      for x in range(size):
+        out[top + y, size - 1 - x if flip else x] = mixed[x, y]
+  return out
 
 
 @_compile
-def shift_rows(image, shifts, bicubic, fill):
-  """Pixel (x, y) becomes that at (x + shifts[y], y); `fill` beyond the edges.
+def resize(pixels, size, bicubic, height_first, flip):
+  """Resizes, and mirrors, uint32 [H, W] to uint8 [size, size, 3]."""
+  if height_first:
+    pixels = _resize_width(_resize_height(pixels, size, bicubic), size,
+                           bicubic, flip)
+  else:
+    pixels = _resize_height(_resize_width(pixels, size, bicubic, flip), size,
+                            bicubic)
+  values = pixels.view(np.uint8)
+  out = np.empty((size, size, 3), np.uint8)
+  for y in range(size):
+    for x in range(size):
+      for c in range(3):
+        out[y, x, c] = values[y, 4 * x + c]
+  return out
 
-  Pillow's cubic is Keys' with a = -1 here, and with a = -0.5 where it resizes.
+
+@_compile
+def _padded(image):
+  """uint8 [H, W, 3] -> uint32 [H + 4, W + 4]: edges twice repeated."""
+  height, width, _ = image.shape
+  out = np.zeros((height + 4, width + 4), np.uint32)
+  values = out.view(np.uint8)
+  for y in range(height + 4):
+    row = image[min(max(y - 2, 0), height - 1)]
+    for x in range(width):
+      for k in range(3):
+        values[y, 4 * (x + 2) + k] = row[x, k]
+    out[y, :2] = out[y, 2]
+    out[y, width + 2:] = out[y, width + 1]
+  return out
+
+
+@_compile
+def _interpolate(v, d, n, out):
+  """Between 1, 2 or 4 rows of n values, at d [n] beyond the (middle) first.
+
+  The cubic is Keys' with a = -1; where Pillow resizes, a is -0.5.
+  """
+  if len(v) == 1:
+    for i in range(n):
+      out[i] = v[0, i]
+  elif len(v) == 2:
+    for i in range(n):
+      v1, v2 = float(v[0, i]), float(v[1, i])
+      out[i] = v1 + (v2 - v1) * d[i]
+  else:
+    for i in range(n):
+      v1, v2, v3, v4 = (float(v[0, i]), float(v[1, i]), float(v[2, i]),
+                        float(v[3, i]))
+      out[i] = v2 + d[i] * (v3 - v1 + d[i] * (
+          2 * (v1 - v2) + v3 - v4 + d[i] * (v2 - v1 + v4 - v3)))
+
+
+@_compile
+def affine(image, matrix, bicubic, fill):
+  """The pixel at (x, y) becomes that at (a x + b y + c, d x + e y + f).
+
+  Of each row, the neighbours of all points inside the picture are collected,
+  then interpolated together: across, then down. In a direction in which no
+  point moves, one neighbour is enough.
 
   Args:
     image: uint8 [H, W, 3].
-    shifts: float64 [H], pixels.
+    matrix: float64 (a, b, c, d, e, f); a pixel's centre is at its index + 0.5.
     bicubic: the filter; else bilinear.
-    fill: three values.
+    fill: three values, for points outside.
 
   Returns:
     uint8 [H, W, 3].
   """
   height, width, _ = image.shape
-  out = np.empty((height, width * 3), np.uint8)
-  row = np.empty((width + 4) * 3)  # Two pixels repeat the edge on each side.
+  a, b, c, d, e, f = matrix
+  pixels = _padded(image).ravel()
+  side = 4 if bicubic else 2
+  n_x = 1 if a == 1 and b == 0 and c == 0 else side
+  n_y = 1 if d == 0 and e == 1 and f == 0 else side
+  corner = 2 - (n_y == 4), 2 - (n_x == 4)
+  offset = np.array([(width + 4) * j + k
+                     for j in range(n_y) for k in range(n_x)])
+  neighbours = np.empty((n_y * n_x, width), np.uint32)
+  dx, dy = np.empty((width, 4)), np.empty((width, 4))
+  across, down = np.empty((n_y, 4 * width)), np.empty(4 * width)
+  found = np.empty(4 * width, np.uint8)
+  column = np.empty(width, np.int64)
+  out = np.empty((height, width, 3), np.uint8)
   for y in range(height):
-    for c in range(3):
-      row[c] = row[3 + c] = image[y, 0, c]
-      row[(width + 2) * 3 + c] = row[(width + 3) * 3 + c] = (
-          image[y, width - 1, c])
-    row[6:-6] = image[y].reshape(-1)
-    whole = math.floor(shifts[y])
-    d = shifts[y] - whole
-    # Where x + 0.5 + shift is in [0, width).
-    start = min(max(math.ceil(-shifts[y] - 0.5), 0), width)
-    stop = min(max(math.ceil(width - shifts[y] - 0.5), start), width)
+    n = 0
     for x in range(width):
-      if x < start or x >= stop:
-        for c in range(3):
-          out[y, 3 * x + c] = fill[c]
-    first = 3 * (start + whole + 1)
-    for i in range(3 * (stop - start)):
-      k = first + i
-      v1, v2, v3, v4 = row[k], row[k + 3], row[k + 6], row[k + 9]
-      if bicubic:
-        value = v2 + d * (v3 - v1 + d * (
-            2 * (v1 - v2) + v3 - v4 + d * (v2 - v1 + v4 - v3)))
-      else:
-        value = v2 + (v3 - v2) * d
-      out[y, 3 * start + i] = np.uint8(min(max(value, 0.0), 255.0))
+      u = a * (x + 0.5) + b * (y + 0.5) + c
+      v = d * (x + 0.5) + e * (y + 0.5) + f
+      if not (0 <= u < width and 0 <= v < height):
+        for k in range(3):
+          out[y, x, k] = fill[k]
+        continue
+      left, top = math.floor(u - 0.5), math.floor(v - 0.5)
+      dx[n], dy[n] = u - 0.5 - left, v - 0.5 - top
+      at = (top + corner[0]) * (width + 4) + left + corner[1]
+      for k in range(len(offset)):
+        neighbours[k, n] = pixels[np.uint64(at + offset[k])]
+      column[n] = x
+      n += 1
+    for j in range(n_y):
+      _interpolate(neighbours[j * n_x:(j + 1) * n_x].view(np.uint8), dx.ravel(),
+                   4 * n, across[j])
+    _interpolate(across, dy.ravel(), 4 * n, down)
+    for i in range(4 * n):
+      found[i] = np.int32(min(max(down[i], 0.0), 255.0))
+    for i in range(n):
+      for k in range(3):
+        out[y, column[i], k] = found[4 * i + k]
+  return out
+
+
+@_compile
+def histogram(image):
+  """uint8 [H, W, 3] -> int64 [3, 256]: how often each value comes."""
+  out = np.zeros((3, 256), np.int64)
+  for y in range(image.shape[0]):
+    for x in range(image.shape[1]):
+      for c in range(3):
+        out[c, image[y, x, c]] += 1
+  return out
+
+
+@_compile
+def look_up(image, table):
+  """Of uint8 [H, W, 3], replaces the values by those of uint8 [3, 256]."""
+  out = np.empty_like(image)
+  for y in range(image.shape[0]):
+    for x in range(image.shape[1]):
+      for c in range(3):
+        out[y, x, c] = table[c, image[y, x, c]]
+  return out
+
+
+@_compile
+def _gray(pixel):
+  """BT.601's luma in 16 fractional bits, as Pillow rounds it."""
+  return (np.int32(pixel[0]) * 19595 + np.int32(pixel[1]) * 38470
+          + np.int32(pixel[2]) * 7471 + 0x8000) >> 16
+
+
+@_compile
+def mean_gray(image):
+  """The mean of the gray picture of uint8 [H, W, 3]."""
+  total = 0
+  for y in range(image.shape[0]):
+    for x in range(image.shape[1]):
+      total += _gray(image[y, x])
+  return total / (image.shape[0] * image.shape[1])
+
+
+@_compile
+def _blend(one, other, factor, out):
+  """From one row of values (at 0) to another (at 1), and beyond; float32."""
+  for i in range(len(out)):
+    first = np.float32(one[i])
+    value = first + factor * (np.float32(other[i]) - first)
+    out[i] = np.int32(min(max(value, np.float32(0)), np.float32(255)))
+
+
+@_compile
+def color(image, factor):
+  """Blends the gray picture of uint8 [H, W, 3] with it by a float32."""
+  height, width, _ = image.shape
+  out = np.empty((height, width * 3), np.uint8)
+  gray = np.empty((width, 3), np.int32)
+  for y in range(height):
+    for x in range(width):
+      gray[x] = _gray(image[y, x])
+    _blend(gray.ravel(), image[y].ravel(), factor, out[y])
+  return out.reshape(height, width, 3)
+
+
+@_compile
+def sharpness(image, factor):
+  """Blends uint8 [H, W, 3], smoothed, with itself by a float32.
+
+  A smooth pixel is 5/13 of itself and 1/13 of each of its 8 neighbours; those
+  at the border stay.
+  """
+  height, width, _ = image.shape
+  rows = image.reshape(height, width * 3)
+  out = rows.copy()
+  three = np.empty(width * 3, np.int32)
+  smooth = np.empty(max(width * 3 - 6, 0), np.int32)
+  for y in range(1, height - 1):
+    above, row, below = rows[y - 1], rows[y], rows[y + 1]
+    for i in range(width * 3):
+      three[i] = np.int32(above[i]) + np.int32(row[i]) + np.int32(below[i])
+    inner, middle, right = row[3:], three[3:], three[6:]
+    for i in range(len(smooth)):
+      total = three[i] + middle[i] + right[i] + 4 * np.int32(inner[i])
+      # Rounded: no total is half-way, or within 1/26 of it.
+      smooth[i] = np.int32((np.float32(total) + np.float32(6.5))
+                           * np.float32(1 / 13))
+    _blend(smooth, inner, factor, out[y, 3:-3])
   return out.reshape(height, width, 3)

@@ -5,11 +5,16 @@ of the data set. Step s takes the positions [s B, (s + 1) B) of it, and each
 process its own contiguous part of them. The position in the data is therefore
 one integer, whatever the number of processes, workers and threads; resuming
 there is exact. Reading ahead, threads and worker processes are grain's.
+
+An example that cannot be read or transformed is bad. To train, another takes
+its place, drawn from (seed, epoch, index) too; evaluation leaves it out, as
+another would bias the measure. Nothing else moves.
 """
 
 import dataclasses
 import functools
 import itertools
+import logging
 import multiprocessing
 import os
 import threading
@@ -23,10 +28,18 @@ from absl import flags
 from metaformer_jax import errors
 from metaformer_jax.data.sources import Source
 
+log = logging.getLogger(__name__)
+
 Batch = dict[str, np.ndarray]
 
 # Domains of the seeds, so that no two uses draw the same numbers.
-_ORDER, _AUGMENT = 0, 1
+_ORDER, _AUGMENT, _REPLACE = 0, 1, 2
+
+# How many examples are tried in the place of a bad one.
+_TRIES = 20
+
+# How many bad examples a loader names in the log.
+_NAMED = 10
 
 # The most examples of a batch that are prepared in one go.
 _CHUNK = 64
@@ -62,6 +75,8 @@ class Loader:
   workers: int = 0
   threads: int = 4
   repeats: int = 1
+  _named: set[int] = dataclasses.field(
+      default_factory=set, init=False, repr=False, compare=False)
 
   def __post_init__(self):
     if self.batch_size % self.process_count:
@@ -81,22 +96,32 @@ class Loader:
 
     Yields:
       The transform's arrays, stacked: {"image": [b, ...], "label": [b], ...}
-      with b = batch_size / process_count.
+      with b = batch_size / process_count; and "replaced": bool [b], true where
+      an example is bad and another in its place.
+
+    Raises:
+      DataError: a bad example, and all that were tried in its place.
     """
     stream = _TrainStream(self.source, self.transform, self.seed, self.repeats)
-    yield from self._read(_Part(stream, self, position, _ENDLESS))
+    yield from self._read(_Part(stream, self, position, _ENDLESS),
+                          "another takes its place")
 
   def eval_batches(self) -> Iterator[Batch]:
     """The whole data set in order, once; the last batch is filled up.
 
     Yields:
-      As `train_batches`, with "mask": bool [b], false for what fills up.
+      As `train_batches`, with "mask": bool [b], false for what fills up and for
+      the bad examples. These are all zeros, and "replaced" is true for them
+      only.
+
+    Raises:
+      DataError: a bad example, and all whose shape it could have taken.
     """
     stream = _Part(_EvalStream(self.source, self.transform), self, 0,
                    self.n_eval_batches)
-    yield from self._read(stream)
+    yield from self._read(stream, "it is not measured")
 
-  def _read(self, stream: "_Part") -> Iterator[Batch]:
+  def _read(self, stream: "_Part", fate: str) -> Iterator[Batch]:
     if not flags.FLAGS.is_parsed():  # grain's options are absl flags.
       flags.FLAGS.mark_as_parsed()
     local = self.batch_size // self.process_count
@@ -120,13 +145,30 @@ class Loader:
       while parts := list(itertools.islice(iterator, n_chunks)):
         # A copy in any case: workers hand over shared memory, which jax would
         # hold on to.
-        yield {name: np.concatenate([part[name] for part in parts])
-               for name in parts[0]}
+        batch = {name: np.concatenate([part[name] for part in parts])
+                 for name in parts[0]}
+        bad = batch.pop("bad")
+        for index in bad[bad >= 0].tolist():
+          self._name(index, fate)
+        yield {**batch, "replaced": bad >= 0}
     except errors.DataError as e:
       # grain adds lines about itself.
       raise errors.DataError(str(e).splitlines()[0]) from e
     finally:
       iterator.close()
+
+  def _name(self, index: int, fate: str) -> None:
+    """Logs a bad example and what is wrong with it; the first few, once."""
+    if index in self._named or len(self._named) > _NAMED:
+      return
+    self._named.add(index)
+    if len(self._named) > _NAMED:
+      log.warning("further bad examples are counted, but not named")
+      return
+    _, reason = _try(self.source, self.transform, index,
+                     np.random.default_rng(0))
+    log.warning("%s; %s", reason or f"example {index} could not be used at "
+                "first, but can now: is the storage reliable?", fate)
 
 
 def _end_with_parent(index: int, count: int) -> None:
@@ -156,19 +198,44 @@ class _TrainStream:
     index = int(_permutation(self.seed, epoch, n)[place])
     key = (self.seed, _AUGMENT, epoch, index)
     rng = np.random.default_rng((*key, repeat) if repeat else key)
-    return _example(self.source, index, self.transform, rng)
+    return _example(self.source, self.transform, index, rng,
+                    _others((self.seed, _REPLACE, epoch, index), n, repeat))
 
 
-def _example(source, index, transform, rng=None) -> dict[str, Any]:
-  """Reads and transforms one example; DataError names it if that fails."""
+def _example(source, transform, index, rng, others) -> dict[str, Any]:
+  """An example, or the first that can be used of `others`, if it is bad.
+
+  Its "bad" is then the index, and -1 otherwise. DataError: all are bad.
+  """
+  example, reason = _try(source, transform, index, rng)
+  if not reason:
+    return {**example, "bad": np.int64(-1)}
+  for other, other_rng in others:
+    example, failed = _try(source, transform, other, other_rng)
+    if not failed:
+      return {**example, "bad": np.int64(index)}
+  raise errors.DataError(f"{reason}; nor could any other that was tried")
+
+
+def _try(source, transform, index, rng) -> tuple[dict[str, Any], str]:
+  """Reads and transforms an example; returns it, and why it is bad or ""."""
   record = {}
   try:
     record = source[index]
-    return transform(record, rng)
+    return transform(record, rng), ""
   except Exception as e:
-    message = (f"example {index} {record.get('path', '')} cannot be used: "
-               f"{type(e).__name__}: {e}")
-    raise errors.DataError(" ".join(message.split())) from e
+    reason = (f"example {index} {record.get('path', '')} cannot be used: "
+              f"{type(e).__name__}: {e}")
+    return {}, " ".join(reason.split()).rstrip(": ")
+
+
+def _others(key: tuple[int, int, int, int], n: int, repeat: int):
+  """Draws which of n examples to try in the place of key's, and their rngs."""
+  if n == 1:
+    return
+  steps = np.random.default_rng(key).integers(1, n, _TRIES)
+  for number, step in enumerate(steps.tolist()):
+    yield (key[-1] + step) % n, np.random.default_rng((*key, repeat, number))
 
 
 @functools.lru_cache(maxsize=2)
@@ -179,15 +246,22 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _EvalStream:
-  """The data set in its own order, then filling, marked by "mask"."""
+  """The data set in its own order, then filling; "mask" tells them apart."""
 
   source: Source
   transform: Callable[..., dict[str, Any]]
 
   def __getitem__(self, position: int) -> dict[str, Any]:
-    valid = position < len(self.source)
-    example = _example(self.source, position if valid else 0, self.transform)
-    return {**example, "mask": np.bool_(valid)}
+    n = len(self.source)
+    valid = position < n
+    index = position if valid else 0
+    example = _example(self.source, self.transform, index, None,
+                       _others((0, _REPLACE, 0, index), n, 0))
+    bad = example.pop("bad")
+    if bad >= 0:
+      example = {name: np.zeros_like(x) for name, x in example.items()}
+    return {**example, "mask": np.bool_(valid and bad < 0),
+            "bad": bad if valid else np.int64(-1)}
 
 
 class _Part:

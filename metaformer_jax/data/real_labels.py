@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from metaformer_jax import errors
-from metaformer_jax.data.sources import Record, Source
+from metaformer_jax.data.sources import ClassFolders, Record
 
 
 class RealLabels:
@@ -21,37 +21,41 @@ class RealLabels:
   An image without labels has -1 only: evaluation leaves it out.
   """
 
-  def __init__(self, source: Source, path: str, n_classes: int):
-    """Reads the file; ConfigError: it is none, or malformed."""
+  def __init__(self, source: ClassFolders, path: str, n_classes: int):
+    """Reads the file; ConfigError: it is malformed, or of other images."""
     file = pathlib.Path(path).expanduser()
     where = f"config.eval.real_path: {file}"
     try:
       labels = json.loads(file.read_bytes())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
       raise errors.ConfigError(f"{where} cannot be read as JSON: {e}") from e
     if not isinstance(labels, list) or not labels:
       raise errors.ConfigError(f"{where} is no list of lists of classes")
     for number, one in enumerate(labels, 1):
-      if not isinstance(one, list) or not all(
+      if not isinstance(one, list) or len(one) > n_classes or not all(
           type(v) is int and 0 <= v < n_classes for v in one):
         raise errors.ConfigError(
             f"{where}: image {number} has {str(one)[:60]}, which is no list of "
             f"classes below {n_classes}")
+    numbered = np.full((len(labels), max(1, *map(len, labels), 1)), -1,
+                       np.int32)
+    for row, one in zip(numbered, labels):
+      row[:len(one)] = one
+    numbers = []
+    for i in range(len(source)):
+      image = pathlib.PurePath(source.path(i))
+      match = re.fullmatch(r"ILSVRC2012_val_(\d{8})", image.stem)
+      if not match or not 1 <= int(match[1]) <= len(labels):
+        raise errors.ConfigError(
+            f"{where} has labels of ILSVRC2012_val_{1:08} to "
+            f"{len(labels):08}, not of {image}")
+      numbers.append(int(match[1]))
     self._source = source
     self.n_classes = source.n_classes
-    self._labels = np.full((len(labels), max(1, *map(len, labels), 1)), -1,
-                           np.int32)
-    for row, one in zip(self._labels, labels):
-      row[:len(one)] = one
+    self._labels = numbered[np.array(numbers) - 1]
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, index: int) -> Record:
-    record = self._source[index]
-    name = pathlib.PurePath(record["path"]).stem
-    match = re.fullmatch(r"ILSVRC2012_val_(\d{8})", name)
-    if not match or not 1 <= int(match[1]) <= len(self._labels):
-      raise ValueError(f"{name} is no image of real.json, which has those from "
-                       f"ILSVRC2012_val_{1:08} to {len(self._labels):08}")
-    return {**record, "labels": self._labels[int(match[1]) - 1]}
+    return {**self._source[index], "labels": self._labels[index]}

@@ -1,15 +1,18 @@
 """Random access to data sets: `len(source)`, `source[i] -> record`.
 
 A record of a classification source is {"image", "label"}: the image either
-encoded, as bytes, or uint8 [H, W] or [H, W, 3]; the label an int. A source has
-`n_classes`, or None where it cannot know. Sources are read by several threads
-and pickled to worker processes.
+encoded, as bytes, or uint8 [H, W] or [H, W, 3]; the label an int; and, where it
+has one, the "path" that a bad image is named by. A source has `n_classes`, or
+None where it cannot know. Sources are read by several threads and pickled to
+worker processes.
 """
 
 import gzip
+import math
 import os
 import pathlib
 import re
+import struct
 import zlib
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -20,6 +23,8 @@ from metaformer_jax import errors
 from metaformer_jax.experiment import Data
 
 Record = Mapping[str, Any]
+
+_MAX_IDX_BYTES = 2**31  # Unpacked; MNIST's largest file has 47 million.
 
 
 class Source(Protocol):
@@ -109,21 +114,23 @@ def _read_idx(folder: str, name: str, n_dims: int) -> np.ndarray:
   if file is None:
     raise errors.ConfigError(f"config.data.path: {root} has no {name}[.gz]")
   try:
-    data = file.read_bytes()
-    data = gzip.decompress(data) if file.suffix == ".gz" else data
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
+      # Two zero bytes, the type (8: uint8), the number of dimensions, their
+      # sizes.
+      header = stream.read(4 + 4 * n_dims)
+      if len(header) < 4 + 4 * n_dims or header[:4] != bytes((0, 0, 8, n_dims)):
+        raise errors.ConfigError(
+            f"{file}: is no idx file of uint8 with {n_dims} dimensions")
+      shape = struct.unpack(f">{n_dims}I", header[4:])
+      size = math.prod(shape)
+      # A few bytes may claim, and compressed ones expand to, any size.
+      data = stream.read(min(size, _MAX_IDX_BYTES) + 1000)
   except (EOFError, zlib.error, OSError) as e:
     raise errors.ConfigError(f"{file}: cannot be read: {e}") from e
-  # Two zero bytes, the type (8: uint8), the number of dimensions, their sizes.
-  header = 4 + 4 * n_dims
-  if len(data) < header or data[:4] != bytes((0, 0, 8, n_dims)):
+  if len(data) != size:
     raise errors.ConfigError(
-        f"{file}: is no idx file of uint8 with {n_dims} dimensions")
-  shape = np.frombuffer(data[4:header], ">u4").astype(np.int64)
-  if len(data) - header != shape.prod():
-    raise errors.ConfigError(
-        f"{file}: holds {len(data) - header} values, not "
-        f"{'x'.join(map(str, shape))}")
-  return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+        f"{file}: holds {len(data)} values, not {'x'.join(map(str, shape))}")
+  return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 # As torchvision's ImageFolder takes them.
@@ -166,8 +173,12 @@ class ClassFolders:
   def __len__(self) -> int:
     return len(self._files)
 
+  def path(self, index: int) -> str:
+    """Where an image lies; the file is not touched."""
+    return os.path.join(self._root, os.fsdecode(self._files[index]))
+
   def __getitem__(self, index: int) -> Record:
-    path = os.path.join(self._root, os.fsdecode(self._files[index]))
+    path = self.path(index)
     with open(path, "rb") as f:
       return {"image": f.read(), "label": int(self._labels[index]),
               "path": path}
@@ -206,8 +217,14 @@ def _class_folders(cfg: Data, train: bool, numbered: bool) -> ClassFolders:
 
 def _image_files(folder: str) -> list[str]:
   """The images below a class folder: folder by folder, each sorted."""
+
+  def fail(e):  # os.walk() would leave out what it cannot list.
+    raise errors.ConfigError(
+        f"config.data.path: {folder} cannot be read: {e}") from e
+
   found = []
-  for where, _, names in sorted(os.walk(folder, followlinks=True)):
+  for where, _, names in sorted(
+      os.walk(folder, followlinks=True, onerror=fail)):
     inside = os.path.relpath(where, folder)
     found += [os.path.normpath(os.path.join(inside, name))
               for name in sorted(names)

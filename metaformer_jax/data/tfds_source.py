@@ -107,7 +107,11 @@ class TfdsSource:
       self._decoders = {"image": tfds.decode.SkipDecoding()}
     example = self._features.deserialize_example_np(
         self._records[index], decoders=self._decoders)
-    return {"image": example["image"], "label": int(example["label"])}
+    record = {"image": example["image"], "label": int(example["label"])}
+    name = example.get("file_name")  # As ImageNet has it.
+    if isinstance(name, bytes):
+      record["path"] = os.fsdecode(name)
+    return record
 
 
 class _ArrayRecords:

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from metaformer_jax.data import augment, images, resampling
+from metaformer_jax.data import augment, images, pixels
 from metaformer_jax.data.sources import Record
 from metaformer_jax.experiment import Data
 
@@ -53,7 +53,7 @@ def resize_shorter(picture: Image.Image, size: int,
     w, h = size, int(size * h / w)
   else:
     w, h = int(size * w / h), size
-  return picture.resize((w, h), resampling.RESAMPLING[interpolation])
+  return picture.resize((w, h), pixels.FILTERS[interpolation])
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
@@ -74,21 +74,18 @@ class TrainTransform:
 
   def __call__(self, record: Record, rng: np.random.Generator):
     cfg = self.cfg
-    picture = images.decode(record["image"])
+    picture = images.decode(record["image"], cfg.max_pixels)
     box = random_resized_crop_box(*picture.size, cfg.crop_area, cfg.crop_ratio,
                                   rng)
     interpolation = cfg.train_interpolation
     if interpolation == "random":
       interpolation = ("bilinear", "bicubic")[rng.integers(2)]
-    # Cropped first: a box given to resize() also samples pixels outside it.
-    picture = resampling.resize(picture.crop(box), cfg.image_size,
-                                interpolation)
-    if rng.random() < cfg.flip:
-      picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    image = pixels.crop_resize(picture, box, cfg.image_size, interpolation,
+                               flip=rng.random() < cfg.flip)
     fill = augment.fill_colour(cfg.mean)
     for op in augment.draw(cfg, rng):
-      picture = augment.apply(picture, op, fill)
-    return {"image": np.asarray(picture), "label": np.int32(record["label"])}
+      image = augment.apply(image, op, fill)
+    return {"image": image, "label": np.int32(record["label"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +98,7 @@ class EvalTransform:
     del rng
     cfg = self.cfg
     picture = resize_shorter(
-        images.decode(record["image"]),
+        images.decode(record["image"], cfg.max_pixels),
         math.floor(cfg.image_size / cfg.crop_pct), cfg.interpolation)
     picture = centre_crop(picture, cfg.image_size)
     labels = {"labels": record["labels"]} if "labels" in record else {}

@@ -13,7 +13,11 @@ Metrics = dict[str, jax.Array]
 
 
 class Data(Protocol):
-  """A split of a data set; `metaformer_jax.data.loader.Loader` is one."""
+  """A split of a data set; `metaformer_jax.data.loader.Loader` is one.
+
+  Batches may have "replaced", bool [b]: true where an example could not be
+  used. In training another is in its place; in evaluation "mask" is false.
+  """
 
   @property
   def n_examples(self) -> int: ...

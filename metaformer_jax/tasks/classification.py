@@ -29,8 +29,9 @@ def normalize(image: jax.Array, mean, std) -> jax.Array:
 class Classification:
   """Cross-entropy, smoothed and mixed as configured; top-1 and top-5.
 
-  Batches are {"image": uint8 [B, H, W, 3], "label": int32 [B]}; to evaluate,
-  "mask": bool [B] too, and for ImageNet-ReaL "labels": int32 [B, L].
+  Batches are {"image": uint8 [B, H, W, 3], "label": int32 [B], "replaced": bool
+  [B]}; to evaluate, "mask": bool [B] too, and for ImageNet-ReaL "labels": int32
+  [B, L].
   """
 
   cfg: Experiment

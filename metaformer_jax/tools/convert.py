@@ -65,7 +65,8 @@ def _model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
       model = Model(**{k: tuple(v) if isinstance(v, list) else v
                        for k, v in config["model"].items()})
       size = config["data"]["image_size"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError,
+            RecursionError) as e:
       raise errors.ConfigError(
           f"--input: {run} is not that of a run ({e!r}); give a run's folder "
           "or a file of weights") from e

@@ -23,10 +23,10 @@ def main(cfg: Experiment, workdir: pathlib.Path) -> None:
   checkpoint = which()
   mesh = cli.start_jax(cfg)
   from metaformer_jax import tasks  # noqa: PLC0415
-  from metaformer_jax.training import loop  # noqa: PLC0415
+  from metaformer_jax.training import evaluate  # noqa: PLC0415
 
-  result = loop.evaluate_checkpoint(cfg, tasks.create(cfg), mesh, workdir,
-                                    checkpoint)
+  result = evaluate.evaluate_checkpoint(cfg, tasks.create(cfg), mesh, workdir,
+                                        checkpoint)
   print(json.dumps(result), flush=True)
 
 

@@ -198,7 +198,7 @@ def _setting(text: str) -> tuple[str, Any]:
     raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
   try:
     return key, ast.literal_eval(value)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
     return key, value  # A string without quotation marks.
 
 

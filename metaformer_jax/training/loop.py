@@ -3,47 +3,61 @@
 import contextlib
 import functools
 import logging
-import os
 import pathlib
 import statistics
-import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from metaformer_jax import config as config_lib
 from metaformer_jax import errors
 from metaformer_jax.experiment import Experiment
 from metaformer_jax.models import registry
 from metaformer_jax.tasks import base
-from metaformer_jax.training import checkpoints as checkpoints_lib
-from metaformer_jax.training import metrics as metrics_lib
 from metaformer_jax.training import (
+  accounting,
+  evaluate,
   optim,
   pretrained,
+  processes,
   report,
+  schedules,
   sharding,
   signals,
   step,
+  watchdog,
   writers,
 )
+from metaformer_jax.training import checkpoints as checkpoints_lib
+from metaformer_jax.training import metrics as metrics_lib
 from metaformer_jax.training import state as state_lib
+from metaformer_jax.training import workdir as workdir_lib
 
 log = logging.getLogger(__name__)
 
 
 def total_steps(cfg: Experiment, n_examples: int) -> int:
-  """Steps of the run: `train.steps`, or its epochs and the cool-down's."""
+  """Steps of the run: `train.steps`, or its epochs and the cool-down's.
+
+  Raises:
+    ConfigError: there are more than an int32 counts.
+  """
   if cfg.train.steps is not None:
     return cfg.train.steps
   epochs = cfg.train.epochs + cfg.optim.cooldown_epochs
-  return max(1, round(epochs * n_examples / cfg.train.batch_size))
+  n_steps = max(1, round(epochs * n_examples / cfg.train.batch_size))
+  if n_steps >= 2**31:
+    raise errors.ConfigError(
+        f"config.train.epochs: {epochs:g} epochs of {n_examples} images are "
+        f"{n_steps} steps of {cfg.train.batch_size}; the most: {2**31 - 1}")
+  return n_steps
 
 
 def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
                        workdir: pathlib.Path) -> dict[str, Any]:
   """Trains to the end, from where the workdir's last checkpoint is.
+
+  Every process of a run calls it; the first one writes.
 
   Args:
     cfg: the experiment.
@@ -56,16 +70,48 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
     The summary, as in summary.json.
 
   Raises:
-    ConfigError: the workdir holds another experiment, or data is missing.
-    DivergedError: the loss was not finite.
-    Preempted: told to end by SIGTERM or SIGINT; the last step is saved.
+    ConfigError: the workdir holds another experiment or is in use, or data is
+      missing.
+    DataError: there are too many bad images.
+    DivergedError: too many steps in a row were not finite.
+    Preempted: a process was told to end by SIGTERM or SIGINT; the last step is
+      saved.
+    StorageError: the workdir can no longer be written.
   """
-  train_data, eval_data = task.make_data("train"), task.make_data("eval")
-  n_train = train_data.n_examples
-  n_steps = total_steps(cfg, n_train)
-  steps_per_epoch = n_train / cfg.train.batch_size
-  tx, schedule = optim.create(cfg, n_steps, steps_per_epoch)
+  with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(signals.StopSignal())
+    with processes.agreeing():
+      parts = _prepare(cfg, task, mesh)
+      if jax.process_index() == 0:
+        stack.enter_context(workdir_lib.hold(workdir))
+        workdir_lib.claim(cfg, workdir)
+    checkpoints = checkpoints_lib.Checkpoints(workdir, cfg.checkpoint)
+    stack.callback(checkpoints.close)
+    dog = stack.enter_context(watchdog.Watchdog(cfg.log.hang_seconds))
+    stack.enter_context(processes.leaving(cfg.mesh.heartbeat_seconds))
+    return _run(cfg, task, mesh, workdir, parts, checkpoints, stop, dog)
 
+
+class _Parts(NamedTuple):
+  """What a run is made of, before it has a state."""
+
+  train_data: base.Data
+  eval_data: base.Data
+  n_steps: int
+  steps_per_epoch: float
+  tx: optax.GradientTransformation
+  schedule: schedules.Schedule
+  create: Any  # () -> TrainState, to be traced.
+  shapes: state_lib.TrainState
+  shardings: state_lib.TrainState
+
+
+def _prepare(cfg: Experiment, task: base.Task, mesh) -> _Parts:
+  """What can fail without a device having done anything."""
+  train_data, eval_data = task.make_data("train"), task.make_data("eval")
+  n_steps = total_steps(cfg, train_data.n_examples)
+  steps_per_epoch = train_data.n_examples / cfg.train.batch_size
+  tx, schedule = optim.create(cfg, n_steps, steps_per_epoch)
   create = functools.partial(state_lib.create, task, tx, cfg.seed,
                              cfg.train.ema_decay)
   try:
@@ -73,110 +119,152 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
   except ValueError as e:  # What a model says of settings that do not fit.
     raise errors.ConfigError(f"config.model: {e}") from e
   shardings = sharding.state_shardings(mesh, shapes, cfg.mesh)
-  first = jax.process_index() == 0
-  claim_workdir(cfg, workdir, write=first)
-  checkpoints = checkpoints_lib.Checkpoints(workdir, cfg.checkpoint)
-  if first:
-    log.info("%s", report.plan(cfg, shapes, mesh, n_train,
-                               eval_data.n_examples, n_steps))
+  return _Parts(train_data, eval_data, n_steps, steps_per_epoch, tx, schedule,
+                create, shapes, shardings)
 
-  # How the state starts; the first that applies wins.
-  # 1. The workdir has a checkpoint: resume it, data position included.
-  # 2. The weights of config.init; a head of other classes begins anew.
-  # 3. From scratch.
-  restored = checkpoints.latest_step()
+
+def _first_state(cfg: Experiment, parts: _Parts, checkpoints):
+  """How the state starts; the first that applies wins.
+
+  1. The workdir has a checkpoint: resume it, data position included.
+  2. The weights of config.init; a head of other classes begins anew.
+  3. From scratch.
+
+  Returns:
+    (state, position in the data, what is counted over restarts).
+  """
+  shapes = parts.shapes
+  restored = checkpoints.latest_good()
   if restored is not None:
-    state, position = checkpoints.restore(
-        restored, sharding.abstract(shapes, shardings))
-    if first:
-      log.info("resumed %s at step %d", workdir, restored)
-  else:
+    return *checkpoints.restore(
+        restored, sharding.abstract(shapes, parts.shardings)
+    ), checkpoints.totals(restored)
+  with processes.agreeing():
     weights = cfg.init and pretrained.read(
         cfg.init, registry.get_spec(cfg.model.name).family,
         {"params": shapes.params, **shapes.model_state},
         (cfg.data.image_size,) * 2, new_head=True)
-    state = jax.jit(create, out_shardings=shardings)()
-    if weights:
-      state = pretrained.warm_start(state, weights)
-    restored, position = 0, 0
+  state = jax.jit(parts.create, out_shardings=parts.shardings)()
+  if weights:
+    state = pretrained.warm_start(state, weights)
+  return state, 0, {}
 
-  everywhere = sharding.replicated(mesh)
+
+def _run(cfg: Experiment, task: base.Task, mesh, workdir: pathlib.Path,
+         parts: _Parts, checkpoints, stop: signals.StopSignal,
+         dog: watchdog.Watchdog) -> dict[str, Any]:
+  """From the first state to the summary."""
+  n_train, n_steps = parts.train_data.n_examples, parts.n_steps
+  first = jax.process_index() == 0
+  if first:
+    log.info("%s", report.plan(cfg, parts.shapes, mesh, n_train,
+                               parts.eval_data.n_examples, n_steps))
+  state, position, saved = _first_state(cfg, parts, checkpoints)
+  restored = int(jax.device_get(state.step))
+  if first and restored:
+    log.info("resumed %s at step %d", workdir, restored)
+  totals = accounting.new_totals(saved)
+  clock = accounting.Clock(totals)
+
+  def step_and_notes(state, batch, flags):
+    state, metrics = step.train_step(
+        state, batch, task=task, tx=parts.tx, schedule=parts.schedule,
+        seed=cfg.seed, ema_decay=cfg.train.ema_decay,
+        accumulate=cfg.train.accumulate)
+    return state, metrics | step.notes(batch, flags)
+
   train_step = jax.jit(
-      functools.partial(step.train_step, task=task, tx=tx, schedule=schedule,
-                        seed=cfg.seed, ema_decay=cfg.train.ema_decay,
-                        accumulate=cfg.train.accumulate),
-      donate_argnums=0, out_shardings=(shardings, everywhere))
-  evaluate = Evaluation(task, mesh, eval_data)
-
+      step_and_notes, donate_argnums=0,
+      out_shardings=(parts.shardings, sharding.replicated(mesh)))
+  evaluation = evaluate.Evaluation(task, mesh, parts.eval_data,
+                                   cfg.data.max_bad_fraction)
   writer = writers.Writer(workdir, cfg.log, restored, enabled=first)
-  progress = report.Progress(restored, n_steps, cfg.train.batch_size, n_train,
-                             enabled=first)
-  eval_every = max(1, round(cfg.eval.every_epochs * steps_per_epoch))
-  batches = train_data.train_batches(position)
-  window = metrics_lib.Window()
-  stop = signals.StopSignal()
+  progress = report.Progress(restored, n_steps, enabled=first)
+  eval_every = max(1, round(cfg.eval.every_epochs * parts.steps_per_epoch))
+  batches = parts.train_data.train_batches(position)
+  window = metrics_lib.Window(step.checked(parts.shapes.params),
+                              cfg.train.max_skipped, totals)
   result = _last_evaluation(writer.records, restored)
+  logged = restored
 
   def log_window(i):
-    metrics = window.means() | progress.window(i)
+    nonlocal logged
+    metrics = window.means() | clock.window(
+        i - logged, cfg.train.batch_size) | {
+            "epoch": i * cfg.train.batch_size / n_train}
+    logged = i
     writer.write(i, "train", metrics)
     progress.show(i, metrics)
+    checkpoints.check()  # A full disk is told as soon as it is known.
 
   def evaluate_now(i):
-    result = evaluate(state.eval_variables())
-    writer.write(i, "eval", result)
-    progress.say(f"step {i}  eval  {report.measures(result)}")
+    clock.turn_to("evaluation")
+    result = evaluation(state.eval_variables(), stop, dog)
+    if result is not None:
+      writer.write(i, "eval", result)
+      progress.say(f"step {i}  eval  {report.measures(result)}")
     return result
 
   try:
-    with stop, jax.transfer_guard("disallow"):
+    with jax.transfer_guard("disallow"):
       if result is None and restored and (
           restored % eval_every == 0 or restored == n_steps):
         result = evaluate_now(restored)  # The run ended before it came to it.
+        if result is None:
+          raise errors.Preempted(
+              f"told to end during an evaluation; {workdir} is as it was")
       for i in range(restored + 1, n_steps + 1):
-        start = time.perf_counter()
+        clock.turn_to("input")
+        dog.beat(f"the batch of step {i}")
         batch = sharding.put_batch(next(batches), mesh)
+        flags = stop.flags(mesh)
+        dog.beat(f"step {i}")
         if i == restored + 1:
-          compiling = time.perf_counter()
-          train_step = train_step.lower(state, batch).compile()
-          progress.say("compiled the training step in "
-                       f"{time.perf_counter() - compiling:.1f} s")
-          start = progress.restart(restored)
-        progress.wait(time.perf_counter() - start)
-        state, metrics = train_step(state, batch)
+          clock.turn_to("setup")
+          train_step = train_step.lower(state, batch, flags).compile()
+          progress.say(f"compiled the training step in {clock.spent():.1f} s")
+        clock.turn_to("step")
+        state, metrics = train_step(state, batch, flags)
         position += cfg.train.batch_size
         # Waits for the step before: the device has this one to work on.
         window.add(i, metrics)
+        _check_images(cfg, totals, n_train, position)
         if window.is_due(i - 1, cfg.log.every_steps):
           log_window(i - 1)
         progress.advance()
 
-        last = i == n_steps or stop.signal is not None
-        evaluating = i == n_steps or (i % eval_every == 0 and not last)
-        saving = evaluating or last or i % cfg.checkpoint.every_steps == 0
-        if saving:
-          window.flush()  # What is not finite must not be saved.
-          if i == n_steps or window.is_due(i, cfg.log.every_steps):
-            log_window(i)
-          result = evaluate_now(i) if evaluating else None
-          checkpoints.save(state, position, result)
-          progress.restart(i)
-        if last and i < n_steps:
+        evaluating = i == n_steps or i % eval_every == 0
+        if not (evaluating or window.stop
+                or i % cfg.checkpoint.every_steps == 0):
+          continue
+        window.flush()
+        if i == n_steps or window.is_due(i, cfg.log.every_steps):
+          log_window(i)
+        step.require_finite(state)
+        told = signals.name(window.stop)
+        result = evaluate_now(i) if evaluating and not told else None
+        clock.turn_to("checkpoint")
+        dog.beat(f"the checkpoint of step {i}")
+        checkpoints.save(state, position, result, totals)
+        if told or (evaluating and result is None):
           raise errors.Preempted(
-              f"{stop.signal.name} at step {i}; saved in "
-              f"{workdir}; the same command goes on from there")
+              f"{told or 'told to end'} at step {i}; saved in {workdir}; the "
+              "same command goes on from there")
   finally:
     progress.close()
     batches.close()
-    checkpoints.close()
     writer.close()
+  checkpoints.wait()
 
-  speeds = [r["images_per_second"] for r in writer.records
-            if r["split"] == "train"]
+  last = [r for r in writer.records if r["split"] == "train"]
   summary = {
       "step": n_steps, **result,
-      "n_params": sum(x.size for x in jax.tree.leaves(shapes.params)),
-      "images_per_second": statistics.median(speeds) if speeds else None,
+      "n_params": sum(x.size for x in jax.tree.leaves(parts.shapes.params)),
+      "images_per_second": statistics.median(
+          r["images_per_second"] for r in last) if last else None,
+      "goodput": last[-1]["goodput"] if last else None,
+      "skipped_steps": int(totals["skipped_steps"]),
+      "bad_images": int(totals["bad_images"]),
       "checkpoint": str(checkpoints.directory / str(n_steps)),
   }
   curves = writer.finish(summary)
@@ -186,103 +274,15 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
   return summary
 
 
-class Evaluation:
-  """Measures variables on the whole of a split; compiled once."""
-
-  def __init__(self, task: base.Task, mesh, data: base.Data):
-    self._task, self._mesh, self._data = task, mesh, data
-    self._step = jax.jit(functools.partial(step.eval_step, task=task),
-                         out_shardings=sharding.replicated(mesh))
-
-  def __call__(self, variables: base.Variables) -> dict[str, float]:
-    evaluators = self._task.make_evaluators()
-    pending = []  # Fetched a batch late: the device is at the next one then.
-    with contextlib.closing(self._data.eval_batches()) as batches:
-      for batch in batches:
-        pending.append(self._step(
-            variables, sharding.put_batch(batch, self._mesh)))
-        if len(pending) > 1:
-          self._update(evaluators, pending.pop(0))
-    for found in pending:
-      self._update(evaluators, found)
-    results = {}
-    for evaluator in evaluators.values():
-      results |= evaluator.result()
-    return results
-
-  @staticmethod
-  def _update(evaluators, found) -> None:
-    for name, value in jax.device_get(found).items():
-      evaluators[name].update(value)
-
-
-def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
-                        workdir: pathlib.Path, which: str | int,
-                        ) -> dict[str, Any]:
-  """Evaluates a checkpoint of a workdir.
-
-  Args:
-    cfg: the experiment; its data may differ from the training run's.
-    task: what to measure.
-    mesh: from `sharding.make_mesh(cfg)`.
-    workdir: of the training run.
-    which: "last", "best" (config.checkpoint.best_metric) or a step.
-
-  Returns:
-    {"step", the evaluators' measures...}.
-
-  Raises:
-    ConfigError: there is no such checkpoint, or it is of another model.
-  """
-  if not (workdir / "checkpoints").is_dir():
-    raise errors.ConfigError(f"--workdir: {workdir} holds no checkpoints")
-  checkpoints = checkpoints_lib.Checkpoints(workdir, cfg.checkpoint)
-  try:
-    steps = checkpoints.steps()
-    i = {"last": checkpoints.latest_step, "best": checkpoints.best_step}.get(
-        which, lambda: which)()
-    if i not in steps:
-      raise errors.ConfigError(
-          f"--checkpoint: {workdir} holds no checkpoint {which}; it holds "
-          f"{', '.join(map(str, steps)) or 'none'}")
-    shapes = jax.eval_shape(functools.partial(
-        state_lib.create, task, optax.identity(), cfg.seed,
-        cfg.train.ema_decay))
-    shardings = sharding.state_shardings(mesh, shapes, cfg.mesh)
-    state = checkpoints.restore_variables(
-        i, sharding.abstract(shapes, shardings))
-  finally:
-    checkpoints.close()
-  evaluate = Evaluation(task, mesh, task.make_data("eval"))
-  return {"step": i, **evaluate(state.eval_variables())}
-
-
-def claim_workdir(cfg: Experiment, workdir: pathlib.Path, write: bool) -> None:
-  """Makes the workdir this experiment's.
-
-  Raises:
-    ConfigError: it holds a run of another experiment, or cannot be written.
-  """
-  path = workdir / "config.json"
-  if path.is_file():
-    try:
-      different = config_lib.differences(cfg, path.read_text())
-    except (OSError, ValueError, AttributeError) as e:
-      raise errors.ConfigError(
-          f"--workdir: {path} cannot be read ({e}); choose a new folder") from e
-    if different:
-      raise errors.ConfigError(
-          f"--workdir: {workdir} holds another experiment "
-          f"({'; '.join(different)}); choose a new folder")
-  if not write:
-    return
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(config_lib.to_json(cfg))
-    os.replace(beside, path)
-  except OSError as e:
-    raise errors.ConfigError(f"--workdir: {e}") from e
+def _check_images(cfg: Experiment, totals: accounting.Totals, n_train: int,
+                  position: int) -> None:
+  """Raises DataError when too many of the images so far were bad."""
+  n_bad, n = int(totals["bad_images"]), max(n_train, position)
+  if n_bad > cfg.data.max_bad_fraction * n:
+    raise errors.DataError(
+        f"{n_bad} of {n} images cannot be used, more than "
+        f"config.data.max_bad_fraction = {cfg.data.max_bad_fraction:g}; the "
+        "first are named above: mend the data, or allow more")
 
 
 def _last_evaluation(records, i: int) -> dict[str, float] | None:

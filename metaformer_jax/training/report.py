@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import time
 
 import jax
 from clu import parameter_overview
@@ -49,45 +48,14 @@ def measures(result: dict[str, float]) -> str:
 
 
 class Progress:
-  """A bar on a terminal, lines in a file; and the figures of a window.
+  """A bar on a terminal, lines in a file."""
 
-  A window is what lies between two calls of `window` or `restart`.
-  """
-
-  def __init__(self, first_step: int, total_steps: int, batch_size: int,
-               n_train: int, enabled: bool):
-    self._total, self._batch_size, self._n_train = (
-        total_steps, batch_size, n_train)
+  def __init__(self, first_step: int, total_steps: int, enabled: bool):
+    self._total = total_steps
     self._enabled = enabled
-    self._step = first_step
-    self._waited = 0.0
-    self._start = time.perf_counter()
     self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit="step",
                           dynamic_ncols=True,
                           disable=not (enabled and sys.stderr.isatty()))
-
-  def wait(self, seconds: float) -> None:
-    """Adds time that the step waited for its batch."""
-    self._waited += seconds
-
-  def restart(self, step: int) -> float:
-    """Begins a new window now: compiling and evaluating are not training."""
-    self._step, self._waited = step, 0.0
-    self._start = time.perf_counter()
-    return self._start
-
-  def window(self, step: int) -> dict[str, float]:
-    """Ends a window after `step` steps; returns its figures."""
-    elapsed = max(time.perf_counter() - self._start, 1e-9)
-    n = step - self._step
-    figures = {
-        "images_per_second": n * self._batch_size / elapsed,
-        "step_seconds": elapsed / max(n, 1),
-        "input_wait": min(self._waited / elapsed, 1.0),
-        "epoch": step * self._batch_size / self._n_train,
-    }
-    self.restart(step)
-    return figures
 
   def advance(self) -> None:
     self._bar.update()
@@ -103,6 +71,8 @@ class Progress:
     parts += [f"lr {metrics['learning_rate']:.2e}",
               f"{metrics['images_per_second']:.0f} img/s",
               f"input wait {metrics['input_wait']:.0%}"]
+    parts += [f"{name.replace('_', ' ')} {metrics[name]:,}"
+              for name in ("skipped_steps", "bad_images") if metrics[name]]
     if self._bar.disable:
       log.info("step %d/%d  %s  eta %s", step, self._total, "  ".join(parts),
                tqdm.tqdm.format_interval(left))

@@ -45,8 +45,9 @@ def make_mesh(cfg: experiment.Experiment) -> Mesh:
 def put_batch(batch, mesh: Mesh):
   """This process's part of a batch -> arrays of the global batch."""
   sharding = NamedSharding(mesh, BATCH)
-  return {name: jax.make_array_from_process_local_data(sharding, value)
-          for name, value in batch.items()}
+  with jax.transfer_guard_host_to_device("allow"):  # With others, it is needed.
+    return {name: jax.make_array_from_process_local_data(sharding, value)
+            for name, value in batch.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

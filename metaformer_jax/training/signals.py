@@ -3,15 +3,26 @@
 import signal
 import threading
 
+import jax
+import numpy as np
+
+from metaformer_jax.training import sharding
+
+
+def name(number: int) -> str:
+  """"SIGTERM" of 15; of 0, no signal, nothing."""
+  return signal.Signals(number).name if number else ""
+
 
 class StopSignal:
-  """Notes SIGTERM or SIGINT, for the loop to end after its step.
+  """Notes SIGTERM or SIGINT, for the run to end after a step.
 
-  A second one acts at once, as if nothing had been installed.
+  A second one changes nothing: the state is being saved. SIGKILL ends at once,
+  and loses what came after the last checkpoint.
   """
 
   def __init__(self):
-    self.signal: signal.Signals | None = None
+    self._number = 0
     self._before = {}
 
   def __enter__(self):
@@ -23,13 +34,18 @@ class StopSignal:
 
   def _note(self, number, frame):
     del frame
-    self.signal = signal.Signals(number)
-    self._restore()
+    self._number = number
 
-  def _restore(self):
+  def __exit__(self, *exc):
     for number, handler in self._before.items():
       signal.signal(number, handler)
     self._before = {}
 
-  def __exit__(self, *exc):
-    self._restore()
+  def flags(self, mesh) -> jax.Array:
+    """The signal's number, or 0, once for each device: int32 [n devices].
+
+    Its maximum, which a program that all processes run takes, is what all of
+    them then know: so they end after the same step, whichever was told.
+    """
+    own = np.full(len(mesh.local_devices), self._number, np.int32)
+    return sharding.put_batch({"stop": own}, mesh)["stop"]

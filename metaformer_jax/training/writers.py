@@ -5,11 +5,12 @@ Everything is derived from `metrics.jsonl`, a record a line: {"step", "split",
 steps are made again.
 """
 
+import contextlib
 import json
 import pathlib
 from typing import Any
 
-from metaformer_jax import experiment
+from metaformer_jax import errors, experiment
 
 Record = dict[str, Any]
 
@@ -43,8 +44,9 @@ class Writer:
       return
     record = {"step": step, "split": split, **metrics}
     self.records.append(record)
-    self._file.write(_line(record))
-    self._file.flush()
+    with _storing(self._workdir):
+      self._file.write(_line(record))
+      self._file.flush()
     if self._events is not None:
       for name, value in metrics.items():
         self._events.add_scalar(f"{split}/{name}", value, step)
@@ -53,14 +55,26 @@ class Writer:
     """Writes summary.json and curves.png; returns the path of the picture."""
     if self._file is None:
       return None
-    path = self._workdir / "summary.json"
-    path.write_text(json.dumps(summary, indent=2) + "\n")
-    return draw_curves(self.records, self._workdir / "curves.png")
+    with _storing(self._workdir):
+      path = self._workdir / "summary.json"
+      path.write_text(json.dumps(summary, indent=2) + "\n")
+      return draw_curves(self.records, self._workdir / "curves.png")
 
   def close(self) -> None:
     for stream in (self._file, self._events):
       if stream is not None:
-        stream.close()
+        with contextlib.suppress(OSError):  # Told when it was written.
+          stream.close()
+
+
+@contextlib.contextmanager
+def _storing(workdir: pathlib.Path):
+  try:
+    yield
+  except OSError as e:
+    raise errors.StorageError(
+        f"{workdir}: cannot be written: {e.strerror}; once there is room, the "
+        "same command goes on from the last checkpoint") from e
 
 
 def read(path: pathlib.Path) -> list[Record]:

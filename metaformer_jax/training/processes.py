@@ -1,0 +1,211 @@
+"""The processes of a run: one on each host, or one for each device.
+
+Every process runs the same program on its part of each batch. A failure that
+only one of them sees would leave the others waiting: what can fail at the start
+is agreed upon, and later a process that fails alone ends at once.
+"""
+
+import contextlib
+import logging
+import os
+import pathlib
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from importlib import util
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from metaformer_jax import errors
+
+log = logging.getLogger(__name__)
+
+# How much a process tells the others of itself, in bytes.
+_MESSAGE = 1024
+
+
+def start(coordinator: str | None, count: int | None, index: int | None,
+          heartbeat_seconds: int) -> None:
+  """Joins the other processes of the run, if there are any.
+
+  Args:
+    coordinator: "HOST:PORT" of process 0; None: as the environment tells, which
+      is SLURM, Open MPI, or that of a Cloud TPU.
+    count: of processes; 1: there are no others, whatever the environment
+      tells; None: from the environment.
+    index: of this process; None: from the environment.
+    heartbeat_seconds: a process that is silent for so long is taken for dead,
+      and the others end.
+
+  Raises:
+    ConfigError: the arguments do not fit, or the environment tells too little.
+    WorkerLostError: a process did not come.
+  """
+  found = arguments(os.environ, coordinator, count, index)
+  if jax.distributed.is_initialized() or count == 1 or (
+      found is None and not _on_tpu()):
+    return
+  # jax would take SIGTERM for itself; signals.py has the run's own agreement.
+  jax.config.update("jax_enable_preemption_service", False)
+  try:
+    jax.distributed.initialize(
+        **(found or {}), heartbeat_timeout_seconds=heartbeat_seconds,
+        shutdown_timeout_seconds=heartbeat_seconds)
+  except RuntimeError as e:
+    raise errors.WorkerLostError(
+        f"the processes of the run did not meet: {e}; see that all have "
+        "started and reach process 0") from e
+  except ValueError as e:
+    if found:
+      raise errors.ConfigError(f"--coordinator: {e}") from e
+    log.info("this TPU knows of no other hosts (%s)", e)
+    return
+  if jax.process_index():  # The first speaks for all; of faults, each.
+    logging.getLogger("metaformer_jax").setLevel(logging.WARNING)
+  me = f"{socket.gethostname()}, pid {os.getpid()}"
+  for i, other in enumerate(_exchange(me)):
+    log.info("process %d of %d: %s", i, jax.process_count(), other)
+
+
+def arguments(env: Mapping[str, str], coordinator: str | None,
+              count: int | None, index: int | None) -> dict[str, Any] | None:
+  """Arguments of `jax.distributed.initialize`; None: nothing tells of others.
+
+  What is not given is taken from SLURM or Open MPI. The address of process 0 is
+  then left to jax, which knows how each of them tells it.
+
+  Raises:
+    ConfigError: as `start`.
+  """
+  launched = _launched(env)
+  if coordinator is None and launched is None:
+    if (count or 1) != 1 or index:
+      raise errors.ConfigError(
+          "--coordinator: is missing; give HOST:PORT of process 0 beside "
+          "--process_count and --process_index")
+    return None
+  launched_count, launched_index, alone = launched or (None, None, True)
+  count = launched_count if count is None else count
+  index = launched_index if index is None else index
+  if count is None or index is None:
+    raise errors.ConfigError(
+        "--coordinator: needs --process_count and --process_index beside it, "
+        "as neither SLURM nor Open MPI tells them")
+  if not 0 <= index < count:
+    raise errors.ConfigError(
+        f"--process_index: there is no {index} among {count} processes; they "
+        "count from 0")
+  found = {"num_processes": count, "process_id": index}
+  if coordinator is not None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+      raise errors.ConfigError(
+          f"--coordinator: {coordinator!r} is not HOST:PORT")
+    found["coordinator_address"] = coordinator
+    if alone:
+      found["cluster_detection_method"] = "deactivate"
+  elif "SLURM_PROCID" not in env and "OMPI_MCA_orte_hnp_uri" not in env:
+    raise errors.ConfigError(
+        "--coordinator: is missing; Open MPI 5 does not tell where process 0 "
+        "is; give its HOST:PORT")
+  elif alone and env.get("SLURM_GPUS_ON_NODE", "").isdecimal():
+    # jax gives a process that SLURM started one device.
+    found["local_device_ids"] = list(range(int(env["SLURM_GPUS_ON_NODE"])))
+  return found
+
+
+def _launched(env: Mapping[str, str]) -> tuple[int, int, bool] | None:
+  """(processes, index, alone on its host) of a launcher's process, if several.
+
+  Shells that SLURM opens know of a job, but are no step of it.
+  """
+  if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
+    count, index = int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"])
+    alone = env.get("SLURM_STEP_NUM_NODES") == env["SLURM_NTASKS"]
+  elif "OMPI_COMM_WORLD_SIZE" in env:
+    count = int(env["OMPI_COMM_WORLD_SIZE"])
+    index = int(env["OMPI_COMM_WORLD_RANK"])
+    alone = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+  else:
+    return None
+  return (count, index, alone) if count > 1 else None
+
+
+def _on_tpu() -> bool:
+  """Whether jax will find a TPU, which may be a part of a larger one."""
+  if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+    return False
+  chips = [*pathlib.Path("/dev").glob("accel*"),
+           *pathlib.Path("/dev").glob("vfio/*")]
+  return bool(chips) and util.find_spec("libtpu") is not None
+
+
+def _exchange(message: str) -> list[str]:
+  """What each process says, in their order; all must call it."""
+  data = message.encode()[:_MESSAGE]
+  padded = np.frombuffer(data.ljust(_MESSAGE, b"\0"), np.uint8)
+  said = multihost_utils.process_allgather(padded).reshape(-1, _MESSAGE)
+  return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in said]
+
+
+@contextlib.contextmanager
+def agreeing() -> Iterator[None]:
+  """What fails for one process within fails for all, with the same error.
+
+  All processes must come to it. An error in one that is not the user's is a
+  `WorkerLostError` in the others.
+  """
+  if jax.process_count() == 1:
+    yield
+    return
+  failure = None
+  try:
+    yield
+  except Exception as e:
+    failure = e
+  own = "" if failure is None else f"{type(failure).__name__}: {failure}"
+  for i, said in enumerate(_exchange(own)):
+    if not said:
+      continue
+    kind, _, message = said.partition(": ")
+    kind = getattr(errors, kind, errors.WorkerLostError)
+    if i == jax.process_index():
+      raise failure
+    raise kind(message if said == own else f"process {i}: {message}")
+
+
+@contextlib.contextmanager
+def leaving(heartbeat_seconds: int) -> Iterator[None]:
+  """Ends this process at once where it fails alone, so that the others notice.
+
+  What all of them raise at the same step passes. Whatever else is raised is
+  this process's own: to leave in order would be to wait for the others, which
+  wait for it.
+  """
+  try:
+    yield
+  except (errors.ConfigError, errors.DataError, errors.DivergedError,
+          errors.Preempted):
+    raise
+  except Exception as e:
+    if jax.process_count() == 1:
+      raise
+    if isinstance(e, errors.UserError):
+      print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
+    elif isinstance(e, jax.errors.JaxRuntimeError) and not str(e).startswith(
+        ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")):
+      reason = str(e).splitlines()[0]
+      print(f"WorkerLostError: {reason}; when another process is gone, jax "
+            "names it below as an unhealthy task, once its heartbeat is missed;"
+            " the same command goes on from the last checkpoint",
+            file=sys.stderr, flush=True)
+      time.sleep(heartbeat_seconds + 5)  # jax ends the process.
+    else:
+      traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(errors.WorkerLostError.exit_code)

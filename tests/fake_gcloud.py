@@ -1,0 +1,194 @@
+"""Plays gcloud (and git): one slice, its queue, its hosts and its runs.
+
+A test puts it on PATH under both names and writes what is to happen:
+
+  queue   for each slice that is created, the states that `describe` finds, one
+          after the other; the last one stays
+  runs    for each run that is started, what the first host says of it, one look
+          after the other: "running", or a list with each host's exit code (None:
+          the host does not answer); the last one stays
+  faults  for each kind of call, what its first calls fail with; "": they do not
+  steps   the newest checkpoint, one listing after the other
+  hosts   of the slice
+  foreign what runs on the first slice already, or is left of it
+
+Every call is noted in the file `calls`. Flags that gcloud does not have, or a
+call that makes no sense now, fail as they would.
+"""
+
+import json
+import os
+import pathlib
+import shlex
+import sys
+
+FOLDER = pathlib.Path(os.environ.get("FAKE_CLOUD", "."))
+COMMON = {"--zone", "--project", "--quiet"}
+# What the documentation of each command lists, of what is used.
+FLAGS = {
+    ("queued-resources", "create"): COMMON | {
+        "--node-id", "--accelerator-type", "--runtime-version", "--spot",
+        "--service-account"},
+    ("queued-resources", "describe"): COMMON | {"--format"},
+    ("queued-resources", "delete"): COMMON | {"--force"},
+    ("tpu-vm", "describe"): COMMON | {"--format"},
+    ("tpu-vm", "scp"): COMMON | {"--worker"},
+    ("tpu-vm", "ssh"): COMMON | {"--worker", "--command"},
+}
+
+
+class Fault(Exception):
+  """What gcloud says, and ends with 1."""
+
+
+def at(items, i):
+  return items[min(i, len(items) - 1)]
+
+
+class Cloud:
+  """The scenario, and how far it has come."""
+
+  def __init__(self):
+    self.scenario = json.loads((FOLDER / "scenario.json").read_text())
+    path = FOLDER / "state.json"
+    self.now = json.loads(path.read_text()) if path.exists() else {
+        "created": -1, "exists": False, "looks": 0, "copied": False,
+        "installed": False, "run": None, "started": -1, "polls": 0,
+        "stopped": True, "calls": {}}
+    if not path.exists() and "foreign" in self.scenario:
+      self.now |= {"created": 0, "exists": True, "copied": True,
+                   "run": self.scenario["foreign"], "started": 0,
+                   "stopped": False}
+
+  def save(self):
+    (FOLDER / "state.json").write_text(json.dumps(self.now))
+
+  def fault(self, kind):
+    n = self.now["calls"].get(kind, 0)
+    self.now["calls"][kind] = n + 1
+    faults = self.scenario.get("faults", {}).get(kind, [])
+    if n < len(faults) and faults[n]:
+      raise Fault(faults[n])
+
+  def state(self):
+    return at(self.scenario["queue"][self.now["created"]],
+              self.now["looks"] - 1)
+
+  def need(self, what, condition):
+    if not condition:
+      raise Fault(f"the fake cloud: {what}")
+
+  def call(self, words, flags):
+    """Returns what is printed."""
+    if words[0] == "storage":
+      self.fault("ls")
+      n = self.now["calls"]["ls"] - 1
+      step = at(self.scenario.get("steps", [0]), n)
+      if not step:
+        raise Fault("One or more URLs matched no objects.")
+      return f"{words[2]}500/\n{words[2]}{step}/\n{words[2]}9999.saving/\n"
+    group, verb, *rest = words[2:]
+    unknown = set(flags) - FLAGS[group, verb]
+    if unknown:
+      raise Fault(f"unrecognized arguments: {' '.join(sorted(unknown))}")
+    if group == "queued-resources":
+      return getattr(self, verb)(flags)
+    self.fault(f"tpu-vm {verb}")
+    self.need("NOT_FOUND: there is no node", self.now["exists"])
+    self.need("NOT_FOUND: the slice is not active", self.state() == "ACTIVE")
+    if verb == "describe":
+      return json.dumps({"state": "READY", "networkEndpoints": [
+          {} for _ in range(self.scenario.get("hosts", 1))]})
+    if verb == "scp":
+      self.need("nothing to copy to", rest[-1].endswith(":"))
+      self.now["copied"] = True
+      return ""
+    return self.ssh(flags["--command"], flags["--worker"])
+
+  def create(self, flags):
+    self.fault("create")
+    if self.now["exists"]:
+      raise Fault("ALREADY_EXISTS: Resource 's24' already exists")
+    self.now |= {"created": self.now["created"] + 1, "exists": True, "looks": 0,
+                 "copied": False, "installed": False, "run": None,
+                 "stopped": True}
+    return ""
+
+  def describe(self, flags):
+    self.fault("describe")
+    self.now["looks"] += 1
+    if not self.now["exists"] or self.state() == "ABSENT":
+      self.now["exists"] = False
+      raise Fault("NOT_FOUND: Resource 's24' was not found")
+    name, _, code = self.state().partition(":")
+    error = {"failedData": {"error": {"code": int(code), "message": "why"}}}
+    return json.dumps({"state": {"state": name} | (error if code else {})})
+
+  def delete(self, flags):
+    self.fault("delete")
+    self.need("NOT_FOUND", self.now["exists"])
+    self.now["exists"] = False
+    return ""
+
+  def ssh(self, command, worker):
+    if command.startswith("if [ -f worker.sh ]"):
+      return self.states(worker)
+    self.need("no such file: worker.sh", self.now["copied"])
+    _, _, verb, *args = shlex.split(command)
+    self.fault(verb)
+    if verb == "stop":
+      self.now["stopped"] = True
+    elif verb == "install":
+      self.now["installed"] = True
+    elif verb == "start":
+      self.need("nothing is installed", self.now["installed"])
+      self.need("a run is there already", self.now["stopped"])
+      self.now |= {"run": args[0], "started": self.now["started"] + 1,
+                   "polls": 0, "stopped": False}
+    elif verb == "log":
+      return "the last line of the log\n"
+    return ""
+
+  def states(self, worker):
+    hosts = self.scenario.get("hosts", 1)
+    if not self.now["copied"]:
+      n = hosts if worker == "all" else 1
+      return "worker - none none\n" * n
+    if self.now["run"] is None:
+      return "worker 0 none none\n"
+    self.now["polls"] += worker == "0"
+    found = at(self.scenario["runs"][self.now["started"]],
+               self.now["polls"] - 1)
+    codes = [found] * hosts if isinstance(found, str) else found
+    lines = [f"worker {i} {self.now['run']} {code}" for i, code in
+             enumerate(codes) if code is not None
+             and worker in ("all", str(i))]
+    out = "".join(f"{line}\n" for line in lines)
+    if len(lines) < (hosts if worker == "all" else 1):
+      sys.stdout.write(out)
+      raise Fault("ssh: connect to host port 22: Connection timed out")
+    return out
+
+
+def main():
+  with (FOLDER / "calls").open("a") as calls:
+    name = pathlib.Path(sys.argv[0]).name
+    calls.write(shlex.join([name, *sys.argv[1:]]) + "\n")
+  if name == "git":
+    return 0
+  words = [a for a in sys.argv[1:] if not a.startswith("--")]
+  flags = dict(a.partition("=")[::2] for a in sys.argv[1:]
+               if a.startswith("--"))
+  cloud = Cloud()
+  try:
+    sys.stdout.write(cloud.call(words, flags))
+  except Fault as e:
+    print(f"ERROR: (gcloud.{'.'.join(words[:-1])}) {e}", file=sys.stderr)
+    return 1
+  finally:
+    cloud.save()
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

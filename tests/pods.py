@@ -1,0 +1,98 @@
+"""Runs of several processes on one machine, as a pod has them.
+
+Each process has devices of its own, faked on the CPU; their collectives go
+through sockets of 127.0.0.1.
+"""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+from metaformer_jax import config, experiment
+from metaformer_jax.training import writers
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def small(**sections) -> experiment.Experiment:
+  """A run of seconds that has all that is random, averaged and saved."""
+  return experiment.Experiment(**({
+      "model": experiment.Model(
+          num_classes=10, depths=(1,), dims=(16,), token_mixers=("pooling",),
+          drop_path_rate=0.5),
+      "data": experiment.Data(source="digits", image_size=16),
+      "train": experiment.Train(batch_size=16, steps=40, ema_decay=0.9,
+                                mixup=0.8, cutmix=1.0, erasing=0.25),
+      "eval": experiment.Eval(every_epochs=0.2),
+      "checkpoint": experiment.Checkpoint(every_steps=5),
+      "mesh": experiment.Mesh(heartbeat_seconds=5),
+      "log": experiment.Log(every_steps=1, tensorboard=False),
+  } | sections))
+
+
+def start(cfg: experiment.Experiment, workdir: pathlib.Path, n_processes: int,
+          n_devices: int, folder: pathlib.Path, flags=(), env=None,
+          ) -> list[subprocess.Popen]:
+  """Starts a run's processes, of n_devices each; stderr is in their files."""
+  path = folder / f"{workdir.name}.json"
+  path.write_text(config.to_json(cfg))
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  started = []
+  for i in range(n_processes):
+    others = [] if n_processes == 1 else [
+        f"--coordinator=127.0.0.1:{port}", f"--process_index={i}",
+        f"--process_count={n_processes}"]
+    with (folder / f"{workdir.name}.{i}").open("w") as stderr:
+      started.append(subprocess.Popen(
+          [sys.executable, "-m", "metaformer_jax.main",
+           f"--config_json={path}", f"--workdir={workdir}", *others, *flags],
+          cwd=ROOT, stderr=stderr, env={
+              **os.environ, "PYTHONPATH": str(ROOT), **(env or {}), "XLA_FLAGS":
+              f"--xla_force_host_platform_device_count={n_devices} "
+              "--xla_backend_optimization_level=0"}))
+  return started
+
+
+def said(folder: pathlib.Path, workdir: pathlib.Path, i: int = 0) -> str:
+  """What process i has written to stderr."""
+  return (folder / f"{workdir.name}.{i}").read_text()
+
+
+def finish(processes, timeout: float = 240) -> list[int]:
+  """Waits for all; their exit codes."""
+  end = time.monotonic() + timeout
+  try:
+    return [p.wait(max(0.1, end - time.monotonic())) for p in processes]
+  finally:
+    for p in processes:
+      p.kill()
+
+
+def wait_for_step(processes, workdir: pathlib.Path, step: int) -> None:
+  """Waits until the run has recorded a step, while it goes on."""
+  end = time.monotonic() + 240
+  while time.monotonic() < end and all(p.poll() is None for p in processes):
+    if any(r["step"] >= step for r in records(workdir)):
+      return
+    time.sleep(0.01)
+  raise AssertionError([p.poll() for p in processes])
+
+
+def records(workdir: pathlib.Path, split="train"):
+  return [r for r in writers.read(workdir / "metrics.jsonl")
+          if r["split"] == split]
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+  """Step -> training loss; each step is a record."""
+  return {r["step"]: r["loss"] for r in records(workdir)}
+
+
+def summary(workdir: pathlib.Path):
+  return json.loads((workdir / "summary.json").read_text())

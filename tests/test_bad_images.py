@@ -1,0 +1,290 @@
+"""Bad examples: replaced or left out, counted, named; the others stay."""
+
+import itertools
+import logging
+import os
+
+import image_files
+import numpy as np
+import pytest
+import test_loader
+from test_loader import take
+
+from metaformer_jax import errors, experiment
+from metaformer_jax.data import loader, sources, transforms
+
+# A folder of which 1 % is bad, in 12 ways; and as many odd files, as it was
+# and as it became. All names end in .jpg, whatever the files are.
+N, CLASSES = 1_200, 30
+ODD_ONES = dict(zip(range(40, N, 40), image_files.ODD, strict=False))
+KINDS = ("cut jpeg", "jpeg, zeros from the middle", "cut png", "damaged png",
+         "empty", "zeros", "html", "float tiff", "bomb: png", "bomb: iTXt",
+         "bomb: gif's frame")
+BAD = dict(zip((3, 150, 151, 152, 333, 501, 647, 777, 900, 1_001, 1_198),
+               KINDS, strict=True))
+DANGLING = N - 1
+ALL_BAD = [*BAD, DANGLING]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  """The folder before, and after files of it were damaged."""
+  roots = [tmp_path_factory.mktemp(n) / "train" for n in ("clean", "damaged")]
+  pixels = np.random.default_rng(0).integers(0, 256, (N, 6, 5, 3), np.uint8)
+  for i in range(N):
+    name = f"{i // (N // CLASSES):02}/{i:04}.jpg"
+    for root in roots:
+      (root / name).parent.mkdir(parents=True, exist_ok=True)
+    clean, damaged = (root / name for root in roots)
+    odd = image_files.ODD.get(ODD_ONES.get(i), (None,))[0]
+    clean.write_bytes(odd or image_files.encode(pixels[i]))
+    if i == DANGLING:
+      damaged.symlink_to("nowhere.jpg")
+    elif i in BAD:
+      damaged.write_bytes(image_files.BAD[BAD[i]])
+    else:
+      os.link(clean, damaged)
+  return [root.parent for root in roots]
+
+
+def pictures(folder, transform=transforms.TrainTransform, **kw):
+  cfg = experiment.Data(path=str(folder), image_size=8)
+  source = sources.create(cfg, "train")
+  assert len(source) == N
+  return loader.Loader(source, transform(cfg), 150, seed=5, **kw)
+
+
+def order(n_epochs=2):
+  """The index at each position."""
+  made = test_loader.numbers(N, N, seed=5)
+  return take(made.train_batches(0), n_epochs)["index"]
+
+
+def joined(folder, position, n_batches, count=1, **kw):
+  """The batches of all processes, joined, with what each of them was."""
+  parts = [take(pictures(folder, process_index=i, process_count=count, **kw)
+                .train_batches(position), n_batches) for i in range(count)]
+  return {name: np.concatenate(
+      [p[name].reshape(n_batches, 150 // count, *p[name].shape[1:])
+       for p in parts], 1).reshape(-1, *parts[0][name].shape[1:])
+          for name in parts[0]}
+
+
+@pytest.fixture(scope="module")
+def before_and_after(folders):
+  return [joined(folder, 0, 16) for folder in folders]
+
+
+def test_one_percent_bad_moves_nothing_else(before_and_after):
+  before, after = before_and_after
+  assert len(after["label"]) == 2 * N and not before["replaced"].any()
+  assert len(ALL_BAD) == N // 100 == 12
+  bad = np.isin(order(), ALL_BAD)
+  np.testing.assert_array_equal(after["replaced"], bad)
+  assert after["replaced"].sum() == 24
+  for name in ("image", "label"):
+    np.testing.assert_array_equal(after[name][~bad], before[name][~bad])
+  # What was damaged is not what comes in its place, nor is that twice the same.
+  assert all((a != b).any() for a, b in
+             zip(after["image"][bad], before["image"][bad], strict=True))
+  assert len(np.unique(after["image"][bad], axis=0)) == 24
+
+
+def test_two_processes_replace_alike(folders, before_and_after):
+  got = joined(folders[1], 0, 16, count=2)
+  for name, array in before_and_after[1].items():
+    np.testing.assert_array_equal(got[name], array)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ten_are_named_once_whoever_reads_them(folders, before_and_after,
+                                               workers, caplog):
+  made = pictures(folders[1], workers=workers)
+  got = take(made.train_batches(0), 16)
+  for name, array in before_and_after[1].items():
+    np.testing.assert_array_equal(got[name], array)
+  named = [i for i in order(1) if i in ALL_BAD][:10]
+  assert len(caplog.messages) == 11
+  for i, message in zip(named, caplog.messages):
+    path = folders[1] / "train" / f"{i // 40:02}" / f"{i:04}.jpg"
+    assert message.startswith(f"example {i} "), message
+    assert str(path) in message
+    assert message.endswith("; another takes its place")
+    assert "\n" not in message
+  assert caplog.messages[10] == (
+      "further bad examples are counted, but not named")
+  assert {r.levelno for r in caplog.records} == {logging.WARNING}
+
+
+@pytest.mark.parametrize("position", [37, 1_150])
+def test_resuming_replaces_as_continuing_does(folders, before_and_after,
+                                              position):
+  got = joined(folders[1], position, 3)
+  assert got["replaced"].any()
+  for name, array in before_and_after[1].items():
+    np.testing.assert_array_equal(got[name], array[position:position + 450])
+
+
+def test_evaluation_leaves_out_the_bad(folders):
+  before, after = (
+      take(pictures(folder, transforms.EvalTransform).eval_batches(), 8)
+      for folder in folders)
+  assert before["mask"].all() and not before["replaced"].any()
+  np.testing.assert_array_equal(np.flatnonzero(after["replaced"]), ALL_BAD)
+  np.testing.assert_array_equal(after["mask"], ~after["replaced"])
+  assert after["image"].shape == (N, 8, 8, 3)
+  assert not after["image"][ALL_BAD].any()
+  for name in ("image", "label"):
+    np.testing.assert_array_equal(after[name][after["mask"]],
+                                  before[name][after["mask"]])
+
+
+# Each example is its own index.
+
+
+class Bad:
+  """A transform that fails for some indices, in ways that exceptions do."""
+
+  def __init__(self, *bad, error=MemoryError):
+    self._bad, self._error = bad, error
+
+  def __call__(self, record, rng):
+    if record["label"] in self._bad:
+      raise self._error
+    return test_loader.draw(record, rng)
+
+
+def numbers(n, *bad, batch_size=None, error=MemoryError, **kw):
+  return loader.Loader(test_loader.Numbers(n), Bad(*bad, error=error),
+                       batch_size or n, **kw)
+
+
+def test_the_replacement_depends_on_seed_epoch_and_index_alone():
+  streams = {}
+  for seed, batch_size, threads in itertools.product((0, 1), (50, 20), (1, 4)):
+    made = numbers(50, 5, batch_size=batch_size, seed=seed, threads=threads)
+    got = take(made.train_batches(0), 1_000 // batch_size)
+    assert got["replaced"].sum() == 20
+    stream = [got[k][got["replaced"]].tolist() for k in ("index", "draw")]
+    assert streams.setdefault(seed, stream) == stream
+  for index, draw in streams.values():
+    assert 5 not in index and len(set(index)) > 10
+    assert len(set(draw)) == 20
+  assert streams[0] != streams[1]
+
+
+def test_the_replacement_is_augmented_anew():
+  """It is no copy of the example that comes in its own place, too."""
+  got = take(numbers(50, 5).train_batches(0), 20)
+  draws = got["draw"].tolist()
+  assert len(set(draws)) == len(draws)
+
+
+def test_another_bad_example_replaces_nothing():
+  bad = range(1, 40)
+  got = take(numbers(60, *bad).train_batches(0), 10)
+  assert got["replaced"].sum() == 10 * len(bad)
+  assert not set(bad) & set(got["index"].tolist())
+  # And a replacement stays when yet another example turns bad.
+  more = take(numbers(60, *bad, 50).train_batches(0), 10)
+  same = (got["index"] != 50)
+  for name in ("index", "draw"):
+    np.testing.assert_array_equal(more[name][same], got[name][same])
+  assert (more["index"][~same] != 50).all()
+
+
+def test_repeats_of_a_bad_example_are_repeats_of_another():
+  got = take(numbers(30, *range(10), repeats=3).train_batches(0), 20)
+  indices = got["index"].reshape(-1, 3)
+  assert (indices == indices[:, :1]).all()
+  assert got["replaced"].reshape(20, -1).sum() > 100
+  assert len(set(got["draw"].tolist())) == 600
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_evaluation_fills_up_with_what_is_not_counted(count):
+  """Though what it fills up with, the first example, is bad."""
+  parts = [list(numbers(5, 0, 3, batch_size=4, process_index=i,
+                        process_count=count).eval_batches())
+           for i in range(count)]
+  steps = [{k: np.concatenate([p[k] for p in step]) for k in step[0]}
+           for step in zip(*parts, strict=True)]
+  got = {k: np.concatenate([s[k] for s in steps]).tolist() for k in steps[0]}
+  false = [False] * 3
+  assert got["replaced"] == [True, False, False, True, False, *false]
+  assert got["mask"] == [False, True, True, False, True, *false]
+  assert got["index"] == [0, 1, 2, 0, 4, 0, 0, 0]
+  assert got["draw"] == [0, -1, -1, 0, -1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("error", [StopIteration, OSError, MemoryError])
+def test_any_exception_makes_a_bad_example(error, caplog):
+  take(numbers(5, 2, error=error).train_batches(0), 3)
+  assert caplog.messages == [
+      f"example 2 cannot be used: {error.__name__}; another takes its place"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_is_no_bad_example(error):
+  stream = loader._TrainStream(test_loader.Numbers(5),
+                               Bad(*range(5), error=error), 0, 1)
+  with pytest.raises(error):
+    stream[0]
+
+
+@pytest.mark.parametrize("batches", [
+    lambda made: made.train_batches(0), loader.Loader.eval_batches],
+    ids=["train", "eval"])
+def test_when_all_are_bad_the_run_ends_with_a_line(batches):
+  with pytest.raises(errors.DataError) as caught:
+    next(batches(numbers(30, *range(30), batch_size=1)))
+  assert str(caught.value).endswith(
+      " cannot be used: MemoryError; nor could any other that was tried")
+
+
+class Unreliable(test_loader.Numbers):
+  """Each example can be read the second time."""
+
+  def __init__(self, n):
+    super().__init__(n)
+    self._tried = set(range(1, n))
+
+  def __getitem__(self, index):
+    if index not in self._tried:
+      self._tried.add(index)
+      raise OSError("gone for a moment")
+    return super().__getitem__(index)
+
+
+def test_what_can_be_read_again_is_told_apart(caplog):
+  made = loader.Loader(Unreliable(5), test_loader.draw, 5, threads=1)
+  assert take(made.eval_batches(), 1)["replaced"].tolist() == [
+      True, False, False, False, False]
+  assert caplog.messages == [
+      "example 0 could not be used at first, but can now: is the storage "
+      "reliable?; it is not measured"]
+
+
+def test_a_folder_whose_files_vanish_is_told_by_a_path(tmp_path):
+  for i in range(3):
+    file = tmp_path / "train" / "a" / f"{i}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(image_files.ODD["1x1"][0])
+  cfg = experiment.Data(path=str(tmp_path), image_size=8)
+  made = loader.Loader(sources.create(cfg, "train"),
+                       transforms.TrainTransform(cfg), 1)
+  for file in (tmp_path / "train" / "a").iterdir():
+    file.unlink()
+  with pytest.raises(errors.DataError, match=(
+      r"^example \d .*FileNotFoundError.*/train/a/\d\.png")):
+    next(made.train_batches(0))
+
+
+@pytest.mark.parametrize("transform", [
+    transforms.TrainTransform, transforms.EvalTransform])
+def test_the_config_limits_the_pixels(transform):
+  record = {"image": image_files.ODD["rgb png"][0], "label": 0}
+  rng = np.random.default_rng(0)
+  transform(experiment.Data(image_size=8, max_pixels=384))(record, rng)
+  with pytest.raises(ValueError, match=r"max_pixels, 383"):
+    transform(experiment.Data(image_size=8, max_pixels=383))(record, rng)

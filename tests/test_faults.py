@@ -1,0 +1,246 @@
+"""What goes wrong in a run: not finite, hung, in use; and its accounting."""
+
+import dataclasses
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import line_task
+import numpy as np
+import pytest
+
+from metaformer_jax import errors, experiment
+from metaformer_jax.training import (
+  accounting,
+  checkpoints,
+  evaluate,
+  loop,
+  optim,
+  processes,
+  sharding,
+  step,
+  workdir,
+  writers,
+)
+from metaformer_jax.training import state as state_lib
+
+BAD = {"nan": np.nan, "inf": np.inf}
+
+
+class Points(line_task.Points):
+  """With what is not finite among the x of some steps."""
+
+  def __init__(self, bad_steps=(), value=np.nan, seconds=0.0):
+    self._bad, self._value, self._seconds = bad_steps, value, seconds
+
+  def train_batches(self, position):
+    for i, batch in enumerate(super().train_batches(position), position // 8):
+      if i + 1 in self._bad:
+        batch["x"][3] = self._value
+      time.sleep(self._seconds)
+      yield batch
+
+
+class Task(line_task.LineTask):
+  """On such points; `steep`: the loss is finite where its gradient is not."""
+
+  def __init__(self, points=None, steep=False):
+    self._points, self._steep = points or Points(), steep
+
+  def make_data(self, split):
+    return self._points
+
+  def loss(self, variables, batch, rngs, train):
+    if not self._steep:
+      return super().loss(variables, batch, rngs, train)
+    finite = jnp.isfinite(batch["x"])
+    broken = ~finite.all()
+    batch = {"x": jnp.where(finite, batch["x"], 0)}
+    loss, _, state = super().loss(variables, batch, rngs, train)
+    zero = jnp.where(broken, 0.0, 1.0) * variables["params"]["a"].sum()
+    loss += jnp.where(broken, jnp.sqrt(zero), 0)
+    return loss, {"loss": loss}, state
+
+
+def experiment_of(**sections):
+  cfg = experiment.Experiment(
+      optim=experiment.Optim(base_lr=25.6, warmup_epochs=0.0, min_lr=0.0),
+      train=experiment.Train(batch_size=8, steps=30, ema_decay=0.5),
+      eval=experiment.Eval(every_epochs=10.0),
+      checkpoint=experiment.Checkpoint(best_metric="score", every_steps=5),
+      log=experiment.Log(every_steps=1, tensorboard=False))
+  return dataclasses.replace(cfg, **{
+      name: dataclasses.replace(getattr(cfg, name), **changes)
+      for name, changes in sections.items()})
+
+
+def run(cfg, task, folder):
+  return loop.train_and_evaluate(cfg, task, sharding.make_mesh(cfg), folder)
+
+
+def records(folder, split="train"):
+  return [r for r in writers.read(folder / "metrics.jsonl")
+          if r["split"] == split]
+
+
+@pytest.mark.parametrize("value", sorted(BAD))
+@pytest.mark.parametrize("steep", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing(value, steep, accumulate):
+  cfg = experiment_of(optim={"name": "lamb"}, train={"accumulate": accumulate})
+  task = Task(steep=steep)
+  tx, schedule = optim.create(cfg, 30, 1.25)
+  state = state_lib.create(task, tx, 0, 0.5)
+  train_step = jax.jit(lambda state, batch: step.train_step(
+      state, batch, task=task, tx=tx, schedule=schedule, seed=0, ema_decay=0.5,
+      accumulate=accumulate))
+  good = {"x": jnp.arange(8.0)}
+  state, metrics = train_step(state, good)
+  assert metrics["finite"].tolist() == [True, True]
+  after, metrics = train_step(state, {"x": good["x"].at[3].set(BAD[value])})
+  assert metrics["finite"].tolist() == [steep, False]
+  assert step.checked(state.params) == ["the loss", "the gradient of a"]
+  assert int(after.step) == int(state.step) + 1 == 2
+  for a, b in zip(jax.tree.leaves(after.replace(step=0)),
+                  jax.tree.leaves(state.replace(step=0)), strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+  later, _ = train_step(after, good)
+  assert not np.array_equal(later.params["a"], after.params["a"])
+
+
+def test_skipped_steps_are_counted_and_the_rest_goes_on(tmp_path, caplog):
+  bad = (3, 7, 8, 9, 10, 11)
+  summary = run(experiment_of(), Task(Points(bad)), tmp_path)
+  assert summary["skipped_steps"] == 6 and summary["step"] == 30
+  assert np.isfinite(summary["error"])
+  found = {r["step"]: r for r in records(tmp_path)}
+  for i, record in found.items():
+    assert record["skipped_steps"] == sum(b <= i for b in bad)
+    assert ("loss" in record) == (i not in bad)
+  assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+  warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+  assert [w.partition(" is skipped")[0] for w in warned] == [
+      f"step {i}" for i in bad]
+  assert "not finite: the loss, the gradient of a" in warned[0]
+
+
+def test_too_many_in_a_row_end_the_run(tmp_path):
+  cfg = experiment_of(train={"max_skipped": 4})
+  with pytest.raises(errors.DivergedError) as e:
+    run(cfg, Task(Points(range(13, 63)), steep=True), tmp_path)
+  assert e.value.exit_code == 3
+  assert "from 13 to 16 was finite" in str(e.value)
+  assert "in the first not the gradient of a;" in str(e.value)
+  saved = checkpoints.Checkpoints(tmp_path, cfg.checkpoint)
+  assert saved.latest_step() == 15  # What was skipped left it as it was.
+  saved.close()
+  variables = checkpoints.read_variables(tmp_path)
+  assert np.isfinite(variables["params"]["a"]).all()
+  with pytest.raises(errors.DivergedError):  # Started again, too.
+    run(cfg, Task(Points(range(13, 63)), steep=True), tmp_path)
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+  cfg = experiment_of(optim={"base_lr": 4e40, "name": "sgd"},
+                      train={"steps": 1})
+  with pytest.raises(errors.DivergedError, match=r"after step 1 .* params/a"):
+    run(cfg, Task(), tmp_path)
+  assert not [p for p in (tmp_path / "checkpoints").glob("*")
+              if p.name.isdecimal()]
+
+
+def test_a_folder_is_of_one_run_at_a_time(tmp_path):
+  with workdir.hold(tmp_path):
+    with pytest.raises(errors.ConfigError, match=r"is in use \(pid \d+ on "):
+      run(experiment_of(), Task(), tmp_path)
+    # Who only reads is not kept out.
+    assert not (tmp_path / "checkpoints").exists()
+  summary = run(experiment_of(), Task(), tmp_path)
+  with workdir.hold(tmp_path):
+    result = evaluate.evaluate_checkpoint(
+        experiment_of(), Task(), sharding.make_mesh(experiment_of()), tmp_path,
+        "last")
+  assert result["error"] == summary["error"]
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(errors.ConfigError, match=r"--workdir: .*Not a directory"):
+    run(experiment_of(), Task(), tmp_path / "file" / "run")
+
+
+def test_a_hung_input_is_shown(tmp_path, capfd):
+  points = Points()
+  slow = points.train_batches
+
+  def hang(position):
+    for i, batch in enumerate(slow(position)):
+      if i == 3:
+        time.sleep(2.5)
+      yield batch
+
+  points.train_batches = hang
+  cfg = experiment_of(train={"steps": 5}, log={"hang_seconds": 1.0})
+  run(cfg, Task(points), tmp_path)
+  err = capfd.readouterr().err
+  assert "waiting for the batch of step 4; config.log.hang_seconds" in err
+  assert 'in hang' in err and err.count("What every thread does") == 2
+
+
+class Time:
+  """Both clocks, moved by hand."""
+
+  def __init__(self, now):
+    self.now = now
+
+  def perf_counter(self):
+    return self.now + 1e6
+
+  def time(self):
+    return self.now
+
+
+def test_time_is_divided_among_what_was_done(monkeypatch):
+  fake = Time(1000.0)
+  monkeypatch.setattr(accounting, "time", fake)
+  totals = accounting.new_totals()
+  clock = accounting.Clock(totals)
+  for what, seconds in (("setup", 20), ("input", 1), ("step", 9), ("input", 2),
+                        ("step", 8), ("evaluation", 4), ("checkpoint", 6)):
+    clock.turn_to(what)
+    fake.now += seconds
+  figures = clock.window(2, 100)
+  assert figures["step_seconds"] == pytest.approx(10)
+  assert figures["images_per_second"] == pytest.approx(10)
+  assert figures["input_wait"] == pytest.approx(0.15)
+  assert figures["checkpoint_stall"] == pytest.approx(6 / 50)
+  assert figures["goodput"] == pytest.approx(17 / 50)
+  # Lost with the machine, and started again 50 seconds later.
+  fake.now += 50
+  totals = accounting.new_totals(json.loads(json.dumps(totals)))
+  clock = accounting.Clock(totals)
+  clock.turn_to("step")
+  fake.now += 10
+  figures = clock.window(1, 100)
+  assert figures["goodput"] == pytest.approx(27 / 110)
+  assert figures["checkpoint_stall"] == 0 == figures["input_wait"]
+  assert 2**24 < figures["host_memory_gib"] * 2**30 < 2**40
+
+
+def test_what_is_counted_goes_on_after_a_restart(tmp_path):
+  bad = (3, 12)
+  with pytest.raises(errors.DivergedError):
+    run(experiment_of(), Task(Points((*bad, *range(17, 40)))), tmp_path)
+  summary = run(experiment_of(), Task(Points(bad)), tmp_path)
+  assert summary["skipped_steps"] == 2 + len(range(17, 26))
+  after = records(tmp_path)
+  assert [r["step"] for r in after] == list(range(1, 31))
+  assert [r["skipped_steps"] for r in after[:17]] == [
+      *[0] * 2, *[1] * 9, *[2] * 5, 3]
+  assert 0 < after[-1]["goodput"] < 1
+
+
+def test_agreeing_passes_on_what_is_raised():
+  with pytest.raises(errors.DataError, match="own"), processes.agreeing():
+    raise errors.DataError("own")

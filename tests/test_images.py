@@ -1,0 +1,135 @@
+"""Decoding: the pixels of odd files, the refusal of bad ones, and its cost."""
+
+import json
+import pathlib
+import struct
+import subprocess
+import sys
+
+import image_files
+import numpy as np
+import pytest
+from PIL import Image
+
+from metaformer_jax.data import images
+
+
+@pytest.mark.parametrize("kind", image_files.ODD)
+def test_odd_files_are_decoded(kind):
+  data, expected = image_files.ODD[kind]
+  picture = images.decode(data)
+  assert picture.mode == "RGB"
+  np.testing.assert_array_equal(np.asarray(picture), expected)
+
+
+@pytest.mark.parametrize("kind", image_files.BAD)
+def test_bad_files_raise(kind):
+  with pytest.raises((OSError, ValueError, SyntaxError,
+                      Image.DecompressionBombError)):
+    images.decode(image_files.BAD[kind])
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_a_file_cut_anywhere_is_decoded_whole_or_raises(form):
+  """No half picture: what a cut file gives, if anything, is all of it."""
+  data = image_files.encode(image_files.NOISE, form)
+  whole = np.asarray(images.decode(data))
+  for n in range(0, len(data), 7):
+    try:
+      got = np.asarray(images.decode(data[:n]))
+    except Exception:
+      continue
+    assert n > len(data) - 20, n
+    np.testing.assert_array_equal(got, whole)
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("html", r"in 54 bytes .* b'<!DOCTYPE html><'$"),
+    ("eps", r"cannot identify .* b'%!PS-Adobe-3.0 E'$")])  # Not run, either.
+def test_the_error_says_what_the_file_begins_with(kind, words):
+  with pytest.raises(OSError, match=words):
+    images.decode(image_files.BAD[kind])
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_the_limit_is_on_the_product_of_the_sides(form):
+  data = image_files.encode(image_files.NOISE, form)
+  assert images.decode(data, 24 * 16).size == (24, 16)
+  with pytest.raises(ValueError, match=r"^24 x 16 pixels .*max_pixels, 383$"):
+    images.decode(data, 24 * 16 - 1)
+
+
+def test_pixels_are_counted_before_any_is_decoded():
+  data = image_files.png(7_000, 8_000)  # No pixel follows.
+  with pytest.raises(ValueError, match=r"^7000 x 8000 pixels"):
+    images.decode(data)
+  with pytest.raises(OSError, match="truncated"):
+    images.decode(data, 56_000_000)
+
+
+def test_of_several_frames_the_first_counts():
+  frames = [Image.new("RGB", (3, 2), c) for c in ("red", "lime")] * 50
+  data = image_files.encode(frames[0], "GIF", save_all=True,
+                            append_images=frames[1:])
+  assert images.decode(data, 6).size == (3, 2)
+
+
+def test_a_limit_above_pillows_holds(monkeypatch):
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+  data, expected = image_files.ODD["rgb png"]
+  np.testing.assert_array_equal(images.decode(data, 384), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_arrays_without_a_white_are_refused(dtype):
+  with pytest.raises(ValueError, match="pixels are"):
+    images.decode(np.full((2, 3), 300, dtype))
+
+
+def test_arrays_of_16_bits_keep_the_high_byte():
+  array = np.array([[0, 255, 256, 65535]], np.uint16)
+  got = np.asarray(images.decode(array))
+  assert got[0].tolist() == [[0] * 3, [0] * 3, [1] * 3, [255] * 3]
+
+
+def test_a_gray_array_may_have_a_channel():
+  array = np.array([[[0]], [[9]]], np.uint8)
+  assert np.asarray(images.decode(array)).tolist() == [[[0] * 3], [[9] * 3]]
+
+
+SCRIPT = """
+import json, resource, struct, sys, time
+from metaformer_jax.data import images
+
+def peak():
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+data, found = sys.stdin.buffer.read(), []
+try:
+  images.decode(b"")  # Loads Pillow's formats.
+except OSError:
+  pass
+while data:
+  n, = struct.unpack_from("<I", data)
+  before, start = peak(), time.process_time()
+  try:
+    images.decode(data[4:4 + n])
+    found.append("decoded")
+  except Exception as e:
+    found.append((peak() - before, time.process_time() - start))
+  data = data[4 + n:]
+json.dump(found, sys.stdout)
+"""
+
+
+def test_bombs_cost_neither_memory_nor_time_nor_words():
+  bombs = {**image_files.BOMBS,
+           "that Pillow warns of": image_files.png(10_000, 10_000)}
+  done = subprocess.run(
+      [sys.executable, "-W", "always", "-c", SCRIPT], check=True,
+      input=b"".join(struct.pack("<I", len(b)) + b for b in bombs.values()),
+      capture_output=True, cwd=pathlib.Path(__file__).parents[1])
+  found = dict(zip(bombs, json.loads(done.stdout), strict=True))
+  for name, (kibibytes, seconds) in found.items():
+    assert kibibytes < 16 * 1024 and seconds < 1, (name, found)
+  assert not done.stderr

@@ -1,0 +1,161 @@
+"""Runs of several processes: the same numbers, ended together, resumed."""
+
+import dataclasses
+import signal
+import time
+
+import pods
+import pytest
+
+from metaformer_jax import errors, experiment
+from metaformer_jax.tasks import classification
+from metaformer_jax.training import loop, processes, sharding
+
+
+def train(cfg, workdir):
+  """Here, on the eight devices of this process."""
+  loop.train_and_evaluate(cfg, classification.create(cfg),
+                          sharding.make_mesh(cfg), workdir)
+
+
+def test_told_to_end_all_save_one_step_and_any_number_goes_on(tmp_path):
+  """SIGTERM to the second of 2 x 4; resumed on 1 x 8: as uninterrupted."""
+  cfg = pods.small()
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  train(cfg, whole)
+  pod = pods.start(cfg, parts, 2, 4, tmp_path)
+  pods.wait_for_step(pod, parts, 8)
+  pod[1].send_signal(signal.SIGTERM)
+  time.sleep(0.1)
+  pod[1].send_signal(signal.SIGTERM)
+  assert pods.finish(pod) == [143, 143], pods.said(tmp_path, parts)
+  ended = [pods.said(tmp_path, parts, i).splitlines()[-1] for i in (0, 1)]
+  assert ended[0] == ended[1] and "Preempted: SIGTERM at step" in ended[0]
+  step = int(ended[0].split(" at step ")[1].partition(";")[0])
+  assert 8 < step < 40
+  assert max(int(p.name) for p in (parts / "checkpoints").iterdir()
+             if p.name.isdecimal()) == step
+  train(cfg, parts)
+  want, got = pods.losses(whole), pods.losses(parts)
+  assert want.keys() == got.keys() == set(range(1, 41))
+  for i in want:
+    assert got[i] == pytest.approx(want[i], rel=1e-6 if i <= step + 1 else 1e-5)
+  assert pods.summary(parts)["n_examples"] == 297
+  for name in ("top1", "top5", "bad_images", "skipped_steps"):
+    assert pods.summary(parts)[name] == pods.summary(whole)[name]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stages", [
+    pytest.param([(1, 8), (1, 4), (1, 1), (1, 8)], id="devices"),
+    pytest.param([(2, 4), (1, 4), (4, 1), (2, 1)], id="processes"),
+    pytest.param([(2, 2), (4, 2), (1, 1), (1, 8)], id="fsdp"),
+])
+def test_resumed_by_any_number_of_devices_and_processes(
+    tmp_path, stages, request):
+  """Each stage ends by SIGTERM to its last process but for the last."""
+  cfg = pods.small()
+  if "fsdp" in request.node.callspec.id:
+    cfg = dataclasses.replace(cfg, mesh=experiment.Mesh(
+        data=1, fsdp=-1, min_size=8, heartbeat_seconds=5))
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  train(dataclasses.replace(cfg, mesh=experiment.Mesh(data=1)), whole)
+  resumed = []
+  for i, (n_processes, n_devices) in enumerate(stages):
+    pod = pods.start(cfg, parts, n_processes, n_devices, tmp_path)
+    if i == len(stages) - 1:
+      assert pods.finish(pod) == [0] * n_processes, pods.said(tmp_path, parts)
+      break
+    pods.wait_for_step(pod, parts, 8 * (i + 1))
+    pod[-1].send_signal(signal.SIGTERM)
+    assert pods.finish(pod) == [143] * n_processes, pods.said(tmp_path, parts)
+    resumed.append(max(int(p.name) for p in (parts / "checkpoints").iterdir()
+                       if p.name.isdecimal()))
+  want, got = pods.losses(whole), pods.losses(parts)
+  assert want.keys() == got.keys()
+  difference = {i: abs(got[i] / want[i] - 1) for i in want}
+  print(stages, "resumed at", resumed, "largest difference of a loss",
+        f"{max(difference.values()):.1e}")
+  assert all(difference[i + 1] < 1e-6 for i in resumed)
+  assert max(difference.values()) < 1e-5
+
+
+@pytest.mark.parametrize("killed", [
+    pytest.param(0, marks=pytest.mark.soak), 1])
+def test_a_killed_process_ends_the_others(tmp_path, killed):
+  cfg = pods.small(train=experiment.Train(batch_size=16, steps=100_000))
+  workdir = tmp_path / "run"
+  pod = pods.start(cfg, workdir, 2, 1, tmp_path)
+  pods.wait_for_step(pod, workdir, 6)
+  pod[killed].kill()
+  start = time.monotonic()
+  codes = pods.finish(pod)
+  assert time.monotonic() - start < cfg.mesh.heartbeat_seconds + 10
+  assert codes[killed] == -9 and codes[1 - killed] not in (0, 2, 3, 143)
+  other = pods.said(tmp_path, workdir, 1 - killed)
+  assert ("stopped sending heartbeats):\n1\n" if killed
+          else "the leader task") in other
+
+
+def test_what_one_process_lacks_ends_all_with_its_reason(tmp_path):
+  cfg = pods.small()
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  (workdir / "config.json").write_text("{")
+  pod = pods.start(cfg, workdir, 2, 1, tmp_path)
+  assert pods.finish(pod) == [2, 2]
+  lines = [pods.said(tmp_path, workdir, i).splitlines()[-1] for i in (0, 1)]
+  assert lines[0].startswith(f"ConfigError: --workdir: {workdir}")
+  assert lines[1] == lines[0].replace("ConfigError: ",
+                                      "ConfigError: process 0: ")
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[001-002]",
+         "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+         "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
+OMPI = {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "3",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911"}
+ALONE = {"cluster_detection_method": "deactivate"}
+
+
+@pytest.mark.parametrize(("env", "flags", "want"), [
+    pytest.param({}, (None, None, None), None, id="nothing"),
+    pytest.param({}, (None, 1, 0), None, id="one"),
+    pytest.param({}, ("a:1", 2, 1), {
+        "num_processes": 2, "process_id": 1, "coordinator_address": "a:1",
+        **ALONE}, id="flags"),
+    pytest.param(SLURM, (None, None, None), {
+        "num_processes": 2, "process_id": 1,
+        "local_device_ids": [0, 1, 2, 3]}, id="slurm"),
+    pytest.param({**SLURM, "SLURM_NTASKS": "8"}, (None, None, None), {
+        "num_processes": 8, "process_id": 1}, id="slurm-of-each-gpu"),
+    pytest.param(SLURM, ("a:1", None, None), {
+        "num_processes": 2, "process_id": 1, "coordinator_address": "a:1",
+        **ALONE}, id="slurm-and-coordinator"),
+    pytest.param({k: v for k, v in SLURM.items() if "STEP" not in k},
+                 (None, None, None), None, id="slurm-shell"),
+    pytest.param({**SLURM, "SLURM_NTASKS": "1"}, (None, None, None), None,
+                 id="slurm-of-one"),
+    pytest.param(OMPI, (None, None, None), {
+        "num_processes": 8, "process_id": 3}, id="ompi"),
+])
+def test_the_environment_tells_of_the_others(env, flags, want):
+  assert processes.arguments(env, *flags) == want
+
+
+@pytest.mark.parametrize(("env", "flags", "reason"), [
+    pytest.param({}, (None, 2, 0), "--coordinator: is missing", id="count"),
+    pytest.param({}, (None, None, 1), "--coordinator: is missing", id="index"),
+    pytest.param({}, ("a:1", None, None), "needs --process_count", id="alone"),
+    pytest.param({}, ("a:1", 2, 2), "no 2 among 2", id="beyond"),
+    pytest.param({}, ("a", 2, 1), "not HOST:PORT", id="no-port"),
+    pytest.param({}, (":1", 2, 1), "not HOST:PORT", id="no-host"),
+    pytest.param({}, ("a:99999", 2, 1), "not HOST:PORT", id="port"),
+    pytest.param({k: v for k, v in OMPI.items() if "MCA" not in k},
+                 (None, None, None), "Open MPI 5", id="ompi-5"),
+])
+def test_flags_that_do_not_fit_are_told(env, flags, reason):
+  with pytest.raises(errors.ConfigError, match=reason):
+    processes.arguments(env, *flags)
+
