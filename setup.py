@@ -13,9 +13,6 @@ VERSION = re.search(
 # Reading data sets that TFDS prepared needs no TensorFlow; preparing does.
 TFDS = ["tensorflow-datasets>=4.9.10,<4.10", "importlib_resources>=6,<8"]
 
-# Crops, resizes and shifts pictures faster; the same pixels.
-FAST = ["numba>=0.61,<1"]
-
 setuptools.setup(
     name="metaformer-jax",
     version=VERSION,
@@ -34,6 +31,7 @@ setuptools.setup(
         "jax>=0.10.2,<0.13",
         "matplotlib>=3.11,<4",
         "ml-collections>=1.1,<2",
+        "numba>=0.61,<1",
         "numpy>=2.1,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
@@ -46,9 +44,8 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        "fast": FAST,
         "tfds": TFDS,
-        "test": [*TFDS, *FAST, "tensorflow-cpu>=2.21,<2.22", "pytest>=8,<10",
+        "test": [*TFDS, "tensorflow-cpu>=2.21,<2.22", "pytest>=8,<10",
                  "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18",
                  "tensorboard>=2.20,<3"],
     },

@@ -11,6 +11,7 @@ import pathlib
 import augment_cases
 import numpy as np
 import pytest
+from numba.core import caching
 from PIL import Image
 
 from metaformer_jax import config, errors, experiment
@@ -57,8 +58,6 @@ def test_there_are_twenty_images_to_evaluate():
 def engine(request, monkeypatch):
   if request.param == "pillow":
     monkeypatch.setattr(pixels, "kernels", None)
-  elif pixels.kernels is None:
-    pytest.skip("Numba is not installed")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,6 @@ def test_a_resized_crop_has_pillows_pixels_exactly(kind):
 
 def test_kernels_compile_where_nothing_can_be_kept(monkeypatch):
   """As in a read-only installation without a home directory."""
-  caching = pytest.importorskip("numba.core.caching")
   monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
   assert pixels.kernels._compile(lambda x: x + 1)(2) == 3
 

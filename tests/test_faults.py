@@ -188,6 +188,61 @@ def test_a_hung_input_is_shown(tmp_path, capfd):
   assert 'in hang' in err and err.count("What every thread does") == 2
 
 
+class Replacing(Points):
+  """Says of some positions of the stream that their example was bad."""
+
+  def __init__(self, bad, bad_to_evaluate=()):
+    super().__init__()
+    self._replaced, self._masked = bad, bad_to_evaluate
+
+  def train_batches(self, position):
+    for batch in super().train_batches(position):
+      places = range(position, position + 8)
+      yield {**batch, "replaced": np.array(
+          [p in self._replaced for p in places])}
+      position += 8
+
+  def eval_batches(self):
+    for i, batch in enumerate(super().eval_batches()):
+      replaced = np.array([8 * i + p in self._masked for p in range(8)])
+      yield {**batch, "mask": batch["mask"] & ~replaced, "replaced": replaced}
+
+
+def test_bad_images_are_counted_over_restarts(tmp_path):
+  """As many as were replaced, whatever was lost and made again in between."""
+  bad = (3, 17, 18, 100, 239)
+  cfg = experiment_of(data={"max_bad_fraction": 0.3})
+  with pytest.raises(errors.DivergedError):
+    run(cfg, Task(Broken(bad, [2])), tmp_path)
+  summary = run(cfg, Task(Replacing(bad, [2])), tmp_path)
+  assert summary["bad_images"] == 1 and summary["bad_train_images"] == 5
+  found = {r["step"]: r["bad_images"] for r in records(tmp_path)}
+  assert found == {i: sum(b < 8 * i for b in bad) for i in range(1, 31)}
+  assert summary["n_examples"] == 9
+
+
+class Broken(Replacing):
+  """Not finite from step 17 on."""
+
+  def train_batches(self, position):
+    for i, batch in enumerate(super().train_batches(position), position // 8):
+      if i >= 16:
+        batch["x"] += np.nan
+      yield batch
+
+
+@pytest.mark.parametrize(("bad", "to_evaluate", "what"), [
+    pytest.param((5, 11, 13, 14), (), "4 of 16 images cannot", id="train"),
+    pytest.param((), (1, 2, 9), "3 of 10 images to evaluate", id="evaluate"),
+    pytest.param((), range(10), "10 of 10 images to", id="nothing-is-left")])
+def test_too_many_bad_images_end_the_run(tmp_path, bad, to_evaluate, what):
+  fraction = 1.0 if len(to_evaluate) == 10 else 0.2
+  cfg = experiment_of(data={"max_bad_fraction": fraction})
+  with pytest.raises(errors.DataError, match=what) as e:
+    run(cfg, Task(Replacing(bad, to_evaluate)), tmp_path)
+  assert "max_bad_fraction" in str(e.value) and e.value.exit_code == 1
+
+
 class Time:
   """Both clocks, moved by hand."""
 

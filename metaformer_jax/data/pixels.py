@@ -1,8 +1,10 @@
 """What is done to the pixels of RGB pictures, uint8 [H, W, 3], on the host.
 
-Pillow does it, as in torchvision's and timm's transforms, or, where Numba is
-(the extra `fast`), `kernels`, which gives the same values faster.
+`kernels` does it, compiled by Numba, or, where that is missing, Pillow, as in
+torchvision's and timm's transforms: the same values, more slowly.
 """
+
+import logging
 
 import numpy as np
 import PIL
@@ -10,8 +12,11 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageStat
 
 try:
   from metaformer_jax.data import kernels
-except ImportError:
+except ImportError as e:
   kernels = None
+  logging.getLogger(__name__).warning(
+      "images are prepared at about two thirds of the speed: %s; pip install "
+      "numba", e)
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR,
            "bicubic": Image.Resampling.BICUBIC}

@@ -62,7 +62,7 @@ class Evaluation:
         watchdog.beat(f"batch {i + 1} of an evaluation")
     for found in pending:
       update(found)
-    if n_bad > self._max_bad:
+    if n_bad > self._max_bad or n_bad == self._data.n_examples:
       raise errors.DataError(
           f"{n_bad} of {self._data.n_examples} images to evaluate cannot be "
           "used, more than config.data.max_bad_fraction; the first are named "

@@ -228,7 +228,7 @@ def _run(cfg: Experiment, task: base.Task, mesh, workdir: pathlib.Path,
         position += cfg.train.batch_size
         # Waits for the step before: the device has this one to work on.
         window.add(i, metrics)
-        _check_images(cfg, totals, n_train, position)
+        _check_images(cfg, totals, n_train, position - cfg.train.batch_size)
         if window.is_due(i - 1, cfg.log.every_steps):
           log_window(i - 1)
         progress.advance()
@@ -264,7 +264,7 @@ def _run(cfg: Experiment, task: base.Task, mesh, workdir: pathlib.Path,
           r["images_per_second"] for r in last) if last else None,
       "goodput": last[-1]["goodput"] if last else None,
       "skipped_steps": int(totals["skipped_steps"]),
-      "bad_images": int(totals["bad_images"]),
+      "bad_train_images": int(totals["bad_images"]),
       "checkpoint": str(checkpoints.directory / str(n_steps)),
   }
   curves = writer.finish(summary)
@@ -275,9 +275,9 @@ def _run(cfg: Experiment, task: base.Task, mesh, workdir: pathlib.Path,
 
 
 def _check_images(cfg: Experiment, totals: accounting.Totals, n_train: int,
-                  position: int) -> None:
+                  n_seen: int) -> None:
   """Raises DataError when too many of the images so far were bad."""
-  n_bad, n = int(totals["bad_images"]), max(n_train, position)
+  n_bad, n = int(totals["bad_images"]), max(n_train, n_seen)
   if n_bad > cfg.data.max_bad_fraction * n:
     raise errors.DataError(
         f"{n_bad} of {n} images cannot be used, more than "
