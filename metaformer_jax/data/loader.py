@@ -17,6 +17,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -139,7 +140,7 @@ class Loader:
           grain.MultiprocessingOptions(
               num_workers=workers,
               per_worker_buffer_size=1 + -(-n_chunks // workers)),
-          worker_init_fn=_end_with_parent)
+          worker_init_fn=_follow_parent)
     iterator = iter(chunks)
     try:
       while parts := list(itertools.islice(iterator, n_chunks)):
@@ -171,9 +172,15 @@ class Loader:
                 "first, but can now: is the storage reliable?", fate)
 
 
-def _end_with_parent(index: int, count: int) -> None:
-  """Makes a worker end when the process that started it is killed."""
+def _follow_parent(index: int, count: int) -> None:
+  """Makes a worker end when its parent does, however that is, and not before.
+
+  Schedulers and Ctrl-C tell all processes to end; the parent has steps to make
+  until then, and a state to save.
+  """
   del index, count
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
 
   def wait():
     multiprocessing.parent_process().join()

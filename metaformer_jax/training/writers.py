@@ -7,6 +7,7 @@ steps are made again.
 
 import contextlib
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -47,6 +48,7 @@ class Writer:
     with _storing(self._workdir):
       self._file.write(_line(record))
       self._file.flush()
+      os.fsync(self._file.fileno())  # It outlives the machine.
     if self._events is not None:
       for name, value in metrics.items():
         self._events.add_scalar(f"{split}/{name}", value, step)

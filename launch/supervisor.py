@@ -1,0 +1,301 @@
+"""Keeps one run going until it is over, whatever becomes of its slice.
+
+What to do next follows from what the cloud says now, and nothing is noted here:
+a supervisor that was killed is started again by the same command.
+"""
+
+import pathlib
+import random
+import re
+import time
+from collections.abc import Callable, Collection
+
+import cloud
+
+# Exit codes of a run (docs/design.md, "Process contract").
+DONE, MISCONFIGURED, DIVERGED = 0, 2, 3
+_MEANING = {DONE: "done", MISCONFIGURED: "a configuration error",
+            DIVERGED: "diverged"}
+
+# How long a run may take to save when it is told to end, in seconds.
+STOP_SECONDS = 300
+
+# So often no host answers before the slice is taken for dead, and so often the
+# others are looked at once the first host's process has ended.
+_SILENT_POLLS = 10
+_LAST_POLLS = 5
+
+# What a request says that would fail again: an argument, or leave, is wrong.
+_REFUSED = (3, 7, 16)
+
+
+def verdict(codes: Collection[int]) -> int | None:
+  """The exit code of a run that is over; None: it is to be started again.
+
+  Args:
+    codes: of the run's processes, one a host. Where one is gone, jax ends the
+      others by SIGABRT: what one host says of itself outweighs them.
+  """
+  for code in (DIVERGED, MISCONFIGURED):
+    if code in codes:
+      return code
+  return DONE if codes and set(codes) == {DONE} else None
+
+
+def cause(codes: Collection[int]) -> int:
+  """The code that tells most, of a run that is to be started again."""
+  followers = (DONE, 134, 137, 143)
+  return next((c for c in codes if c not in followers),
+              next((c for c in codes if c != DONE), 1))
+
+
+class Supervisor:
+  """Creates the slice, starts the run, and does so again as often as needed."""
+
+  def __init__(self, gcloud: cloud.Gcloud, where: cloud.Slice, run: cloud.Run,
+               source: pathlib.Path, ref: str, *, poll_seconds: float,
+               max_restarts: int, max_refusals: int, keep: bool,
+               sleep: Callable[[float], None] = time.sleep):
+    """
+    Args:
+      gcloud: runs the commands.
+      where: the slice.
+      run: what runs on it.
+      source, ref: a git checkout, and the commit of it that is sent.
+      poll_seconds: between two looks; the shortest pause after a failure.
+      max_restarts: of the run, in a row without a new checkpoint.
+      max_refusals: of the slice, in a row: no quota, or the request failed.
+      keep: leaves the slice when the run is over.
+      sleep: for tests.
+    """
+    self._gcloud, self._slice, self._run = gcloud, where, run
+    self._source, self._ref = source, ref
+    self._poll_seconds, self._keep, self._sleep = poll_seconds, keep, sleep
+    self._max_restarts, self._max_refusals = max_restarts, max_refusals
+    self._fruitless = self._refusals = self._flakes = self._silent = 0
+    self._seen = self._deleted = self._start_again = False
+    self._step, self._told = 0, ""
+
+  def supervise(self) -> int:
+    """Returns the run's exit code; 1 and 2 also for the cloud's refusals."""
+    self._step = self._latest_step()
+    while True:
+      try:
+        code = self._advance()
+        self._flakes = 0
+      except cloud.CloudError as e:
+        if e.kind == "refused":
+          cloud.say(f"{e}; nothing was deleted, and what runs goes on: mend "
+                    "it, and start this again")
+          return MISCONFIGURED
+        self._flakes += 1
+        cloud.say(f"{e}; trying again")
+        self._back_off(self._flakes)
+        continue
+      if code is not None:
+        return code
+
+  def _advance(self) -> int | None:
+    """One look and what follows from it; the exit code once all is over."""
+    state, error = cloud.slice_state(self._gcloud, self._slice)
+    if state == "ABSENT":
+      if self._seen and not self._deleted:
+        cloud.say(f"{self._slice.name} was deleted by somebody; not created "
+                  "again, the same command would")
+        return 1
+      return self._create()
+    self._seen = True
+    if state != self._told:
+      why = error.get("message", "")
+      cloud.say(f"{self._slice.name} is {state} {why}".rstrip())
+      self._told = state
+    if state == "ACTIVE":
+      self._refusals = 0
+      return self._watch()
+    if state == "FAILED" and error.get("code") in _REFUSED:
+      cloud.say("mend the command; the request stays until the sub-command "
+                "delete")
+      return MISCONFIGURED
+    if state in ("SUSPENDED", "FAILED"):
+      self._delete()
+      return self._refused("the request failed") if state == "FAILED" else None
+    self._sleep(self._poll_seconds)
+    return None
+
+  def _create(self) -> int | None:
+    cloud.say(f"creating {self._slice.name}")
+    try:
+      self._gcloud(self._slice.create())
+    except cloud.CloudError as e:
+      if e.kind == "quota":
+        return self._refused(str(e))
+      if e.kind != "exists":
+        raise
+    self._seen, self._deleted = True, False
+    self._start_again = False
+    return None
+
+  def _refused(self, why: str) -> int | None:
+    self._refusals += 1
+    if self._refusals > self._max_refusals:
+      cloud.say(f"{why}; refused {self._refusals} times in a row: ask for more "
+                "quota, or choose another zone or accelerator")
+      return 1
+    cloud.say(f"{why}; asking again later")
+    self._back_off(self._refusals, 10)
+    return None
+
+  def _delete(self) -> None:
+    self._deleted = True
+    try:
+      self._gcloud(self._slice.delete(), timeout=1800)
+    except cloud.CloudError as e:
+      if e.kind != "absent":
+        raise
+
+  def _watch(self) -> int | None:
+    """Of an active slice: starts the run, or sees how it is."""
+    # As long as the first host's process lives, all do: jax sees to it.
+    found = cloud.workers(self._gcloud, self._slice, "0")
+    if not found:
+      return self._hear_nothing()
+    self._silent = 0
+    first = found[0]
+    if first.status == "running" and first.run != self._run.id:
+      cloud.say(f"{self._slice.name} runs something else (run {first.run}, not "
+                f"{self._run.id}): give another --name, or replace it by the "
+                "sub-command restart")
+      return MISCONFIGURED
+    if first.status == "running":
+      self._sleep(self._poll_seconds)
+      return None
+    if first.run != self._run.id or self._start_again:
+      return self._launch()
+    codes, lost = self._exit_codes()
+    cloud.say(f"{self._slice.name}: exit codes {codes}" + (
+        f", {lost} hosts lost" if lost else ""))
+    over = verdict(codes)
+    # Done is what all say.
+    if over is not None and not (over == DONE and lost):
+      return self._finish(over)
+    return self._failed(codes, recreate=bool(lost))
+
+  def _hear_nothing(self) -> int | None:
+    self._silent += 1
+    if self._silent < _SILENT_POLLS:
+      cloud.say(f"{self._slice.name}: the first host does not answer")
+      self._sleep(self._poll_seconds)
+      return None
+    self._silent = 0
+    return self._failed([], recreate=True)
+
+  def _launch(self) -> int | None:
+    cloud.say(f"starting the run {self._run.id} on {self._slice.name}, from "
+              f"step {self._step}")
+    try:
+      launch(self._gcloud, self._slice, self._run, self._source, self._ref)
+    except cloud.CloudError as e:
+      if e.kind == "refused":
+        raise
+      cloud.say(str(e))
+      return self._failed([], recreate=self._exit_codes()[1] > 0)
+    self._start_again = False
+    self._sleep(self._poll_seconds)
+    return None
+
+  def _exit_codes(self) -> tuple[list[int], int]:
+    """The processes' exit codes, and how many hosts do not answer."""
+    _, count = cloud.node(self._gcloud, self._slice)
+    for _ in range(_LAST_POLLS):
+      found = cloud.workers(self._gcloud, self._slice)
+      if len(found) >= count and all(w.status != "running" for w in found):
+        break
+      self._sleep(self._poll_seconds)
+    codes = [int(w.status) for w in found if w.status.isdecimal()]
+    return codes, max(0, count - len(found))
+
+  def _failed(self, codes: list[int], recreate: bool = False) -> int | None:
+    """What ended may go on, unless it did so too often for nothing."""
+    step = self._latest_step()
+    if step > self._step:
+      self._step, self._fruitless = step, 0
+    self._fruitless += 1
+    if self._fruitless > self._max_restarts:
+      cloud.say(f"no checkpoint after step {self._step} in "
+                f"{self._max_restarts + 1} attempts: giving up")
+      return self._finish(cause(codes))
+    self._start_again = True
+    self._back_off(self._fruitless)
+    if recreate:
+      self._delete()
+    return None
+
+  def _finish(self, code: int) -> int:
+    """Shows why, and deletes the slice, as it costs money."""
+    meaning = _MEANING.get(code, "docs/tpu.md says what it means")
+    cloud.say(f"the run is over: exit code {code}, {meaning}")
+    if code != DONE:
+      try:
+        cloud.say(self._gcloud(self._slice.worker("log", "20", worker="0")))
+      except cloud.CloudError as e:
+        cloud.say(f"its output cannot be shown: {e}")
+    if not self._keep:
+      for attempt in range(1, 6):
+        try:
+          self._delete()
+          cloud.say(f"{self._slice.name} is deleted; the output is in "
+                    f"{self._run.workdir}/logs")
+          return code
+        except cloud.CloudError as e:
+          cloud.say(str(e))
+          self._back_off(attempt)
+    cloud.say(f"{self._slice.name} is there still, and costs money: "
+              + " ".join(self._slice.delete()))
+    return code
+
+  def _latest_step(self) -> int:
+    """The newest checkpoint's; the last known one where gcloud fails."""
+    try:
+      listed = self._gcloud(["gcloud", "storage", "ls",
+                             f"{self._run.workdir}/checkpoints/"])
+    except cloud.CloudError as e:
+      if e.kind != "absent":
+        cloud.say(str(e))
+      return self._step
+    steps = re.findall(r"/checkpoints/(\d+)/$", listed, re.MULTILINE)
+    return max(map(int, steps), default=0)
+
+  def _back_off(self, times: int, factor: float = 1) -> None:
+    """Twice as long each time, an hour at most; not all users at once."""
+    seconds = factor * self._poll_seconds * 2 ** (min(times, 20) - 1)
+    self._sleep(min(seconds, 3600) * random.uniform(0.5, 1))
+
+
+def launch(gcloud: cloud.Gcloud, where: cloud.Slice, run: cloud.Run,
+           source: pathlib.Path, ref: str) -> None:
+  """Sends a commit to every host, and starts the run in place of another."""
+  archive = pathlib.Path("build") / where.name / "metaformer_jax.tar.gz"
+  if not isinstance(gcloud, cloud.DryRun):
+    (source / archive).parent.mkdir(parents=True, exist_ok=True)
+  gcloud(["git", "-C", str(source), "archive", "--format=tar.gz",
+          f"--output={archive}", ref])
+  worker = pathlib.Path(__file__).with_name("worker.sh")
+  gcloud(where.copy(str(worker), str(source / archive)), timeout=900)
+  gcloud(where.worker("stop", str(STOP_SECONDS)), timeout=STOP_SECONDS + 120)
+  gcloud(where.worker("install", archive.name), timeout=1800)
+  gcloud(where.worker("start", run.id, ",".join(run.buckets), *run.command))
+
+
+def describe(gcloud: cloud.Gcloud, where: cloud.Slice) -> str:
+  """What is known of a slice and its run, one fact a line."""
+  state, error = cloud.slice_state(gcloud, where)
+  lines = [f"slice {where.name} {state} {error.get('message', '')}".rstrip()]
+  if state == "ACTIVE":
+    kind, count = cloud.node(gcloud, where)
+    lines.append(f"node {kind}, hosts {count}")
+    found = sorted(cloud.workers(gcloud, where),
+                   key=lambda w: (len(w.index), w.index))
+    lines += [f"worker {w.index} run {w.run} {w.status}" for w in found]
+    if len(found) < count:
+      lines.append(f"{count - len(found)} hosts do not answer")
+  return "\n".join(lines)

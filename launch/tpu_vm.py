@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""Trains on a Cloud TPU slice, from any machine that has Python and gcloud:
+
+    python launch/tpu_vm.py supervise --name=s24 --zone=us-west4-a \\
+        --accelerator=v5litepod-8 --spot -- \\
+        --config=configs/poolformer_s24.py --workdir=gs://BUCKET/runs/s24 \\
+        --config.data.path=gs://BUCKET/imagenet
+
+Behind -- come the flags of metaformer_jax.main; docs/tpu.md has the rest.
+"""
+
+import argparse
+import pathlib
+import re
+import subprocess
+import sys
+
+import cloud
+import supervisor
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+_COMMANDS = {
+    "create": "join the queue for a slice",
+    "run": "start a run on an active slice, and return",
+    "supervise": "create, run, and do both again until the run is over",
+    "status": "show the states of the slice, its hosts and the run",
+    "logs": "show the end of a host's output",
+    "restart": "stop the run, which saves, and start it anew",
+    "exec": "run the shell command behind -- on the hosts",
+    "delete": "stop the run, which saves, and delete the slice",
+}
+_WITH_RUN = ("run", "supervise", "restart")
+_WITH_SLICE = ("create", "supervise")
+
+
+class Parser(argparse.ArgumentParser):
+  """A mistake is one line."""
+
+  def error(self, message):
+    raise cloud.UsageError(f"{message}; see --help")
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+  """(the launcher's own flags, what comes behind --)."""
+  end = argv.index("--") if "--" in argv else len(argv)
+  parser = Parser(description=__doc__, allow_abbrev=False,
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
+  commands = parser.add_subparsers(dest="command", required=True)
+  for name, help_text in _COMMANDS.items():
+    sub = commands.add_parser(name, help=help_text, allow_abbrev=False)
+    _add_flags(sub, name)
+  return parser.parse_args(argv[:end]), argv[end + 1:]
+
+
+def _add_flags(sub: argparse.ArgumentParser, name: str) -> None:
+  add = sub.add_argument
+  add("--name", required=True, help="of the slice; yours to choose")
+  add("--zone", required=True, help="e.g. us-west4-a")
+  add("--project", help="default: gcloud's own")
+  add("--dry_run", action="store_true",
+      help="print the commands, one a line, and run none")
+  if name in _WITH_SLICE:
+    add("--accelerator", required=True,
+        help="e.g. v5litepod-8, v4-32, v5p-8, v6e-16")
+    add("--runtime_version", help="default: by the accelerator")
+    add("--spot", action="store_true", help="cheaper, and may be taken away")
+    add("--create_flag", action="append", default=[], metavar="FLAG",
+        help="one more flag of gcloud's create, e.g. "
+        "--create_flag=--service-account=ACCOUNT; may come again")
+  if name in _WITH_RUN:
+    add("--source", type=pathlib.Path, default=ROOT,
+        help="git checkout to run; default: the one this file is of")
+    add("--ref", default="HEAD", help="its commit; default: HEAD")
+  if name == "supervise":
+    add("--poll_seconds", type=_natural, default=60, help="default: 60")
+    add("--max_restarts", type=_natural, default=5,
+        help="of the run, in a row without a new checkpoint; default: 5")
+    add("--max_refusals", type=_natural, default=20,
+        help="for want of quota, or of a request that failed, in a row; "
+        "default: 20")
+    add("--keep", action="store_true", help="leave the slice, which costs "
+        "money, when the run is over")
+  if name in ("logs", "exec"):
+    add("--worker", default="0" if name == "logs" else "all",
+        help="index of the host, or all")
+  if name == "logs":
+    add("--lines", type=_natural, default=100)
+    add("--follow", action="store_true", help="go on until Ctrl-C")
+
+
+def _natural(text: str) -> int:
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+  return int(text)
+
+
+def make_slice(args: argparse.Namespace) -> cloud.Slice:
+  """Raises UsageError: a name or an accelerator cannot be one."""
+  if not re.fullmatch(r"[a-z]([-a-z0-9]{0,60}[a-z0-9])?", args.name):
+    raise cloud.UsageError(f"--name={args.name}: give lower-case letters, "
+                           "digits and -, a letter first")
+  accelerator = getattr(args, "accelerator", "")
+  generation = accelerator.partition("-")[0]
+  if accelerator and (generation not in cloud.RUNTIMES or
+                      not re.fullmatch(r"[a-z0-9]+-\d+", accelerator)):
+    raise cloud.UsageError(
+        f"--accelerator={accelerator}: is not one of "
+        f"{', '.join(cloud.RUNTIMES)} with a size, as in v5litepod-8")
+  return cloud.Slice(
+      args.name, args.zone, args.project, accelerator,
+      getattr(args, "runtime_version", None) or cloud.RUNTIMES.get(
+          generation, ""),
+      getattr(args, "spot", False), tuple(getattr(args, "create_flag", ())))
+
+
+def main(argv: list[str]) -> int:
+  """Returns the exit code."""
+  try:
+    args, rest = parse(argv)
+    where = make_slice(args)
+    run = cloud.Run.of(rest) if args.command in _WITH_RUN else None
+    if rest and run is None and args.command != "exec":
+      raise cloud.UsageError(f"{args.command} takes nothing behind --")
+    if run and not args.dry_run:
+      _warn_of_changes(args.source)
+    gcloud = cloud.Gcloud()
+    if args.dry_run:
+      gcloud = cloud.DryRun(args.command != "supervise", run.id if run else "")
+    return _do(args, rest, gcloud, where, run)
+  except cloud.UsageError as e:
+    cloud.say(f"UsageError: {e}")
+    return supervisor.MISCONFIGURED
+  except cloud.CloudError as e:
+    cloud.say(f"CloudError: {e}")
+    return supervisor.MISCONFIGURED if e.kind == "refused" else 1
+  except KeyboardInterrupt:
+    cloud.say("stopped watching; what was started goes on, and costs money: "
+              "the same command attaches again, the sub-command delete ends it")
+    return 130
+
+
+def _do(args: argparse.Namespace, rest: list[str], gcloud: cloud.Gcloud,
+        where: cloud.Slice, run: cloud.Run | None) -> int:
+  if args.command == "create":
+    gcloud(where.create())
+  elif args.command == "supervise":
+    return supervisor.Supervisor(
+        gcloud, where, run, args.source, args.ref, keep=args.keep,
+        poll_seconds=0 if args.dry_run else args.poll_seconds,
+        max_restarts=args.max_restarts, max_refusals=args.max_refusals,
+    ).supervise()
+  elif args.command in ("run", "restart"):
+    if args.command == "run":
+      for worker in cloud.workers(gcloud, where):
+        if worker.status == "running":
+          raise cloud.UsageError(f"{where.name} runs {worker.run} already; the "
+                                 "sub-command restart replaces it")
+    supervisor.launch(gcloud, where, run, args.source, args.ref)
+  elif args.command == "status":
+    found = supervisor.describe(gcloud, where)
+    if not args.dry_run:
+      print(found)
+  elif args.command == "logs":
+    follow = ["follow"] if args.follow else []
+    return gcloud.show(where.worker("log", str(args.lines), *follow,
+                                    worker=args.worker))
+  elif args.command == "exec":
+    if not rest:
+      raise cloud.UsageError("exec needs a command behind --")
+    return gcloud.show(where.ssh(" ".join(rest), args.worker))
+  else:
+    _delete(gcloud, where)
+  return 0
+
+
+def _delete(gcloud: cloud.Gcloud, where: cloud.Slice) -> None:
+  state, _ = cloud.slice_state(gcloud, where)
+  if state == "ACTIVE":
+    try:
+      gcloud(where.worker("stop", str(supervisor.STOP_SECONDS)),
+             timeout=supervisor.STOP_SECONDS + 120)
+    except cloud.CloudError as e:
+      cloud.say(f"{e}; deleting all the same")
+  gcloud(where.delete(), timeout=1800)
+
+
+def _warn_of_changes(source: pathlib.Path) -> None:
+  """What is not committed is not sent."""
+  done = subprocess.run(["git", "-C", str(source), "status", "--porcelain"],
+                        capture_output=True, text=True, check=False)
+  if done.returncode:
+    raise cloud.UsageError(f"--source={source}: is not a git checkout")
+  if done.stdout.strip():
+    cloud.say(f"{len(done.stdout.splitlines())} changes in {source} are not "
+              "committed, and not sent")
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))
