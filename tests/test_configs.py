@@ -7,6 +7,7 @@ both forms that users have; only `config.data` differs between the two.
 import json
 import os
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -91,10 +92,9 @@ def trains(path, imagenet, folder):
   assert abs(summary["loss"] / chance - 1) < 0.5
 
 
-# One of each recipe.
-CHOSEN = ("quickstart", "fashion_mnist", "poolformer_s12",
-          "convformer_b36_384", "caformer_s18", "deit_small_patch16_224",
-          "resmlp_12_224", "resnet18")
+# One of each recipe, but for those that test_lockstep.py trains.
+CHOSEN = ("quickstart", "fashion_mnist", "convformer_b36_384",
+          "deit_small_patch16_224", "resmlp_12_224")
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -128,7 +128,8 @@ def test_ablation_is_the_papers_model(variant):
     assert model != metaformer_jax.create_model("poolformer_s12")
 
 
-@pytest.mark.parametrize("form", ["folder", "tfds"])
+@pytest.mark.parametrize("form", [
+    "folder", pytest.param("tfds", marks=pytest.mark.configs)])
 def test_s24_trains_on_imagenet(form, imagenet, tmp_path):
   if form == "tfds":
     pytest.importorskip("tensorflow_datasets")
@@ -149,9 +150,12 @@ def test_s24_trains_on_imagenet(form, imagenet, tmp_path):
        # Shared by the two forms: the program is the same.
        f"--config.log.compilation_cache={imagenet / 'cache'}", *data],
       cwd=ROOT, capture_output=True, text=True,
-      env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)})
+      env={**os.environ, "PYTHONPATH": str(ROOT),
+           "XLA_FLAGS": "--xla_backend_optimization_level=0"})
   assert done.returncode == 0, done.stderr
-  assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+  # grain's workers may have made one batch more when they are ended.
+  told = re.sub(r".*leaked shared_memory objects.*\n.*\n", "", done.stderr)
+  assert "Traceback" not in told and "Warning" not in told, told
   summary = json.loads((tmp_path / "summary.json").read_text())
   assert summary["step"] == 2
   assert summary["n_examples"] == tiny_imagenet.N_VAL

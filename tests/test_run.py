@@ -137,14 +137,12 @@ def test_started_again_a_finished_run_only_reports(finished):
 
 def test_evaluate_measures_the_checkpoint(finished):
   workdir, _ = finished
-  evaluate = "metaformer_jax.tools.evaluate"
   recorded = {r["step"]: r for r in evaluations(workdir)}
   # At a batch size that does not divide 297, and another checkpoint.
   for flags, step in ((("--config.eval.batch_size=100",), 12),
-                      (("--checkpoint=12",), 12),
                       (("--checkpoint=best",), max(
                           recorded, key=lambda i: recorded[i]["top1"]))):
-    out, _ = run(workdir, *flags, module=evaluate)
+    out, _ = run(workdir, *flags, module="metaformer_jax.tools.evaluate")
     result = json.loads(out)
     assert result["n_examples"] == 297
     assert recorded[result["step"]]["top1"] == recorded[step]["top1"]
@@ -152,10 +150,12 @@ def test_evaluate_measures_the_checkpoint(finished):
     for name in ("top1", "top5"):
       assert result[name] == recorded[step][name]
     assert result["loss"] == pytest.approx(recorded[step]["loss"], rel=1e-5)
-  _, err = run(workdir, "--checkpoint=5", module=evaluate, expect=2)
-  assert "no checkpoint 5" in err
-  _, err = run(workdir / "none", module=evaluate, expect=2)
-  assert "holds no checkpoints" in err
+  cfg = load_config(workdir)
+  for folder, which, reason in ((workdir, 5, "no checkpoint 5"),
+                                (workdir / "none", 12, "holds no checkpoints")):
+    with pytest.raises(errors.ConfigError, match=reason):
+      evaluate.evaluate_checkpoint(cfg, classification.create(cfg),
+                                   sharding.make_mesh(cfg), folder, which)
 
 
 def test_another_experiment_is_refused(finished):
@@ -166,7 +166,7 @@ def test_another_experiment_is_refused(finished):
 
 
 def test_interrupted_at_any_step(tmp_path):
-  """In one process: stopped after each step in turn, always the same end."""
+  """In one process: stopped after 1, 3 and 5 steps, always the same end."""
   cfg = dataclasses.replace(
       experiment.Experiment(),
       model=experiment.Model(num_classes=10, depths=(1,), dims=(16,),
@@ -208,7 +208,7 @@ def test_interrupted_at_any_step(tmp_path):
   mesh = sharding.make_mesh(cfg)
   whole = loop.train_and_evaluate(cfg, Task(cfg), mesh, tmp_path / "whole")
   parts = tmp_path / "parts"
-  for limit in (1, 1, 1, 1, 1):
+  for limit in (1, 2, 2):
     task = Task(cfg)
     object.__setattr__(task, "limit", limit)
     try:
@@ -249,17 +249,6 @@ def test_a_task_of_thirty_lines_trains(tmp_path):
   with pytest.raises(errors.ConfigError, match="did you mean score"):
     loop.train_and_evaluate(wrong, line_task.LineTask(), mesh,
                             tmp_path / "wrong")
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_unsaved(tmp_path):
-  _, err = run(tmp_path, "--config.optim.base_lr=1e30",
-               "--config.optim.warmup_epochs=0", expect=3)
-  assert "DivergedError: " in err and "lower config.optim.base_lr" in err
-  steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
-  cfg = load_config(tmp_path)
-  for step in steps:
-    state, _ = restore(cfg, tmp_path, step)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
 def test_the_second_start_compiles_nothing_again(tmp_path):
