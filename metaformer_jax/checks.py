@@ -26,8 +26,14 @@ _MAX_NDIM = 64  # Of an array: NumPy's.
 _MAX_OPERATIONS = 100  # Of RandAugment, on one image.
 
 
-def check(cfg: Experiment) -> Iterator[str]:
-  """What only several keys together, or the file system, can tell."""
+def check(cfg: Experiment, files: bool = True) -> Iterator[str]:
+  """What only several keys together, or the file system, can tell.
+
+  Args:
+    cfg: each value checked by itself.
+    files: whether what the config names must be on this machine; it need not
+      when the run will be on another.
+  """
   try:
     spec = registry.get_spec(cfg.model.name)
   except ValueError as e:
@@ -40,10 +46,12 @@ def check(cfg: Experiment) -> Iterator[str]:
     low, high = getattr(cfg.data, key)
     if low > high:
       yield f"config.data.{key}: ({low}, {high}) does not ascend"
-  yield from _check_init(cfg)
   yield from _check_mesh(cfg)
-  yield from _check_cache(cfg)
   yield from _check_data(cfg)
+  if files:
+    yield from _check_init(cfg)
+    yield from _check_cache(cfg)
+    yield from _check_data_files(cfg)
 
 
 def _check_images(cfg: Experiment) -> Iterator[str]:
@@ -183,6 +191,9 @@ def _check_channels(cfg: Experiment,
 def _check_init(cfg: Experiment) -> Iterator[str]:
   if cfg.init is None:
     return
+  if not cfg.init:
+    yield "config.init: '' names no file; None starts from scratch"
+    return
   try:
     path = pathlib.Path(cfg.init).expanduser()
     if not path.exists():
@@ -249,9 +260,18 @@ def _check_data(cfg: Experiment) -> Iterator[str]:
       raise ValueError(f"has an n above {_MAX_OPERATIONS}")
   except ValueError as e:
     yield f"config.data.auto_augment: {data.auto_augment!r} {e}"
-  yield from _check_labels(cfg)
+  if cfg.eval.labels != "split" and data.source != "folder":
+    yield (f"config.eval.labels: {cfg.eval.labels} with source {data.source}; "
+           "only source folder has it")
   if data.source == "digits":
     yield from _check_n_classes(cfg, 10)
+
+
+def _check_data_files(cfg: Experiment) -> Iterator[str]:
+  data = cfg.data
+  if cfg.eval.labels == "real" and not _is_file(cfg.eval.real_path or ""):
+    yield (f"config.eval.real_path: {cfg.eval.real_path!r} is not a file; give "
+           "real.json of github.com/google-research/reassessed-imagenet")
   if not data.path:
     return
   if "://" in data.path:
@@ -265,15 +285,11 @@ def _check_data(cfg: Experiment) -> Iterator[str]:
     yield f"config.data.path: {data.path}: {e}"
 
 
-def _check_labels(cfg: Experiment) -> Iterator[str]:
-  labels, source = cfg.eval.labels, cfg.data.source
-  if labels != "split" and source != "folder":
-    yield (f"config.eval.labels: {labels} with source {source}; only source "
-           "folder has it")
-  if labels == "real" and not pathlib.Path(
-      cfg.eval.real_path or "").expanduser().is_file():
-    yield (f"config.eval.real_path: {cfg.eval.real_path!r} is not a file; give "
-           "real.json of github.com/google-research/reassessed-imagenet")
+def _is_file(path: str) -> bool:
+  try:
+    return pathlib.Path(path).expanduser().is_file()
+  except (OSError, RuntimeError):  # Too long; the home of nobody.
+    return False
 
 
 def _check_n_classes(cfg: Experiment, n_classes: int) -> Iterator[str]:

@@ -18,6 +18,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable
+from importlib import util
 
 import ml_collections
 from absl import flags
@@ -43,7 +44,7 @@ _COORDINATOR = flags.DEFINE_string(
     "default SLURM, Open MPI or the Cloud TPU tells.")
 _PROCESS_COUNT = flags.DEFINE_integer(
     "process_count", None, "Processes of the run; 1: no others, whatever the "
-    "environment tells.", lower_bound=1)
+    "environment tells.", lower_bound=1, upper_bound=2**16)
 _PROCESS_INDEX = flags.DEFINE_integer(
     "process_index", None, "Which of them this one is, from 0.", lower_bound=0)
 
@@ -51,10 +52,17 @@ _PROCESS_INDEX = flags.DEFINE_integer(
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
 
-def run(main: Callable[[Experiment, pathlib.Path], None]) -> None:
-  """Parses the command line, runs `main` and ends the process."""
+def run(main: Callable[[Experiment, pathlib.Path], None], *,
+        elsewhere: bool = False) -> None:
+  """Parses the command line, runs `main` and ends the process.
+
+  Args:
+    main: called with the experiment and the workdir.
+    elsewhere: the experiment is for another machine: the data, the weights and
+      the workdir that are named need not be on this one.
+  """
   with one_line_errors():
-    cfg, workdir = parse()
+    cfg, workdir = parse(elsewhere)
     start_logging()
     main(cfg, workdir)
 
@@ -86,8 +94,10 @@ def one_line_errors():
     sys.exit(e.exit_code)
 
 
-def parse() -> tuple[Experiment, pathlib.Path]:
+def parse(elsewhere: bool = False) -> tuple[Experiment, pathlib.Path]:
   """Returns the experiment and the workdir that the command line names.
+
+  `elsewhere` is as for `run`.
 
   Raises:
     ConfigError: what is wrong with the command line, the file or the config.
@@ -97,7 +107,7 @@ def parse() -> tuple[Experiment, pathlib.Path]:
   try:
     # ml_collections finds the overrides in sys.argv itself.
     sys.argv = flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
-  except flags.Error as e:
+  except (flags.Error, UnicodeDecodeError) as e:
     raise errors.ConfigError(f"command line: {e}") from e
   if not {"--help", "-help", "-h"}.isdisjoint(sys.argv):
     print(_help())
@@ -112,8 +122,11 @@ def parse() -> tuple[Experiment, pathlib.Path]:
       functools.reduce(getattr, sections, config)[name] = None
   path = json_path or config_flags.get_config_filename(
       flags.FLAGS["config"]).partition(":")[0]
+  if _WORKDIR.value == "":
+    raise errors.ConfigError("--workdir: is empty; name a folder")
   workdir = _WORKDIR.value or os.path.join("runs", pathlib.Path(path).stem)
-  return config_lib.resolve(config), _check_workdir(workdir)
+  cfg = config_lib.resolve(config, files=not elsewhere)
+  return cfg, pathlib.Path(workdir) if elsewhere else _check_workdir(workdir)
 
 
 def _check_overrides() -> list[str]:
@@ -184,7 +197,9 @@ def _load() -> ml_collections.ConfigDict:
         re.match(r"--?config(_json)?(=|$)", arg) for arg in sys.argv):
       raise errors.ConfigError(missing) from e  # So no override is known.
     raise errors.ConfigError(f"command line: {e}; see --help") from e
-  except (Exception, SystemExit) as e:  # The file is a program.
+  except KeyboardInterrupt:
+    raise
+  except BaseException as e:  # The file is a program.
     raise errors.ConfigError(_explain_file(e)) from e
   if len(rest) > 1:
     raise errors.ConfigError(
@@ -213,6 +228,10 @@ def start_jax(cfg: Experiment):
   folder = cfg.log.compilation_cache
   if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+  if not (jax.config.jax_platforms or processes.on_tpu()
+          or util.find_spec("jax_plugins")):
+    # With libtpu but no TPU, jax would look for one, and say so in five lines.
+    jax.config.update("jax_platforms", "cpu")
   if flags.FLAGS.is_parsed():  # Tools with flags of their own have none of it.
     processes.start(_COORDINATOR.value, _PROCESS_COUNT.value,
                     _PROCESS_INDEX.value, cfg.mesh.heartbeat_seconds)
@@ -258,7 +277,10 @@ def _explain_file(error: BaseException) -> str:
     return f"--config: {file} is not a file{near}"
   while error.args and isinstance(error.args[0], BaseException):
     error = error.args[0]  # As ml_collections wraps a KeyError.
-  reason = str(error.args[0] if isinstance(error, KeyError) else error)
+  try:
+    reason = str(error.args[0] if isinstance(error, KeyError) else error)
+  except Exception:  # Of a class of the file's own.
+    reason = ""
   if not re.match(r"[\w.]*(Error|Exception|Interrupt)\b", reason):
     reason = f"{type(error).__name__}: {reason}"
   return f"{file}: {reason}"

@@ -163,12 +163,14 @@ def differences(cfg: Experiment, saved_json: str) -> list[str]:
                       "data.max_bad_fraction", "train.max_skipped")]
 
 
-def resolve(config: Mapping[str, Any]) -> Experiment:
+def resolve(config: Mapping[str, Any], files: bool = True) -> Experiment:
   """Checks a config and returns it as dataclasses.
 
   Args:
     config: a ConfigDict, or a dict of the same shape; absent keys take their
       defaults.
+    files: whether the data, the weights and the folders that it names must be
+      on this machine.
 
   Raises:
     ConfigError: one line that names every key that is wrong, its value, the
@@ -177,7 +179,7 @@ def resolve(config: Mapping[str, Any]) -> Experiment:
   if isinstance(config, ml_collections.ConfigDict):
     config = config.to_dict()
   cfg = _typed(config)
-  _refuse(list(checks.check(cfg)))
+  _refuse(list(checks.check(cfg, files)))
   return cfg
 
 

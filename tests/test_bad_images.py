@@ -280,6 +280,22 @@ def test_a_folder_whose_files_vanish_is_told_by_a_path(tmp_path):
     next(made.train_batches(0))
 
 
+def test_a_name_does_not_control_the_terminal(tmp_path, caplog):
+  folder = os.fsencode(tmp_path / "train" / "a")
+  os.makedirs(folder)
+  for name, data in ((b"\x1b[2Jcaf\xe9.png", b"junk"),
+                     (b"good.png", image_files.ODD["1x1"][0])):
+    with open(os.path.join(folder, name), "wb") as f:
+      f.write(data)
+  cfg = experiment.Data(path=str(tmp_path), image_size=8)
+  made = loader.Loader(sources.create(cfg, "train"),
+                       transforms.TrainTransform(cfg), 2)
+  take(made.train_batches(0), 1)
+  message, = caplog.messages
+  assert message.isprintable()
+  assert r"/train/a/\x1b[2Jcaf\udce9.png cannot be used" in message
+
+
 @pytest.mark.parametrize("transform", [
     transforms.TrainTransform, transforms.EvalTransform])
 def test_the_config_limits_the_pixels(transform):

@@ -133,6 +133,10 @@ FILES = {
               "batch_size", "3.5"),
     "scalar": ("  config.optim = 3\n  return config\n", "optim", "3"),
     "exits": ("raise SystemExit('no luck')\n", "no luck"),
+    "own": ("class Own(BaseException): pass\nraise Own('no luck')\n",
+            "Own: no luck"),
+    "mute": ("class Mute(Exception):\n  def __str__(self): return 1 / 0\n"
+             "raise Mute\n", "Mute"),
 }
 LINES += [
     _case(f"--config=TMP/{name}.py", *says)
@@ -140,6 +144,14 @@ LINES += [
 
 HOSTILE = [_case(*row) for row in [
     (f"{GOOD}:arg", "quickstart.py", "get_config()"),
+    (f"{GOOD} --flagfile=TMP/latin.py", "command line: ", "byte 0xff"),
+    (f"{GOOD} --workdir=", "--workdir: is empty"),
+    (f"{GOOD} --process_count=99999999999", "process_count: '99999999999'"),
+    (f"{GOOD} --config.init=", "config.init: '' names no file"),
+    (f"{FOLDER} --config.eval.labels=real --config.eval.real_path=~nobody/x",
+     "config.eval.real_path: '~nobody/x' is not a file"),
+    (f"{FOLDER} --config.eval.labels=real "
+     f"--config.eval.real_path={'x' * 300}", "config.eval.real_path: 'xxx"),
     (f"{GOOD} --workdir=~nobody-here/x",
      "--workdir: ~nobody-here/x"),
     (f"{GOOD} --config.data.path=~nobody-here", "config.data.path: ~nobody"),

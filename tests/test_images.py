@@ -133,3 +133,16 @@ def test_bombs_cost_neither_memory_nor_time_nor_words():
   for name, (kibibytes, seconds) in found.items():
     assert kibibytes < 16 * 1024 and seconds < 1, (name, found)
   assert not done.stderr
+
+
+def test_metadata_that_is_damaged_is_no_matter_and_not_told():
+  """Whatever becomes of Pillow's warnings."""
+  exif = b"Exif\0\0II*\0\xff\xff\xff\x7f"
+  data = image_files.encode(image_files.NOISE, "JPEG", exif=exif)
+  script = ("import sys; from metaformer_jax.data import images; "
+            "images.decode(sys.stdin.buffer.read())")
+  for action in ("always", "error"):
+    done = subprocess.run(
+        [sys.executable, "-W", action, "-c", script], input=data, check=True,
+        capture_output=True, cwd=pathlib.Path(__file__).parents[1])
+    assert not done.stderr

@@ -275,6 +275,12 @@ def test_the_tool_deletes_nothing_elsewhere(workdir, tmp_path, capsys):
   assert manifest.steps(workdir / "checkpoints") == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("name", ["~nobody-here", "x" * 5000])
+def test_the_tool_tells_a_name_that_no_folder_has(capsys, name):
+  with pytest.raises(errors.ConfigError, match=r"^--workdir: "):
+    use(capsys, name, "list")
+
+
 def test_the_tool_needs_no_jax(workdir):
   code = ("import sys; from metaformer_jax.tools import checkpoints as tool; "
           f"code = tool.main(tool.parse(['verify', '--workdir={workdir}'])); "

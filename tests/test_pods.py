@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import socket
 import time
 
 import pods
@@ -123,6 +124,10 @@ ALONE = {"cluster_detection_method": "deactivate"}
 @pytest.mark.parametrize(("env", "flags", "want"), [
     pytest.param({}, (None, None, None), None, id="nothing"),
     pytest.param({}, (None, 1, 0), None, id="one"),
+    pytest.param({}, ("a:1", 1, None), None, id="one-at-a-coordinator"),
+    pytest.param(SLURM, (None, 1, None), None, id="one-of-slurms"),
+    pytest.param({"OMPI_COMM_WORLD_SIZE": "?"}, (None, 1, None), None,
+                 id="one-whatever-is-told"),
     pytest.param({}, ("a:1", 2, 1), {
         "num_processes": 2, "process_id": 1, "coordinator_address": "a:1",
         **ALONE}, id="flags"),
@@ -155,8 +160,23 @@ def test_the_environment_tells_of_the_others(env, flags, want):
     pytest.param({}, ("a:99999", 2, 1), "not HOST:PORT", id="port"),
     pytest.param({k: v for k, v in OMPI.items() if "MCA" not in k},
                  (None, None, None), "Open MPI 5", id="ompi-5"),
+    pytest.param({}, (None, 1, 1), "--coordinator: is missing", id="second"),
+    pytest.param({**SLURM, "SLURM_PROCID": "x"}, (None, None, None),
+                 "^SLURM_PROCID: .* 'x' is no number", id="no-number"),
+    pytest.param({k: v for k, v in OMPI.items() if "RANK" not in k},
+                 (None, None, None), "^OMPI_COMM_WORLD_RANK: .* None is",
+                 id="half-an-environment"),
 ])
 def test_flags_that_do_not_fit_are_told(env, flags, reason):
   with pytest.raises(errors.ConfigError, match=reason):
     processes.arguments(env, *flags)
 
+
+def test_a_second_process_0_is_told():
+  with socket.socket() as taken:
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # As gRPC's.
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    with pytest.raises(errors.WorkerLostError, match=f"port {port}: Address"):
+      processes.start(f"127.0.0.1:{port}", 2, 0, 5)

@@ -270,6 +270,34 @@ def test_folder_tells_a_path_without_the_file(tmp_path):
     source[1]
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "endless"])
+def test_folder_reads_files_only(tmp_path, kind):
+  """Pipes would be waited for; devices and some files have no end."""
+  write(tmp_path / "train", "a/1.jpg")
+  file = tmp_path / "train" / "a" / "1.jpg"
+  source = folder_source(tmp_path)
+  if kind == "endless":
+    os.truncate(file, 2**40)
+  else:
+    file.unlink()
+    {"pipe": os.mkfifo, "folder": os.mkdir,
+     "device": lambda path: os.symlink("/dev/zero", path)}[kind](file)
+  with pytest.raises(OSError, match=r"a/1\.jpg'?( is no reg| has 1\d+ b|$)"):
+    source[0]
+
+
+@pytest.mark.parametrize("links", [
+    {"a/b/up": "."}, {"a/b/up": "a"}, {"a/b/to": "a/c", "a/c/to": "a/b"}],
+    ids=str)
+def test_folder_in_a_circle_is_an_error(tmp_path, links):
+  root = tmp_path / "train"
+  write(root, "a/b/1.jpg", "a/c/2.jpg")
+  for name, target in links.items():
+    (root / name).symlink_to(root / target)
+  fails(lambda: folder_source(tmp_path), "config.data.path", "is a link to",
+        "which it lies in")
+
+
 def test_folder_ignores_hidden_folders(tmp_path):
   write(tmp_path / "train", ".cache/x.jpg", "a/x.jpg", "b/x.jpg")
   source = folder_source(tmp_path)

@@ -20,9 +20,9 @@ from metaformer_jax.experiment import Data
 # No others: Pillow's EPS, for one, starts a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
 
-# Pillow warns, and from twice its limit on refuses. What lies between is
-# refused here, so that the warning would only be said besides.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of metadata that nothing here reads. Of pixels it warns too, and
+# from twice its limit on refuses: what lies between is refused here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode(image: bytes | np.ndarray,

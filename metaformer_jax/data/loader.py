@@ -233,7 +233,9 @@ def _try(source, transform, index, rng) -> tuple[dict[str, Any], str]:
   except Exception as e:
     reason = (f"example {index} {record.get('path', '')} cannot be used: "
               f"{type(e).__name__}: {e}")
-    return {}, " ".join(reason.split()).rstrip(": ")
+    # Names are of others: none controls the terminal.
+    return {}, "".join(c if c.isprintable() else ascii(c)[1:-1]
+                       for c in " ".join(reason.split()).rstrip(": "))
 
 
 def _others(key: tuple[int, int, int, int], n: int, repeat: int):

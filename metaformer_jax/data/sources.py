@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import re
+import stat
 import struct
 import zlib
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from metaformer_jax.experiment import Data
 Record = Mapping[str, Any]
 
 _MAX_IDX_BYTES = 2**31  # Unpacked; MNIST's largest file has 47 million.
+_MAX_IMAGE_BYTES = 2**30  # Encoded; ImageNet's largest file has 15 million.
 
 
 class Source(Protocol):
@@ -179,9 +181,23 @@ class ClassFolders:
 
   def __getitem__(self, index: int) -> Record:
     path = self.path(index)
-    with open(path, "rb") as f:
-      return {"image": f.read(), "label": int(self._labels[index]),
-              "path": path}
+    return {"image": _read_file(path), "label": int(self._labels[index]),
+            "path": path}
+
+
+def _read_file(path: str) -> bytes:
+  """A file's bytes; OSError where it is a pipe or device, or has no end."""
+
+  def at_once(path, flags):  # Who opens a pipe waits for who writes to it.
+    return os.open(path, flags | os.O_NONBLOCK)
+
+  with open(path, "rb", opener=at_once) as f:
+    found = os.fstat(f.fileno())
+    if not stat.S_ISREG(found.st_mode):
+      raise OSError(f"{path} is no regular file")
+    if found.st_size > _MAX_IMAGE_BYTES:
+      raise OSError(f"{path} has {found.st_size} bytes, more than any image")
+    return f.read()
 
 
 def class_names(root: pathlib.Path) -> list[str]:
@@ -222,11 +238,27 @@ def _image_files(folder: str) -> list[str]:
     raise errors.ConfigError(
         f"config.data.path: {folder} cannot be read: {e}") from e
 
+  visited = []
+  for where, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+    visited.append((where, names))
+    for name in folders:
+      _check_link(os.path.join(where, name), folder)
   found = []
-  for where, _, names in sorted(
-      os.walk(folder, followlinks=True, onerror=fail)):
+  for where, names in sorted(visited):
     inside = os.path.relpath(where, folder)
     found += [os.path.normpath(os.path.join(inside, name))
               for name in sorted(names)
               if name.lower().endswith(IMAGE_SUFFIXES)]
   return found
+
+
+def _check_link(path: str, root: str) -> None:
+  """ConfigError: a folder below root leads back to one that it lies in."""
+  if not os.path.islink(path):
+    return
+  target, above = os.path.realpath(path), path
+  while above != root:
+    above = os.path.dirname(above)
+    if os.path.realpath(above) == target:
+      raise errors.ConfigError(
+          f"config.data.path: {path} is a link to {target}, which it lies in")

@@ -85,11 +85,13 @@ def _jaxpr_macs(jaxpr) -> int:
       total += eqn.outvars[0].aval.size * math.prod(
           lhs[axis] for axis in contracted)
     elif name == "conv_general_dilated":
-      # Kernel: [out, in / groups, *window], in the layout's own order.
+      # Kernel: [out, in / groups, *window], in the layout's own order. Of a
+      # dilated input, as the gradient of a stride has, zeros do not count.
       out_axis = params["dimension_numbers"].rhs_spec[0]
       kernel = eqn.invars[1].aval.shape
       total += eqn.outvars[0].aval.size * (
-          math.prod(kernel) // kernel[out_axis])
+          math.prod(kernel) // kernel[out_axis]) // math.prod(
+              params["lhs_dilation"])
     else:
       turns = params["length"] if name == "scan" else 1
       total += turns * sum(

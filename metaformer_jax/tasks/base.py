@@ -50,6 +50,9 @@ class Task(Protocol):
   def init_inputs(self) -> tuple[Any, ...]:
     """The arguments that `model.init` is traced with."""
 
+  def train_batch(self, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """What the training data's batches are, of all processes together."""
+
   def loss(self, variables: Variables, batch: Batch,
            rngs: Mapping[str, jax.Array], train: bool,
            ) -> tuple[jax.Array, Metrics, Variables]:

@@ -48,6 +48,13 @@ class Classification:
     size = self.cfg.data.image_size
     return (jnp.zeros((1, size, size, 3)),)
 
+  def train_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    size = self.cfg.data.image_size
+    return {
+        "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        "replaced": jax.ShapeDtypeStruct((batch_size,), jnp.bool_)}
+
   def _images(self, batch: base.Batch) -> jax.Array:
     return normalize(batch["image"], self.cfg.data.mean, self.cfg.data.std)
 

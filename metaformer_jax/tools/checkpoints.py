@@ -23,9 +23,13 @@ from metaformer_jax.training import workdir as workdir_lib
 
 def main(args: argparse.Namespace) -> int:
   """Runs a command; returns the exit code."""
-  workdir = pathlib.Path(args.workdir).expanduser()
-  folder = workdir / "checkpoints"
-  if not folder.is_dir():
+  try:
+    workdir = pathlib.Path(args.workdir).expanduser()
+    folder = workdir / "checkpoints"
+    found = folder.is_dir()
+  except (OSError, RuntimeError) as e:  # Too long; the home of nobody.
+    raise errors.ConfigError(f"--workdir: {e}") from e
+  if not found:
     raise errors.ConfigError(f"--workdir: {workdir} holds no checkpoints")
   return args.command(args, workdir, folder)
 

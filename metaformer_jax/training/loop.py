@@ -1,14 +1,12 @@
 """The training loop: one function for the command line, tests and notebooks."""
 
 import contextlib
-import functools
 import logging
 import pathlib
 import statistics
 from typing import Any, NamedTuple
 
 import jax
-import optax
 
 from metaformer_jax import errors
 from metaformer_jax.experiment import Experiment
@@ -17,11 +15,9 @@ from metaformer_jax.tasks import base
 from metaformer_jax.training import (
   accounting,
   evaluate,
-  optim,
   pretrained,
   processes,
   report,
-  schedules,
   sharding,
   signals,
   step,
@@ -30,27 +26,10 @@ from metaformer_jax.training import (
 )
 from metaformer_jax.training import checkpoints as checkpoints_lib
 from metaformer_jax.training import metrics as metrics_lib
-from metaformer_jax.training import state as state_lib
+from metaformer_jax.training import program as program_lib
 from metaformer_jax.training import workdir as workdir_lib
 
 log = logging.getLogger(__name__)
-
-
-def total_steps(cfg: Experiment, n_examples: int) -> int:
-  """Steps of the run: `train.steps`, or its epochs and the cool-down's.
-
-  Raises:
-    ConfigError: there are more than an int32 counts.
-  """
-  if cfg.train.steps is not None:
-    return cfg.train.steps
-  epochs = cfg.train.epochs + cfg.optim.cooldown_epochs
-  n_steps = max(1, round(epochs * n_examples / cfg.train.batch_size))
-  if n_steps >= 2**31:
-    raise errors.ConfigError(
-        f"config.train.epochs: {epochs:g} epochs of {n_examples} images are "
-        f"{n_steps} steps of {cfg.train.batch_size}; the most: {2**31 - 1}")
-  return n_steps
 
 
 def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
@@ -97,33 +76,17 @@ class _Parts(NamedTuple):
 
   train_data: base.Data
   eval_data: base.Data
-  n_steps: int
-  steps_per_epoch: float
-  tx: optax.GradientTransformation
-  schedule: schedules.Schedule
-  create: Any  # () -> TrainState, to be traced.
-  shapes: state_lib.TrainState
-  shardings: state_lib.TrainState
+  program: program_lib.Program
 
 
 def _prepare(cfg: Experiment, task: base.Task, mesh) -> _Parts:
   """What can fail without a device having done anything."""
   train_data, eval_data = task.make_data("train"), task.make_data("eval")
-  n_steps = total_steps(cfg, train_data.n_examples)
-  steps_per_epoch = train_data.n_examples / cfg.train.batch_size
-  tx, schedule = optim.create(cfg, n_steps, steps_per_epoch)
-  create = functools.partial(state_lib.create, task, tx, cfg.seed,
-                             cfg.train.ema_decay)
-  try:
-    shapes = jax.eval_shape(create)
-  except ValueError as e:  # What a model says of settings that do not fit.
-    raise errors.ConfigError(f"config.model: {e}") from e
-  shardings = sharding.state_shardings(mesh, shapes, cfg.mesh)
-  return _Parts(train_data, eval_data, n_steps, steps_per_epoch, tx, schedule,
-                create, shapes, shardings)
+  return _Parts(train_data, eval_data, program_lib.build(
+      cfg, task, mesh, train_data.n_examples))
 
 
-def _first_state(cfg: Experiment, parts: _Parts, checkpoints):
+def _first_state(cfg: Experiment, program: program_lib.Program, checkpoints):
   """How the state starts; the first that applies wins.
 
   1. The workdir has a checkpoint: resume it, data position included.
@@ -133,18 +96,18 @@ def _first_state(cfg: Experiment, parts: _Parts, checkpoints):
   Returns:
     (state, position in the data, what is counted over restarts).
   """
-  shapes = parts.shapes
+  shapes = program.shapes
   restored = checkpoints.latest_good()
   if restored is not None:
     return *checkpoints.restore(
-        restored, sharding.abstract(shapes, parts.shardings)
+        restored, sharding.abstract(shapes, program.shardings)
     ), checkpoints.totals(restored)
   with processes.agreeing():
     weights = cfg.init and pretrained.read(
         cfg.init, registry.get_spec(cfg.model.name).family,
         {"params": shapes.params, **shapes.model_state},
         (cfg.data.image_size,) * 2, new_head=True)
-  state = jax.jit(parts.create, out_shardings=parts.shardings)()
+  state = jax.jit(program.create, out_shardings=program.shardings)()
   if weights:
     state = pretrained.warm_start(state, weights)
   return state, 0, {}
@@ -154,35 +117,27 @@ def _run(cfg: Experiment, task: base.Task, mesh, workdir: pathlib.Path,
          parts: _Parts, checkpoints, stop: signals.StopSignal,
          dog: watchdog.Watchdog) -> dict[str, Any]:
   """From the first state to the summary."""
-  n_train, n_steps = parts.train_data.n_examples, parts.n_steps
+  program, n_train = parts.program, parts.train_data.n_examples
+  n_steps = program.n_steps
   first = jax.process_index() == 0
   if first:
-    log.info("%s", report.plan(cfg, parts.shapes, mesh, n_train,
+    log.info("%s", report.plan(cfg, program.shapes, mesh, n_train,
                                parts.eval_data.n_examples, n_steps))
-  state, position, saved = _first_state(cfg, parts, checkpoints)
+  state, position, saved = _first_state(cfg, program, checkpoints)
   restored = int(jax.device_get(state.step))
   if first and restored:
     log.info("resumed %s at step %d", workdir, restored)
   totals = accounting.new_totals(saved)
   clock = accounting.Clock(totals)
 
-  def step_and_notes(state, batch, flags):
-    state, metrics = step.train_step(
-        state, batch, task=task, tx=parts.tx, schedule=parts.schedule,
-        seed=cfg.seed, ema_decay=cfg.train.ema_decay,
-        accumulate=cfg.train.accumulate)
-    return state, metrics | step.notes(batch, flags)
-
-  train_step = jax.jit(
-      step_and_notes, donate_argnums=0,
-      out_shardings=(parts.shardings, sharding.replicated(mesh)))
+  train_step = program.step
   evaluation = evaluate.Evaluation(task, mesh, parts.eval_data,
                                    cfg.data.max_bad_fraction)
   writer = writers.Writer(workdir, cfg.log, restored, enabled=first)
   progress = report.Progress(restored, n_steps, enabled=first)
-  eval_every = max(1, round(cfg.eval.every_epochs * parts.steps_per_epoch))
+  eval_every = max(1, round(cfg.eval.every_epochs * program.steps_per_epoch))
   batches = parts.train_data.train_batches(position)
-  window = metrics_lib.Window(step.checked(parts.shapes.params),
+  window = metrics_lib.Window(step.checked(program.shapes.params),
                               cfg.train.max_skipped, totals)
   result = _last_evaluation(writer.records, restored)
   logged = restored
@@ -223,6 +178,7 @@ def _run(cfg: Experiment, task: base.Task, mesh, workdir: pathlib.Path,
           clock.turn_to("setup")
           train_step = train_step.lower(state, batch, flags).compile()
           progress.say(f"compiled the training step in {clock.spent():.1f} s")
+          flags = stop.flags(mesh)  # It took minutes, perhaps.
         clock.turn_to("step")
         state, metrics = train_step(state, batch, flags)
         position += cfg.train.batch_size
@@ -256,10 +212,11 @@ def _run(cfg: Experiment, task: base.Task, mesh, workdir: pathlib.Path,
     writer.close()
   checkpoints.wait()
 
-  last = [r for r in writer.records if r["split"] == "train"]
+  last = [r for r in writer.records if r["split"] == "train"
+          and {"images_per_second", "goodput"} <= r.keys()]
   summary = {
       "step": n_steps, **result,
-      "n_params": sum(x.size for x in jax.tree.leaves(parts.shapes.params)),
+      "n_params": sum(x.size for x in jax.tree.leaves(program.shapes.params)),
       "images_per_second": statistics.median(
           r["images_per_second"] for r in last) if last else None,
       "goodput": last[-1]["goodput"] if last else None,

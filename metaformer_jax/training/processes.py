@@ -44,12 +44,14 @@ def start(coordinator: str | None, count: int | None, index: int | None,
 
   Raises:
     ConfigError: the arguments do not fit, or the environment tells too little.
-    WorkerLostError: a process did not come.
+    WorkerLostError: a process did not come, or another is in this one's place.
   """
   found = arguments(os.environ, coordinator, count, index)
   if jax.distributed.is_initialized() or count == 1 or (
-      found is None and not _on_tpu()):
+      found is None and not on_tpu()):
     return
+  if found and coordinator and not found["process_id"]:
+    _check_free(coordinator)
   # jax would take SIGTERM for itself; signals.py has the run's own agreement.
   jax.config.update("jax_enable_preemption_service", False)
   try:
@@ -82,6 +84,8 @@ def arguments(env: Mapping[str, str], coordinator: str | None,
   Raises:
     ConfigError: as `start`.
   """
+  if count == 1 and not index:
+    return None
   launched = _launched(env)
   if coordinator is None and launched is None:
     if (count or 1) != 1 or index:
@@ -125,18 +129,39 @@ def _launched(env: Mapping[str, str]) -> tuple[int, int, bool] | None:
   Shells that SLURM opens know of a job, but are no step of it.
   """
   if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
-    count, index = int(env["SLURM_NTASKS"]), int(env["SLURM_PROCID"])
+    count, index = _number(env, "SLURM_NTASKS"), _number(env, "SLURM_PROCID")
     alone = env.get("SLURM_STEP_NUM_NODES") == env["SLURM_NTASKS"]
   elif "OMPI_COMM_WORLD_SIZE" in env:
-    count = int(env["OMPI_COMM_WORLD_SIZE"])
-    index = int(env["OMPI_COMM_WORLD_RANK"])
+    count = _number(env, "OMPI_COMM_WORLD_SIZE")
+    index = _number(env, "OMPI_COMM_WORLD_RANK")
     alone = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
   else:
     return None
   return (count, index, alone) if count > 1 else None
 
 
-def _on_tpu() -> bool:
+def _number(env: Mapping[str, str], name: str) -> int:
+  if not env.get(name, "").isdecimal():
+    raise errors.ConfigError(
+        f"{name}: the environment's {env.get(name)!r} is no number; give "
+        "--process_count=1 to run alone")
+  return int(env[name])
+
+
+def _check_free(coordinator: str) -> None:
+  """Process 0 listens at a port; of two there, each would wait for others."""
+  port = int(coordinator.rpartition(":")[2])
+  with socket.socket() as probe:
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      probe.bind(("", port))
+    except OSError as e:
+      raise errors.WorkerLostError(
+          f"--coordinator: process 0 cannot listen at port {port}: "
+          f"{e.strerror}; is there another process 0?") from e
+
+
+def on_tpu() -> bool:
   """Whether jax will find a TPU, which may be a part of a larger one."""
   if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
     return False

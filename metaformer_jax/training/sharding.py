@@ -6,6 +6,7 @@ data parallelism). Models know nothing of it.
 """
 
 import re
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -17,20 +18,27 @@ BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
 
 
-def make_mesh(cfg: experiment.Experiment) -> Mesh:
-  """The mesh that the config asks for, of the devices there are.
+def make_mesh(cfg: experiment.Experiment,
+              devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh that the config asks for.
+
+  Args:
+    cfg: the experiment.
+    devices: of which it is made; by default those there are.
 
   Raises:
     ConfigError: the axes do not fit the devices, or the batch not the axes.
   """
-  n = jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  n = len(devices)
+  n_processes = len({device.process_index for device in devices})
   data, fsdp = cfg.mesh.data, cfg.mesh.fsdp
   if data == -1:
     data = max(1, n // fsdp)
   if fsdp == -1:
     fsdp = max(1, n // data)
   if data * fsdp > n or (data * fsdp < n and (
-      -1 in (cfg.mesh.data, cfg.mesh.fsdp) or jax.process_count() > 1)):
+      -1 in (cfg.mesh.data, cfg.mesh.fsdp) or n_processes > 1)):
     raise errors.ConfigError(
         f"config.mesh: data x fsdp = {cfg.mesh.data} x {cfg.mesh.fsdp} does "
         f"not fit {n} devices; choose sizes with that product")
@@ -39,7 +47,7 @@ def make_mesh(cfg: experiment.Experiment) -> Mesh:
     raise errors.ConfigError("; also ".join(problems))
   return jax.make_mesh((data, fsdp), ("data", "fsdp"),
                        axis_types=(AxisType.Auto,) * 2,
-                       devices=jax.devices()[:data * fsdp])
+                       devices=devices[:data * fsdp])
 
 
 def put_batch(batch, mesh: Mesh):

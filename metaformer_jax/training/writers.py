@@ -7,11 +7,16 @@ steps are made again.
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
+import time
 from typing import Any
 
 from metaformer_jax import errors, experiment
+from metaformer_jax.training import workdir as workdir_lib
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -27,17 +32,14 @@ class Writer:
     if not enabled:
       return
     path = workdir / "metrics.jsonl"
-    self.records = [r for r in read(path) if r["step"] <= restored_step]
-    # Written beside and renamed: a kill leaves the old or the new file.
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(_line(r) for r in self.records))
-    beside.replace(path)
-    self._file = path.open("a")
-    if cfg.tensorboard:
-      from tensorboardX import SummaryWriter  # noqa: PLC0415  Slow to import.
-
-      self._events = SummaryWriter(
-          str(workdir / "tensorboard"), purge_step=restored_step + 1)
+    with _storing(workdir), contextlib.ExitStack() as undo:
+      undo.callback(self.close)
+      self.records = [r for r in read(path) if r["step"] <= restored_step]
+      workdir_lib.write(path, "".join(_line(r) for r in self.records))
+      self._file = path.open("a")
+      if cfg.tensorboard:
+        self._events = _Events(workdir / "tensorboard", restored_step + 1)
+      undo.pop_all()
 
   def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
     """Adds a record and its TensorBoard scalars; on disk when it returns."""
@@ -49,17 +51,16 @@ class Writer:
       self._file.write(_line(record))
       self._file.flush()
       os.fsync(self._file.fileno())  # It outlives the machine.
-    if self._events is not None:
-      for name, value in metrics.items():
-        self._events.add_scalar(f"{split}/{name}", value, step)
+      if self._events is not None:
+        self._events.write(step, split, metrics)
 
   def finish(self, summary: dict[str, Any]) -> pathlib.Path | None:
     """Writes summary.json and curves.png; returns the path of the picture."""
     if self._file is None:
       return None
     with _storing(self._workdir):
-      path = self._workdir / "summary.json"
-      path.write_text(json.dumps(summary, indent=2) + "\n")
+      workdir_lib.write(self._workdir / "summary.json",
+                        json.dumps(summary, indent=2) + "\n")
       return draw_curves(self.records, self._workdir / "curves.png")
 
   def close(self) -> None:
@@ -69,22 +70,72 @@ class Writer:
           stream.close()
 
 
+class _Events:
+  """TensorBoard's scalars, on the disk when `write` returns.
+
+  tensorboardX' own SummaryWriter writes in a thread: a full disk ends that
+  with a traceback, and leaves the run waiting for it.
+  """
+
+  def __init__(self, folder: pathlib.Path, first_step: int):
+    # Slow to import.
+    from tensorboardX import event_file_writer  # noqa: PLC0415
+    from tensorboardX.proto import event_pb2, summary_pb2  # noqa: PLC0415
+
+    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+    folder.mkdir(exist_ok=True)
+    self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+    # TensorBoard drops what earlier starts have written from this step on.
+    self._writer.write_event(self._event(
+        wall_time=time.time(), step=first_step,
+        session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
+
+  def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
+    self._writer.write_event(self._event(
+        wall_time=time.time(), step=step, summary=self._summary(value=[
+            self._summary.Value(tag=f"{split}/{name}", simple_value=value)
+            for name, value in metrics.items()])))
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
 @contextlib.contextmanager
 def _storing(workdir: pathlib.Path):
   try:
     yield
   except OSError as e:
+    where, why = e.filename2 or e.filename or workdir, e.strerror or e
     raise errors.StorageError(
-        f"{workdir}: cannot be written: {e.strerror}; once there is room, the "
-        "same command goes on from the last checkpoint") from e
+        f"{where}: cannot be written: {why}; once it can, the same command "
+        "goes on from the last checkpoint") from e
 
 
 def read(path: pathlib.Path) -> list[Record]:
-  """The records of a metrics.jsonl; a line cut off by a kill is left out."""
-  if not path.is_file():
+  """The records of a metrics.jsonl; a line cut off by a kill is left out.
+
+  So is, with a warning, a line that is no record: of a damaged disk.
+  """
+  if not path.exists():
     return []
-  lines = path.read_text().splitlines(keepends=True)
-  return [json.loads(line) for line in lines if line.endswith("\n")]
+  *lines, _ = path.read_bytes().split(b"\n")
+  records = [r for r in map(_parse, lines) if r]
+  if len(records) < len(lines):
+    log.warning("%s: %d of %d lines are no records; left out", path,
+                len(lines) - len(records), len(lines))
+  return records
+
+
+def _parse(line: bytes) -> Record | None:
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  if (isinstance(record, dict) and type(record.get("step")) is int
+      and isinstance(record.get("split"), str)):
+    return record
+  return None
 
 
 def _line(record: Record) -> str:
