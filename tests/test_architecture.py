@@ -27,11 +27,14 @@ ALLOWED = {
     "training": CONFIG | {"checks", "config", "convert", "models", "tasks"},
     "cli": CONFIG | {"config", "training"},
     "main": {"cli", "experiment", "tasks", "training"},
-    "tools": CONFIG | {"cli", "config", "convert", "models", "tasks",
-                       "training"},
+    "doctor": CONFIG,
+    "preflight": CONFIG | {"models", "tasks", "training"},
+    "tools": CONFIG | {"checks", "cli", "config", "convert", "data", "doctor",
+                       "models", "preflight", "tasks", "training"},
 }
-# Of the tasks the loop knows the protocol only; of data, checks the strings.
-ALLOWED_MODULES = {"training": {"tasks.base"}, "checks": {"data.policies"}}
+# Of the tasks these know the protocol only; of data, checks the strings.
+ALLOWED_MODULES = {"training": {"tasks.base"}, "preflight": {"tasks.base"},
+                   "checks": {"data.policies"}}
 
 HEAVY = {"tensorflow", "tensorflow_datasets", "torch"}
 

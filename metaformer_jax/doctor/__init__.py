@@ -1,0 +1,1 @@
+"""What a machine has, and whether it goes together; `tools.doctor` tells."""

@@ -1,0 +1,209 @@
+"""Reads the text of a compiled program: its loops, and what chips exchange.
+
+The compiler's own counts take the body of a loop once, however often it runs;
+the text tells how often, and it alone tells what is sent.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# Bits of a value of each type.
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64,
+         "c128": 128, "token": 0, "opaque": 0}
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"\b(?:calls|to_apply|condition|body|true_computation|"
+                     r"false_computation)=%?([\w.\-]+)|"
+                     r"branch_computations=\{([^}]*)\}")
+_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute",
+                "ragged-all-to-all", "reduce-scatter")
+# What moves nothing by itself.
+_FREE = {"after-all", "bitcast", "call", "conditional", "constant",
+         "get-tuple-element", "parameter", "tuple", "while"}
+
+
+class Instruction(NamedTuple):
+  """One line: name = type opcode(operands), attributes."""
+
+  name: str
+  type: str
+  opcode: str
+  operands: tuple[str, ...]
+  attributes: str
+  line: str
+
+
+class Collective(NamedTuple):
+  """What a chip exchanges with others, in all runs of it in a step.
+
+  Attributes:
+    kind: "all-reduce", ...
+    dtype: of the largest part.
+    count: how often it runs.
+    n_bytes: that a chip puts in, each time.
+    group: chips that take part together.
+  """
+
+  kind: str
+  dtype: str
+  count: int
+  n_bytes: int
+  group: int
+
+  @property
+  def sent_bytes(self) -> float:
+    """The least that a chip has to send, in all runs."""
+    others = (self.group - 1) / self.group
+    factor = {"all-gather": self.group - 1, "all-reduce": 2 * others,
+              "collective-permute": 1.0}.get(self.kind, others)
+    return self.count * factor * self.n_bytes
+
+
+class Module:
+  """A compiled program, parsed from `compiled.as_text()`."""
+
+  def __init__(self, text: str):
+    self._computations, self._entry = _parse(text)
+
+  def loop_factor(self) -> float:
+    """Bytes that a step reads and writes over the same with each loop once.
+
+    Both are counted from the types in the text, operands and results of what is
+    not within a fusion. A loop whose end depends on values counts once.
+    """
+    def n_bytes(computation):
+      types = {i.name: type_bytes(i.type) for i in computation}
+      return sum(types[i.name] + sum(types.get(o, 0) for o in i.operands)
+                 for i in computation
+                 if i.opcode not in _FREE and not i.opcode.endswith("-done"))
+
+    once = every = 0
+    for name, turns in self._runs(within_fusions=False):
+      amount = n_bytes(self._computations[name])
+      once, every = once + amount, every + turns * amount
+    return every / once if once else 1.0
+
+  def collectives(self, n_devices: int) -> list[Collective]:
+    """All that is exchanged; what is alike and as large is one entry."""
+    found = {}
+    for name, turns in self._runs(within_fusions=True):
+      computation = self._computations[name]
+      types = {i.name: i.type for i in computation}
+      for i in computation:
+        kind = i.opcode.removesuffix("-start")
+        if kind not in _COLLECTIVES:
+          continue
+        operands = " ".join(types.get(o, "") for o in i.operands)
+        key = (kind, _widest_dtype(operands), type_bytes(operands),
+               _group_size(i.line, n_devices))
+        found[key] = found.get(key, 0) + turns
+    return sorted(Collective(kind, dtype, count, n_bytes, group)
+                  for (kind, dtype, n_bytes, group), count in found.items())
+
+  def _runs(self, within_fusions: bool) -> Iterator[tuple[str, int]]:
+    """(computation, how often a step runs it), once for each place of call."""
+    waiting = [(self._entry, 1)]
+    while waiting:
+      name, turns = waiting.pop()
+      yield name, turns
+      for i in self._computations[name]:
+        if i.opcode == "fusion" and not within_fusions:
+          continue
+        inner = turns * (self._trip_count(i) if i.opcode == "while" else 1)
+        for called in _called(i):
+          if called in self._computations and not (
+              i.opcode in _COLLECTIVES or "reduce" in i.opcode):
+            waiting.append((called, inner))
+
+  def _trip_count(self, loop: Instruction) -> int:
+    """Turns of a `while` that counts to a constant; of others, 1."""
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+    lines = {i.name: i for i in self._computations.get(
+        condition[1] if condition else "", ())}
+    root = next(reversed(lines.values()), None)
+    if root is None or root.opcode != "compare" or (
+        "direction=LT" not in root.attributes):
+      return 1
+    limits = [lines[o] for o in root.operands if o in lines]
+    for limit in limits:
+      value = re.search(r"constant\((\d+)\)", limit.line)
+      if limit.opcode == "constant" and value:
+        return int(value[1])
+    return 1
+
+
+def type_bytes(text: str) -> int:
+  """Size of a type, or of several: "(f32[8,4]{1,0}, s32[])" has 132 bytes."""
+  total = 0
+  for kind, shape in _ARRAY.findall(text):
+    bits = _BITS.get(kind)
+    if bits is None:  # s32, u8, f8e4m3fn, s4, ...
+      width = re.match(r"[a-z]+(\d+)", kind)
+      bits = int(width[1]) if width else 0
+    total += bits * math.prod(int(n) for n in shape.split(",") if n) // 8
+  return total
+
+
+def _widest_dtype(types: str) -> str:
+  """The dtype that has most of the bytes."""
+  amounts = {}
+  for kind, shape in _ARRAY.findall(types):
+    amounts[kind] = amounts.get(kind, 0) + type_bytes(f"{kind}[{shape}]")
+  return max(amounts, key=amounts.get, default="")
+
+
+def _group_size(line: str, n_devices: int) -> int:
+  """Devices of a group, in each of the ways that the text has for them."""
+  if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+    return match[1].count(",") + 1
+  if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
+    return int(match[2])
+  if match := re.search(
+      r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+    return math.prod(int(sizes.get(axis, 1)) for axis in
+                     re.findall(r"'([^']+)'", match[2])) or n_devices
+  return n_devices
+
+
+def _called(i: Instruction) -> Iterator[str]:
+  for one, several in _CALLED.findall(i.attributes):
+    yield from [one] if one else _NAME.findall(several)
+
+
+def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+  """Returns the computations by name, and the name of the first to run."""
+  computations, entry, current = {}, "", None
+  for line in text.splitlines():
+    header = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+    if header and not line.startswith("HloModule"):
+      current = computations.setdefault(header[2], [])
+      entry = header[2] if header[1] else entry
+    elif current is not None and (parsed := _instruction(line)):
+      current.append(parsed)
+  return computations, entry
+
+
+def _instruction(line: str) -> Instruction | None:
+  match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
+  if not match:
+    return None
+  rest = re.sub(r"/\*.*?\*/", "", line[match.end():])
+  end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
+  kind, rest = rest[:end], rest[end:].lstrip()
+  opcode, _, rest = rest.partition("(")
+  end = _closing("(" + rest) - 1
+  return Instruction(match[1], kind, opcode,
+                     tuple(_NAME.findall(rest[:end])), rest[end + 1:], line)
+
+
+def _closing(text: str) -> int:
+  """Where the parenthesis closes with which a text begins."""
+  depth = 0
+  for match in re.finditer(r"[()]", text):
+    depth += 1 if match[0] == "(" else -1
+    if not depth:
+      return match.start()
+  return len(text) - 1

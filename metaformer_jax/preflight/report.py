@@ -1,0 +1,249 @@
+"""What a preflight tells: verdict, bounds, warnings; as lines and as JSON."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from metaformer_jax.experiment import Experiment
+from metaformer_jax.preflight import search, topologies
+from metaformer_jax.preflight.compilation import Compiled
+
+_GIB = 2**30
+# Of the memory of a device: the evaluation's program and what is between two
+# allocations need some, too.
+_TIGHT = 0.9
+# A state of less than this part of the memory is better copied than shared.
+_SMALL = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """What was looked at.
+
+  Attributes:
+    cfg: the experiment.
+    target: the slice.
+    n_params: of the model.
+    n_devices: jax devices of the slice.
+    n_hosts: processes of the run.
+    mesh: devices along each axis.
+    n_steps: of the whole run.
+    n_examples: of the training split.
+    examples_are: where that number is from.
+    batch_bytes: of a batch of all hosts.
+    versions: of what compiled.
+  """
+
+  cfg: Experiment
+  target: topologies.Slice
+  n_params: int
+  n_devices: int
+  n_hosts: int
+  mesh: dict[str, int]
+  n_steps: int
+  n_examples: int
+  examples_are: str
+  batch_bytes: int
+  versions: dict[str, str]
+
+  @property
+  def at_once(self) -> int:
+    """Images of a device in a micro-batch."""
+    train = self.cfg.train
+    return train.batch_size // (self.n_devices * train.accumulate)
+
+
+def bounds(subject: Subject, compiled: Compiled) -> dict[str, float]:
+  """Seconds that a step takes at least, by what may hold it up.
+
+  "compute": matrix products at the published rate; "memory": all that the
+  compiler counts, at the published bandwidth; "links": what must leave a chip.
+  What is counted as memory may in part stay on the chip, so that only "compute"
+  and "links" are bounds for certain.
+  """
+  chip = topologies.GENERATIONS[subject.target.generation]
+  sent = sum(c.sent_bytes for c in compiled.collectives)
+  return {"compute": compiled.flops * chip.n_devices / chip.flops,
+          "memory": compiled.accessed * chip.n_devices / chip.hbm,
+          "links": sent * chip.n_devices / chip.links}
+
+
+def to_json(subject: Subject, compiled: Compiled,
+            tried: dict[int, Compiled]) -> dict[str, Any]:
+  """All of the report; sizes in bytes, times in seconds, of one chip.
+
+  Args:
+    subject: what was looked at.
+    compiled: its step.
+    tried: what `search.largest_batch` returned; empty: it was not asked.
+  """
+  train, target = subject.cfg.train, subject.target
+  chip = topologies.GENERATIONS[target.generation]
+  report = {
+      "model": subject.cfg.model.name, "n_params": subject.n_params,
+      "dtype": subject.cfg.model.dtype, "optimizer": subject.cfg.optim.name,
+      "batch_size": train.batch_size, "accumulate": train.accumulate,
+      "images_at_once": subject.at_once,
+      "topology": {"name": target.name, "libtpu": target.topology,
+                   "chips": target.n_chips, "devices": subject.n_devices,
+                   "hosts": subject.n_hosts, "mesh": subject.mesh},
+      "fits": compiled.fits, "memory": {
+          "needed": compiled.needed, "available": compiled.available,
+          "state": compiled.state, "temporaries": compiled.temporaries},
+      "flops_per_image": compiled.flops * subject.n_devices / train.batch_size,
+      "checkpoint": compiled.checkpoint,
+      "host_memory": host_memory(subject, compiled),
+      "run": {"steps": subject.n_steps, "examples": subject.n_examples,
+              "examples_are": subject.examples_are},
+      "compile_seconds": compiled.seconds, "versions": subject.versions,
+      "warnings": list(warnings(subject, compiled))}
+  if compiled.fits:
+    seconds = bounds(subject, compiled)
+    step = max(seconds.values())
+    report |= {
+        "bytes_per_image":
+            compiled.accessed * subject.n_devices / train.batch_size,
+        "collectives": [
+            c._asdict() | {"sent_bytes": c.sent_bytes}
+            for c in compiled.collectives],
+        "bound": {
+            "seconds": seconds, "by": max(seconds, key=seconds.get),
+            "images_per_second_per_chip":
+                train.batch_size / step / target.n_chips,
+            "images_per_second_per_host":
+                train.batch_size / step / subject.n_hosts,
+            "peak_flops": chip.flops, "hbm_bytes_per_second": chip.hbm,
+            "link_bytes_per_second": chip.links,
+            "hours": step * subject.n_steps / 3600}}
+  if tried:
+    fit = [batch for batch, c in tried.items() if c.fits]
+    report["search"] = {
+        "largest_images_at_once": max(fit, default=0),
+        "tried": {str(batch): {"fits": c.fits, "needed": c.needed}
+                  for batch, c in tried.items()}}
+  return report
+
+
+def host_memory(subject: Subject, compiled: Compiled) -> int:
+  """Bytes that the arrays of a run take on its first host, at the most.
+
+  The copy of the state that a save writes; a batch that is put together, what
+  is read ahead of it, and the one on its way to the devices. The program itself
+  and each of its workers come to that.
+  """
+  return compiled.checkpoint + 3 * subject.batch_bytes // subject.n_hosts
+
+
+def warnings(subject: Subject, compiled: Compiled) -> Iterator[str]:
+  """What would work, but costs."""
+  cfg, n = subject.cfg, subject.at_once
+  if n % search.LANES:
+    yield (f"{n} images of a device at once are not a multiple of "
+           f"{search.LANES}, to which a TPU fills them up")
+  if cfg.model.dtype == "float32":
+    yield ("config.model.dtype is float32: bfloat16 moves half the bytes and "
+           "multiplies faster")
+  if not compiled.fits:
+    return
+  if compiled.needed > _TIGHT * compiled.available:
+    yield (f"{compiled.needed / compiled.available:.0%} of the memory is used; "
+           "evaluation and fragments need some, too")
+  reduced = [c for c in compiled.collectives
+             if c.kind in ("all-reduce", "reduce-scatter")]
+  rounded = sum(c.count * c.n_bytes for c in reduced if c.dtype == "bf16")
+  if rounded > subject.n_params:  # Half of the gradient or more.
+    yield (f"gradients are summed over {subject.n_devices} devices in "
+           f"bfloat16, {rounded / 1e6:.1f} MB of them; with "
+           "config.train.accumulate above 1 in float32")
+  whole = compiled.checkpoint
+  if subject.mesh["fsdp"] > 1 and whole < _SMALL * compiled.available:
+    yield (f"config.mesh.fsdp is {subject.mesh['fsdp']}, though a copy of the "
+           f"state is {whole / _GIB:.2f} GiB only; 1 needs no gathering")
+
+
+def lines(report: dict[str, Any]) -> Iterator[str]:
+  """The report of `to_json` for people."""
+  r, where = report, report["topology"]
+  memory, run = r["memory"], r["run"]
+  n = r["images_at_once"]
+  chips = "chip" if where["chips"] == 1 else "chips"
+  hosts = "host" if where["hosts"] == 1 else "hosts"
+  device = "chip" if where["devices"] == where["chips"] else "core"
+  yield _line("config", f"{r['model']}, {r['n_params']:,} parameters, "
+              f"{r['dtype']}, {r['optimizer']}; {r['batch_size']} images a step"
+              + (f" in {r['accumulate']} parts" if r["accumulate"] > 1 else ""))
+  yield _line("target", f"{where['name']}: {where['chips']} {chips} on "
+              f"{where['hosts']} {hosts}, mesh " + " x ".join(
+                  f"{axis} {size}" for axis, size in where["mesh"].items())
+              + f"; {n} images of a {device} at once")
+  yield _line("verdict", ("FITS: " if r["fits"] else "DOES NOT FIT: ")
+              + f"needs {_gib(memory['needed'])} of "
+              f"{_gib(memory['available'])} a {device}"
+              + (f" ({memory['needed'] / memory['available']:.0%}), "
+                 f"{_gib(memory['state'])} of it the state"
+                 if r["fits"] else ""))
+  if "search" in r:
+    yield _line("largest", _largest(r))
+  elif not r["fits"]:
+    yield _line("largest", "--find_batch looks for what fits; or use more "
+                "chips, or cut the batch by --config.train.accumulate")
+  work = f"{r['flops_per_image'] / 1e9:.3g} GFLOP"
+  if r["fits"]:
+    work += f" and {r['bytes_per_image'] / 1e6:.3g} MB"
+  yield _line("work", f"{work} an image")
+  if r["fits"]:
+    bound = r["bound"]
+    yield _line("bound", f"{bound['images_per_second_per_chip']:,.0f} images/s "
+                f"a chip, held up by {bound['by']} (" + ", ".join(
+                    f"{name} {1e3 * s:.3g}" for name, s in
+                    bound["seconds"].items())
+                + " ms a step); a bound, not a measurement")
+    yield _line("run", f"{run['steps']:,} steps, {run['examples']:,} images an "
+                f"epoch ({run['examples_are']}): {bound['hours']:.3g} hours or "
+                "more")
+    yield _line("exchange", "; ".join(_exchange(r["collectives"])) or "none")
+    yield _line("input", f"{bound['images_per_second_per_host']:,.0f} images/s "
+                "a host to keep up with the bound; tools.benchmark_input "
+                "measures what a core prepares")
+  yield _line("checkpoint", f"{r['checkpoint'] / 1e6:,.0f} MB; arrays on the "
+              f"first host: {_gib(r['host_memory'])}")
+  yield _line("compiled", f"in {r['compile_seconds']:.0f} s by " + ", ".join(
+      f"{name} {version}" for name, version in r["versions"].items()))
+  for warning in r["warnings"]:
+    yield _line("warning", warning)
+
+
+def _line(name: str, text: str) -> str:
+  return f"{name:<12}{text}"
+
+
+def _gib(n_bytes: float) -> str:
+  return f"{n_bytes / _GIB:.2f} GiB"
+
+
+def _largest(r: dict[str, Any]) -> str:
+  """What the search found, and how the batch can be cut to it."""
+  found = r["search"]["largest_images_at_once"]
+  if not found:
+    return "not even one image fits"
+  above = [f"{batch} need {_gib(c['needed'])}"
+           for batch, c in r["search"]["tried"].items() if not c["fits"]]
+  text = f"{found} images at once fit" + (f"; {above[0]}" if above else "")
+  share = r["images_at_once"] * r["accumulate"]
+  if r["fits"]:
+    return text
+  parts = next(k for k in range(1, share + 1)
+               if share % k == 0 and share // k <= found)
+  return f"{text}; cut the batch by --config.train.accumulate={parts}"
+
+
+def _exchange(collectives: list[dict[str, Any]]) -> Iterator[str]:
+  """By kind and dtype: how many in a step, and the bytes of a device."""
+  total = {}
+  for c in collectives:
+    key = f"{c['kind']} {c['dtype']}"
+    count, n_bytes = total.get(key, (0, 0))
+    total[key] = count + c["count"], n_bytes + c["count"] * c["n_bytes"]
+  for key, (count, n_bytes) in sorted(total.items()):
+    if n_bytes >= 1e3:  # Flags and counters are not worth a word.
+      yield f"{key} x {count}, {n_bytes / 1e6:.1f} MB"

@@ -1,0 +1,176 @@
+"""TPU slices by the names that users know, and what their chips can do."""
+
+import math
+import re
+from importlib import util
+from typing import NamedTuple
+
+from metaformer_jax import errors
+
+
+class Generation(NamedTuple):
+  """A kind of TPU; rates are of a chip, as Google publishes them.
+
+  Attributes:
+    flops: of bfloat16 matrix products, 1/s; float32 ones are made of these.
+    hbm: between memory and chip, bytes/s.
+    links: out of the chip over all its links to others, bytes/s.
+    n_axes: of the grid that the chips form.
+    n_devices: jax devices of a chip.
+    counts_cores: whether the number in a name counts cores, two a chip.
+    most: chips of the largest slice.
+    chip_config: what libtpu calls the way the cores are used.
+  """
+
+  flops: float
+  hbm: float
+  links: float
+  n_axes: int
+  n_devices: int
+  counts_cores: bool
+  most: int
+  chip_config: str
+
+
+# cloud.google.com/tpu/docs/v2, v3, v4, v5e, v5p, v6e, tpu7x; links of v2 and
+# v3: doi.org/10.1145/3360307, table 3.
+GENERATIONS = {
+    "v2": Generation(46e12, 700e9, 248e9, 2, 2, True, 256, "default"),
+    "v3": Generation(123e12, 900e9, 328e9, 2, 2, True, 1024, "default"),
+    "v4": Generation(275e12, 1228e9, 300e9, 3, 1, True, 4096, "megacore"),
+    "v5e": Generation(197e12, 819e9, 200e9, 2, 1, False, 256, "default"),
+    "v5p": Generation(459e12, 2765e9, 600e9, 3, 1, True, 8960, "megacore"),
+    "v6e": Generation(918e12, 1640e9, 448e9, 2, 1, False, 256, "default"),
+    "tpu7x": Generation(2307e12, 7380e9, 600e9, 3, 2, True, 9216, "default"),
+}
+# Other names of the same.
+_SYNONYMS = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x"}
+
+# Numbers that are powers of two, of which there is no slice.
+_ABSENT = {"v2": (16, 64), "v3": (16,)}
+
+# Keeps jax from using a TPU, and libtpu from looking for one and from waiting
+# for its lock. To be set before jax is imported.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost"}
+
+
+class Slice(NamedTuple):
+  """Chips that are connected.
+
+  Attributes:
+    name: as the user gave it.
+    generation: a key of `GENERATIONS`.
+    shape: chips along each axis of the grid.
+  """
+
+  name: str
+  generation: str
+  shape: tuple[int, ...]
+
+  @property
+  def topology(self) -> str:
+    """What libtpu calls it: "v5e:2x4"."""
+    return f"{self.generation}:{'x'.join(map(str, self.shape))}"
+
+  @property
+  def n_chips(self) -> int:
+    return math.prod(self.shape)
+
+  @property
+  def host_shape(self) -> tuple[int, int, int]:
+    """Chips of a host along three axes."""
+    if self.generation in ("v5e", "v6e") and self.n_chips in (1, 8):
+      return (*self.shape, 1)
+    return (2, 2, 1)
+
+
+def parse(name: str) -> Slice:
+  """The slice of a name: "v5litepod-8", "v5e-1", "v4-32", "v5p:4x4x12".
+
+  Behind a hyphen stands the number of chips, of v2 to v4, v5p and tpu7x that of
+  cores; behind a colon the shape.
+
+  Raises:
+    ConfigError: there is no such slice.
+  """
+  match = re.fullmatch(r"([a-z0-9]+?)(?:-(\d+)|:(\d+(?:x\d+){1,2}))",
+                       name.lower())
+  if not match:
+    raise errors.ConfigError(
+        f"--topology: {name!r} is not the name of a slice, e.g. v5litepod-8, "
+        "v4-32, v6e-16 or v5p:4x4x12")
+  kind, number, shape = match.groups()
+  kind = _SYNONYMS.get(kind, kind)
+  if kind not in GENERATIONS:
+    raise errors.ConfigError(f"--topology: {name!r} is of no known kind"
+                             f"{errors.did_you_mean(kind, GENERATIONS)}")
+  if number:
+    shape = _shape(name, kind, int(number))
+  else:
+    shape = tuple(map(int, shape.split("x")))
+  generation = GENERATIONS[kind]
+  found = Slice(name, kind, shape)
+  if len(shape) != generation.n_axes or not (
+      0 < found.n_chips <= generation.most) or any(
+          side % part for side, part in zip(shape, found.host_shape)):
+    raise errors.ConfigError(
+        f"--topology: there is no {name}: {kind} has slices of up to "
+        f"{generation.most} chips on {generation.n_axes} axes, made of hosts "
+        f"of {'x'.join(map(str, found.host_shape))}")
+  return found
+
+
+def _shape(name: str, kind: str, number: int) -> tuple[int, ...]:
+  """The shape of the slice with a number in its name."""
+  generation = GENERATIONS[kind]
+  cores = 2 if generation.counts_cores else 1
+  valid = [n for n in (2**i for i in range(2, 15))
+           if 4 * cores <= n <= cores * generation.most
+           and n not in _ABSENT.get(kind, ())]
+  if not generation.counts_cores:
+    valid = [1, *valid]
+  if number not in valid:
+    nearest = min(valid, key=lambda n: abs(math.log((number or 1) / n)))
+    raise errors.ConfigError(
+        f"--topology: there is no {name}; nearest: "
+        f"{name.rpartition('-')[0]}-{nearest}, or give a shape, "
+        f"{kind}:{'x'.join('4' * generation.n_axes)}")
+  n_chips = number // cores
+  if n_chips == 1:
+    return (1, 1)
+  # Grown from a host by doubling the shortest side; the last one first.
+  shape = [2, 2, 1][:generation.n_axes]
+  while math.prod(shape) < n_chips:
+    least = min(shape)
+    shape[len(shape) - 1 - shape[::-1].index(least)] *= 2
+  return tuple(shape)
+
+
+def devices(found: Slice) -> list:
+  """The jax devices of a slice, to compile for; nothing can run on them.
+
+  Under `ENVIRONMENT` libtpu is quiet about there being no TPU.
+
+  Raises:
+    ConfigError: libtpu is not installed, or does not know the slice.
+  """
+  if util.find_spec("libtpu") is None:
+    raise errors.ConfigError(
+        "--topology: needs the TPU's compiler, libtpu; pip install "
+        "'metaformer-jax[tpu]' brings it")
+  import jax  # noqa: PLC0415  Names need no jax.
+  from jax.experimental import topologies  # noqa: PLC0415
+
+  generation = GENERATIONS[found.generation]
+  try:
+    description = topologies.get_topology_desc(
+        platform="tpu", topology_name=found.topology,
+        chip_config_name=generation.chip_config,
+        chips_per_host_bounds=found.host_shape)
+  except jax.errors.JaxRuntimeError as e:
+    raise errors.ConfigError(
+        f"--topology: libtpu refuses {found.topology}: {e}") from e
+  return list(description.devices)
