@@ -273,7 +273,7 @@ def test_nothing_is_installed_twice(capsys):
     (Pip(HERE, code=1), "x", "could not install it beside the jax"),
     (Pip(HERE, jaxlib="0.12.0"), "x", "pip changed jaxlib: start with a fresh"),
     (Pip(HERE, numpy="2.9.0"), "x", r"pip renewed .*numpy.*: restart"),
-], ids=str)
+], ids=["old", "new", "nowhere", "refused", "changed", "loaded"])
 def test_what_ends_it_is_a_line(pip, source, message, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(Exception, match=message) as error:

@@ -152,13 +152,16 @@ def warnings(subject: Subject, compiled: Compiled) -> Iterator[str]:
              if c.kind in ("all-reduce", "reduce-scatter")]
   rounded = sum(c.count * c.n_bytes for c in reduced if c.dtype == "bf16")
   if rounded > subject.n_params:  # Half of the gradient or more.
+    whole = cfg.train.accumulate == 1 and subject.mesh["fsdp"] == 1
     yield (f"gradients are summed over {subject.n_devices} devices in "
-           f"bfloat16, {rounded / 1e6:.1f} MB of them; with "
-           "config.train.accumulate above 1 in float32")
-  whole = compiled.checkpoint
-  if subject.mesh["fsdp"] > 1 and whole < _SMALL * compiled.available:
+           f"bfloat16, {rounded / 1e6:.1f} MB of them" + (
+               "; in float32 with config.train.accumulate above 1"
+               if whole else ""))
+  if (subject.mesh["fsdp"] > 1
+      and compiled.checkpoint < _SMALL * compiled.available):
     yield (f"config.mesh.fsdp is {subject.mesh['fsdp']}, though a copy of the "
-           f"state is {whole / _GIB:.2f} GiB only; 1 needs no gathering")
+           f"state takes {_size(compiled.checkpoint)} only; 1 needs no "
+           "gathering")
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
@@ -177,10 +180,10 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
                   f"{axis} {size}" for axis, size in where["mesh"].items())
               + f"; {n} images of a {device} at once")
   yield _line("verdict", ("FITS: " if r["fits"] else "DOES NOT FIT: ")
-              + f"needs {_gib(memory['needed'])} of "
-              f"{_gib(memory['available'])} a {device}"
+              + f"needs {_size(memory['needed'])} of "
+              f"{_size(memory['available'])} a {device}"
               + (f" ({memory['needed'] / memory['available']:.0%}), "
-                 f"{_gib(memory['state'])} of it the state"
+                 f"{_size(memory['state'])} of it the state"
                  if r["fits"] else ""))
   if "search" in r:
     yield _line("largest", _largest(r))
@@ -199,14 +202,14 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
                     bound["seconds"].items())
                 + " ms a step); a bound, not a measurement")
     yield _line("run", f"{run['steps']:,} steps, {run['examples']:,} images an "
-                f"epoch ({run['examples_are']}): {bound['hours']:.3g} hours or "
-                "more")
+                f"epoch ({run['examples_are']}): "
+                f"{_duration(bound['hours'])} or more")
     yield _line("exchange", "; ".join(_exchange(r["collectives"])) or "none")
     yield _line("input", f"{bound['images_per_second_per_host']:,.0f} images/s "
                 "a host to keep up with the bound; tools.benchmark_input "
                 "measures what a core prepares")
   yield _line("checkpoint", f"{r['checkpoint'] / 1e6:,.0f} MB; arrays on the "
-              f"first host: {_gib(r['host_memory'])}")
+              f"first host: {_size(r['host_memory'])}")
   yield _line("compiled", f"in {r['compile_seconds']:.0f} s by " + ", ".join(
       f"{name} {version}" for name, version in r["versions"].items()))
   for warning in r["warnings"]:
@@ -217,8 +220,13 @@ def _line(name: str, text: str) -> str:
   return f"{name:<12}{text}"
 
 
-def _gib(n_bytes: float) -> str:
-  return f"{n_bytes / _GIB:.2f} GiB"
+def _size(n_bytes: float) -> str:
+  return (f"{n_bytes / _GIB:.2f} GiB" if n_bytes >= 0.1 * _GIB else
+          f"{n_bytes / 2**20:.1f} MiB")
+
+
+def _duration(hours: float) -> str:
+  return (f"{hours:.3g} hours" if hours >= 1 else f"{60 * hours:.2g} minutes")
 
 
 def _largest(r: dict[str, Any]) -> str:
@@ -226,7 +234,7 @@ def _largest(r: dict[str, Any]) -> str:
   found = r["search"]["largest_images_at_once"]
   if not found:
     return "not even one image fits"
-  above = [f"{batch} need {_gib(c['needed'])}"
+  above = [f"{batch} need {_size(c['needed'])}"
            for batch, c in r["search"]["tried"].items() if not c["fits"]]
   text = f"{found} images at once fit" + (f"; {above[0]}" if above else "")
   share = r["images_at_once"] * r["accumulate"]
