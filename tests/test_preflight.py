@@ -86,7 +86,9 @@ def test_the_verdict_is_the_compilers_on_both_sides_of_the_border():
 
 @pytest.mark.parametrize("state,an_image,curve", [
     (0.3, 0.02, 1.0), (1.0, 0.1, 1.0), (0.1, 3.0, 1.0), (2.0, 1e-3, 1.0),
-    (0.5, 0.02, 1.3), (0.5, 0.3, 0.7), (20.0, 0.1, 1.0), (15.0, 1.0, 1.0)])
+    (0.5, 0.02, 1.3), (0.5, 0.3, 0.7), (20.0, 0.1, 1.0), (15.0, 1.0, 1.0),
+    # As PoolFormer-S24's: from some batch on, much is computed again.
+    (0.25, 2.1, 0.3), (0.25, 3.9, 0.2)])
 @pytest.mark.parametrize("first", [1, 48, 512, 5000])
 def test_the_search_finds_the_border(state, an_image, curve, first):
   """With memory of any shape, however wrong a straight line through it is."""
@@ -100,7 +102,7 @@ def test_the_search_finds_the_border(state, an_image, curve, first):
   tried = search.largest_batch(compile_batch, first)
   assert max((n for n, c in tried.items() if c.fits), default=0) == max(
       fitting, default=0)
-  assert len(tried) <= 8
+  assert len(tried) <= 10
 
 
 @pytest.mark.parametrize("message,found", [

@@ -8,12 +8,17 @@ from metaformer_jax.preflight.compilation import Compiled
 # A batch off a multiple of this is padded to one in every activation.
 LANES = 128
 
+# The batches that are tried, in their order: 1, 2, 4, ..., 128, 256, 384, ...
+_DOUBLINGS = int(math.log2(LANES))
+
 
 def largest_batch(compile_batch: Callable[[int], Compiled], first: int,
                   ) -> dict[int, Compiled]:
   """Finds the largest batch of a device that fits, and the next that does not.
 
-  Batches are powers of two up to `LANES`, and its multiples.
+  Batches are powers of two up to `LANES`, and its multiples. Memory is taken to
+  be a line in the batch for guesses only: where it is short, the compiler
+  computes values again instead of keeping them, and needs far less than that.
 
   Args:
     compile_batch: compiles for that many images of a device at once.
@@ -24,36 +29,40 @@ def largest_batch(compile_batch: Callable[[int], Compiled], first: int,
     none fits where not even one image does.
   """
   tried = {}
-  fits, fails = 0, math.inf
-  batch, before = _round_down(first), None
-  while _above(fits) < fails:
+  fits, fails = -1, math.inf
+  place, before = _place(first), None
+  while fails - fits > 1:
+    batch = _batch(place)
     found = tried[batch] = compile_batch(batch)
     if found.fits:
-      fits = batch
+      fits = place
     else:
-      fails = batch
-    # Memory is so much an image, and what a batch of none would need: of this
-    # the first guess knows the state only.
+      fails = place
+    # Of a batch of none, the state is known.
     at, needed = before or (0, found.state)
-    an_image = max(1.0, (found.needed - needed) / (batch - at))
-    guess = _round_down(
-        batch + (found.available - found.needed) / an_image)
+    an_image = (found.needed - needed) / (batch - at)
+    guess = math.inf
+    if an_image > 0:
+      guess = _place(batch + (found.available - found.needed) / an_image)
     before = batch, found.needed
-    batch = max(_above(fits), min(guess, _below(fails)))
+    if fails == math.inf:
+      place = min(max(guess, fits + 1), _place(4 * batch))
+    else:
+      # A quarter of what is left lies on either side.
+      margin = (fails - fits - 2) // 4
+      place = min(max(guess, fits + 1 + margin), fails - 1 - margin)
   return dict(sorted(tried.items()))
 
 
-def _round_down(batch: float) -> int:
+def _batch(place: int) -> int:
+  """The batch at a place, counted from 0."""
+  if place <= _DOUBLINGS:
+    return 2 ** place
+  return LANES * (place - _DOUBLINGS + 1)
+
+
+def _place(batch: float) -> int:
+  """The place of the largest batch that is not above this one."""
   if batch >= LANES:
-    return int(batch // LANES * LANES)
-  return 2 ** int(math.log2(batch)) if batch >= 1 else 1
-
-
-def _above(batch: int) -> int:
-  """The next larger one."""
-  return batch + LANES if batch >= LANES else max(1, 2 * batch)
-
-
-def _below(batch: float) -> float:
-  """The next smaller one."""
-  return batch - LANES if batch > LANES else batch / 2
+    return _DOUBLINGS - 1 + int(batch // LANES)
+  return int(math.log2(max(1, batch)))

@@ -162,9 +162,12 @@ def _key(cfg: Experiment, target: topologies.Slice,
       [config, target.topology, target.host_shape, versions],
       sort_keys=True).encode())
   package = pathlib.Path(__file__).parents[1]
-  for part in ("models", "preflight", "tasks", "training"):
-    for path in sorted((package / part).glob("*.py")):
-      digest.update(path.read_bytes())
+  code = [path for part in ("models", "tasks", "training")
+          for path in sorted((package / part).glob("*.py"))]
+  code += [package / "preflight" / f"{name}.py"
+           for name in ("compilation", "hlo", "topologies")]
+  for path in code:
+    digest.update(path.read_bytes())
   return digest.hexdigest()[:24]
 
 
