@@ -197,6 +197,11 @@ def test_what_does_not_fit_is_told_with_what_would():
   text = "\n".join(report.lines(report.to_json(subject, too_large, tried)))
   assert "128 images at once fit; 256 need 30.00 GiB" in text
   assert "--config.train.accumulate=4" in text
+  found = report.to_json(subject, too_large, tried)["search"]
+  assert found["largest_images_at_once"] == 128
+  assert found["tried"]["128"]["images_per_second_per_chip"] == pytest.approx(
+      128 / 0.2)
+  assert found["tried"]["256"]["images_per_second_per_chip"] is None
   nothing = {1: too_large}
   text = "\n".join(report.lines(report.to_json(subject, too_large, nothing)))
   assert "not even one image fits" in text

@@ -116,11 +116,16 @@ def to_json(subject: Subject, compiled: Compiled,
             "link_bytes_per_second": chip.links,
             "hours": step * subject.n_steps / 3600}}
   if tried:
-    fit = [batch for batch, c in tried.items() if c.fits]
     report["search"] = {
-        "largest_images_at_once": max(fit, default=0),
-        "tried": {str(batch): {"fits": c.fits, "needed": c.needed}
-                  for batch, c in tried.items()}}
+        "largest_images_at_once": max(
+            (batch for batch, c in tried.items() if c.fits), default=0),
+        "tried": {
+            str(batch): {
+                "fits": c.fits, "needed": c.needed,
+                "images_per_second_per_chip":
+                    train.accumulate * batch * chip.n_devices / max(
+                        bounds(subject, c).values()) if c.fits else None}
+            for batch, c in tried.items()}}
   return report
 
 
