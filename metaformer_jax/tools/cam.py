@@ -1,4 +1,4 @@
-"""Draws where a model sees a class in a picture:
+r"""Draws where a model sees a class in a picture:
 
     python -m metaformer_jax.tools.cam --model=poolformer_s12 \
         --weights=poolformer_s12.pth.tar --image=cat.jpg --output=cam.png

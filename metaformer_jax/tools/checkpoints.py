@@ -1,4 +1,4 @@
-"""Lists, verifies and deletes the checkpoints of a run:
+r"""Lists, verifies and deletes the checkpoints of a run:
 
     python -m metaformer_jax.tools.checkpoints list --workdir=runs/quickstart
     python -m metaformer_jax.tools.checkpoints verify --workdir=runs/quickstart

@@ -1,4 +1,4 @@
-"""Converts weights between PyTorch's layouts and ours:
+r"""Converts weights between PyTorch's layouts and ours:
 
     python -m metaformer_jax.tools.convert --model=poolformer_s12 \
         --input=poolformer_s12.pth.tar --output=poolformer_s12.safetensors \

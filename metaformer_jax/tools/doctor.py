@@ -1,4 +1,4 @@
-"""Tells whether this machine can run, and what stands in the way:
+r"""Tells whether this machine can run, and what stands in the way:
 
     python -m metaformer_jax.tools.doctor
     python -m metaformer_jax.tools.doctor --workdir=runs/s24 --data=/data

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint of a workdir and prints its measures as JSON:
+r"""Evaluates a checkpoint of a workdir and prints its measures as JSON:
 
     python -m metaformer_jax.tools.evaluate --config=configs/quickstart.py \
         --workdir=runs/quickstart

@@ -1,4 +1,4 @@
-"""Compiles an experiment's training step for a TPU that is not here:
+r"""Compiles an experiment's training step for a TPU that is not here:
 
     python -m metaformer_jax.tools.preflight \
         --config=configs/poolformer_s24.py --topology=v5litepod-8

@@ -1,4 +1,4 @@
-"""Trains the variants of a study and compares them:
+r"""Trains the variants of a study and compares them:
 
     python -m metaformer_jax.tools.study \
         --config=configs/study_fashion_mnist.py --workdir=runs/study
