@@ -176,7 +176,7 @@ def _run(cfg: Experiment, task: base.Task, mesh, workdir: pathlib.Path,
         dog.beat(f"step {i}")
         if i == restored + 1:
           clock.turn_to("setup")
-          train_step = train_step.lower(state, batch, flags).compile()
+          train_step = _compile(train_step, state, batch, flags)
           progress.say(f"compiled the training step in {clock.spent():.1f} s")
           flags = stop.flags(mesh)  # It took minutes, perhaps.
         clock.turn_to("step")
@@ -229,6 +229,20 @@ def _run(cfg: Experiment, task: base.Task, mesh, workdir: pathlib.Path,
     log.info("done: %s\ncheckpoint %s\ncurves     %s",
              report.measures(result), summary["checkpoint"], curves)
   return summary
+
+
+def _compile(train_step, *arguments):
+  """Compiles the step; ConfigError: it does not fit the devices' memory."""
+  try:
+    return train_step.lower(*arguments).compile()
+  except jax.errors.JaxRuntimeError as e:
+    reason, _, _ = str(e).partition("\n")
+    if not reason.startswith("RESOURCE_EXHAUSTED"):
+      raise
+    raise errors.ConfigError(
+        "config.train.batch_size: a step does not fit the memory of the "
+        "devices; raise config.train.accumulate, lower it, or take more "
+        f"devices; tools.preflight tells what fits ({reason})") from e
 
 
 def _check_images(cfg: Experiment, totals: accounting.Totals, n_train: int,
