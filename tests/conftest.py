@@ -6,6 +6,9 @@ import tempfile
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""),
      "--xla_force_host_platform_device_count=8",
+     # On a busy machine a device may keep the others waiting for long; XLA
+     # would end the process after 40 seconds.
+     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
      # Most of the time is compilation, and most programs run once.
      "--xla_backend_optimization_level=0"]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -11,7 +11,7 @@ import optim_cases
 import pytest
 
 from metaformer_jax import experiment
-from metaformer_jax.training import loop, optim, schedules
+from metaformer_jax.training import optim, program, schedules
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "schedules.npz"
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -51,7 +51,7 @@ def test_is_timms_at_every_epoch(name, n_examples):
   with np.load(GOLDEN) as arrays:
     want = arrays[name]
   cfg = experiment_as(optim_cases.SCHEDULES[name])
-  n_steps, per_epoch = loop.total_steps(cfg, n_examples), n_examples / 4096
+  n_steps, per_epoch = program.total_steps(cfg, n_examples), n_examples / 4096
   # The run's length is rounded to steps: up to one of an epoch more or less.
   rates, starts = schedules.table(cfg.optim, cfg.optim.base_lr * 4,
                                   cfg.train.epochs, n_steps, per_epoch)
@@ -92,7 +92,7 @@ def test_every_config_of_epochs_is_compared_with_timm():
 def test_steps_are_linear_then_cosine_then_cool():
   cfg = experiment_of(4096, 30.0, base_lr=1e-3, warmup_epochs=2.0,
                       cooldown_epochs=1.0)
-  n_steps = loop.total_steps(cfg, 40960)
+  n_steps = program.total_steps(cfg, 40960)
   assert n_steps == 310
   _, schedule = optim.create(cfg, n_steps, 10)
   for t in (0, 1, 7, 19):
@@ -115,7 +115,7 @@ def test_steps_are_linear_then_cosine_then_cool():
 def test_curves_by_step(options, want):
   cfg = experiment_of(steps=40, base_lr=1.0, warmup_lr=0.5, warmup_epochs=0.4,
                       cooldown_epochs=7.0, **options)
-  assert loop.total_steps(cfg, 10240) == 40
+  assert program.total_steps(cfg, 10240) == 40
   _, schedule = optim.create(cfg, 40, 10)
   for t in range(41):
     rising = 0.5 + t * 0.5 / 4
