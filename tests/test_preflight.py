@@ -139,7 +139,7 @@ def compiled_of(**changes):
   known = {
       "fits": True, "needed": 4 * GIB, "available": 16 * GIB, "seconds": 1.0,
       "flops": 197e12 * 0.05, "state": 10**8, "checkpoint": 10**8,
-      "temporaries": GIB, "accessed": 819e9 * 0.2, "collectives": (
+      "code": 10**8, "accessed": 819e9 * 0.2, "collectives": (
           hlo.Collective("all-reduce", "f32", 1, 4 * 10**7, 8),)}
   return compilation.Compiled(**known | changes)
 
@@ -187,7 +187,7 @@ def test_what_costs_is_warned_of(subject, compiled, says):
 
 
 def test_what_does_not_fit_is_told_with_what_would():
-  too_large = compiled_of(fits=False, needed=30 * GIB, temporaries=None,
+  too_large = compiled_of(fits=False, needed=30 * GIB, code=None,
                           accessed=None, collectives=None)
   subject = subject_of(cfg=with_batch(batch_size=4096))
   text = "\n".join(report.lines(report.to_json(subject, too_large, {})))

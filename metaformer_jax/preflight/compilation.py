@@ -33,15 +33,16 @@ class Compiled:
 
   Attributes:
     fits: whether the compiler could lay it out in memory.
-    needed: memory that it needs, at most `available` where it fits.
+    needed: memory that it needs at its peak, at most `available` where it
+      fits.
     available: memory that programs can have.
     seconds: how long the compiler took.
     flops: of the matrix products and convolutions of a device in a step,
       counted on the traced program.
     state: what a device holds of the state between steps.
     checkpoint: the whole state, as it is saved.
-    temporaries: what a step needs besides its arguments, code included; of
-      one that does not fit, this and what follows is None.
+    code: of the program; of one that does not fit, this and what follows is
+      None.
     accessed: what a device reads and writes in a step, as the compiler counts:
       each operand of each operation once, wherever it lies.
     collectives: what a device exchanges in a step.
@@ -54,7 +55,7 @@ class Compiled:
   flops: float
   state: int
   checkpoint: int
-  temporaries: int | None = None
+  code: int | None = None
   accessed: float | None = None
   collectives: tuple[hlo.Collective, ...] | None = None
 
@@ -104,12 +105,11 @@ def compile_step(cfg: Experiment, task: base.Task, mesh: Mesh,
   memory = compiled.memory_analysis()
   module = hlo.Module(compiled.as_text())
   counted = compiled.cost_analysis()["bytes accessed"]
-  temporaries = (memory.temp_size_in_bytes
-                 + memory.generated_code_size_in_bytes)
+  # Not the sum of arguments, results and temporaries, which may be more than a
+  # device has: of these, some take the place of others.
   return Compiled(
-      fits=True, temporaries=temporaries,
-      needed=(memory.argument_size_in_bytes + memory.output_size_in_bytes
-              - memory.alias_size_in_bytes + temporaries),
+      fits=True, needed=memory.peak_memory_in_bytes,
+      code=memory.generated_code_size_in_bytes,
       accessed=counted * module.loop_factor(),
       collectives=tuple(module.collectives(mesh.size)), **common)
 

@@ -89,7 +89,7 @@ def to_json(subject: Subject, compiled: Compiled,
                    "hosts": subject.n_hosts, "mesh": subject.mesh},
       "fits": compiled.fits, "memory": {
           "needed": compiled.needed, "available": compiled.available,
-          "state": compiled.state, "temporaries": compiled.temporaries},
+          "state": compiled.state, "code": compiled.code},
       "flops_per_image": compiled.flops * subject.n_devices / train.batch_size,
       "checkpoint": compiled.checkpoint,
       "host_memory": host_memory(subject, compiled),

@@ -53,6 +53,8 @@ def main(cfg: Experiment, workdir: pathlib.Path) -> None:
         "--topology: is missing; give e.g. --topology=v5litepod-8")
   target = topologies.parse(_TOPOLOGY.value)
   os.environ.update(topologies.ENVIRONMENT)
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)  # The compiler does not look up.
   from metaformer_jax.preflight import report as report_lib  # noqa: PLC0415
 
   report = preflight(cfg, target, find_batch=_FIND_BATCH.value,
@@ -83,12 +85,12 @@ def preflight(cfg: Experiment, target: topologies.Slice, *,
   )
   from metaformer_jax.training import program, sharding  # noqa: PLC0415
 
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_DFL)  # The compiler does not look up.
   devices = topologies.devices(target)
   task = tasks.create(cfg)
   n_examples, examples_are = _examples(cfg, task, n_examples)
-  versions = {name: metadata.version(name) for name in ("jax", "libtpu")}
+  versions = dict(sorted(
+      (found.name, found.version) for found in metadata.distributions()
+      if found.name in ("jax", "libtpu", "libtpu-nightly")))
 
   @functools.cache
   def compile_for(batch_size):
@@ -152,14 +154,15 @@ def _remembered(cfg: Experiment, target: topologies.Slice,
 
 def _key(cfg: Experiment, target: topologies.Slice,
          versions: dict[str, str]) -> str:
-  """Names what the compiled program depends on: config, target, code."""
+  """Names what the compiled program depends on: config, target, all code."""
   config = json.loads(config_lib.to_json(cfg))
   for section in ("init", "log", "checkpoint", "eval"):
     del config[section]
   config["data"] = {key: config["data"][key]
                     for key in ("image_size", "mean", "std")}
   digest = hashlib.sha256(json.dumps(
-      [config, target.topology, target.host_shape, versions],
+      [config, target.topology, target.host_shape, versions,
+       *map(os.environ.get, ("LIBTPU_INIT_ARGS", "XLA_FLAGS"))],
       sort_keys=True).encode())
   package = pathlib.Path(__file__).parents[1]
   code = [path for part in ("models", "tasks", "training")
