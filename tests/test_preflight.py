@@ -16,7 +16,7 @@ import pytest
 
 from metaformer_jax import config as config_lib
 from metaformer_jax import tasks
-from metaformer_jax.experiment import Data, Experiment, Mesh, Train
+from metaformer_jax.experiment import Data, Experiment, Log, Mesh, Train
 from metaformer_jax.models import cost, registry
 from metaformer_jax.preflight import (
   compilation,
@@ -25,6 +25,7 @@ from metaformer_jax.preflight import (
   search,
   topologies,
 )
+from metaformer_jax.tools import preflight as tool
 from metaformer_jax.training import program, sharding, signals
 
 GIB = 2**30
@@ -50,9 +51,12 @@ def line_on(name, *, values=1, **train):
   return cfg, Task(), sharding.make_mesh(cfg, devices)
 
 
-def test_any_task_is_compiled():
+@pytest.mark.parametrize("name,n_devices", [
+    ("v2-8", 8), ("v3-8", 8), ("v4-8", 4), ("v5e-8", 8), ("v5p-8", 4),
+    ("v6e-8", 8), ("tpu7x-8", 8)])
+def test_any_task_is_compiled_for_any_tpu(name, n_devices):
   said = []
-  found = compilation.compile_step(*line_on("v5e-8", batch_size=64),
+  found = compilation.compile_step(*line_on(name, batch_size=64),
                                    n_examples=10, say=said.append)
   assert found.fits
   assert said
@@ -62,7 +66,8 @@ def test_any_task_is_compiled():
   # The gradient, the loss and the batch statistic; the flag of being told.
   assert {(c.kind, c.dtype, c.count * c.n_bytes, c.group)
           for c in found.collectives} == {
-              ("all-reduce", "f32", 12, 8), ("all-reduce", "s32", 4, 8)}
+              ("all-reduce", "f32", 12, n_devices),
+              ("all-reduce", "s32", 4, n_devices)}
   assert compilation.Compiled.from_json(
       json.loads(json.dumps(found.to_json()))) == found
 
@@ -310,6 +315,28 @@ def test_the_command_on_a_small_model(tmp_path):
   assert "FITS: needs" in again.stdout
   assert f"{forward.n_params:,} parameters" in again.stdout
   assert "a bound, not a measurement" in again.stdout
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", None])
+def test_what_cannot_be_remembered_is_compiled(tmp_path, capfd, damage):
+  """A damaged file, or a folder that cannot be, costs no more than the time."""
+  compiled = compiled_of()
+  cfg = subject_of().cfg
+  arguments = topologies.parse("v5e-8"), {"jax": "1"}, lambda: compiled
+  cache = tmp_path / "cache"
+  cfg = dataclasses.replace(cfg, log=Log(compilation_cache=str(cache)))
+  if damage is None:
+    cache.write_text("a file")
+  assert tool._remembered(cfg, *arguments) == compiled
+  if damage is not None:
+    (path,) = cache.rglob("*.json")
+    path.write_text(damage)
+    assert tool._remembered(cfg, *arguments) == compiled
+    assert "cannot be used" in capfd.readouterr().err
+    assert tool._remembered(cfg, *arguments) == compiled
+    assert "remembered: " in capfd.readouterr().err
+  else:
+    assert "not remembered" in capfd.readouterr().err
 
 
 def test_what_does_not_fit_ends_with_1(tmp_path):

@@ -136,25 +136,33 @@ def _remembered(cfg: Experiment, target: topologies.Slice,
                 versions: dict[str, str], compile_now):
   """What compiling gave before, for the same program and compiler; or gives."""
   from metaformer_jax.preflight import compilation  # noqa: PLC0415
+  from metaformer_jax.training import workdir as workdir_lib  # noqa: PLC0415
 
-  if not cfg.log.compilation_cache:
+  cache = cfg.log.compilation_cache
+  if not cache or "://" in cache:
     return compile_now()
-  folder = pathlib.Path(cfg.log.compilation_cache).expanduser() / "preflight"
-  path = folder / f"{_key(cfg, target, versions)}.json"
-  if path.is_file():
+  path = pathlib.Path(cache, "preflight", f"{_key(cfg, target, versions)}.json")
+  try:
+    path = path.expanduser()
+    found = compilation.Compiled.from_json(json.loads(path.read_text()))
     _say(f"remembered: {path}")
-    return compilation.Compiled.from_json(json.loads(path.read_text()))
+    return found
+  except FileNotFoundError:
+    pass
+  except (OSError, RuntimeError, ValueError, TypeError, KeyError) as e:
+    _say(f"{path} cannot be used: {e}")
   compiled = compile_now()
-  folder.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(f".{os.getpid()}")
-  temporary.write_text(json.dumps(compiled.to_json()))
-  temporary.replace(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    workdir_lib.write(path, json.dumps(compiled.to_json()))
+  except OSError as e:  # What took minutes is told all the same.
+    _say(f"not remembered: {e}")
   return compiled
 
 
 def _key(cfg: Experiment, target: topologies.Slice,
          versions: dict[str, str]) -> str:
-  """Names what the compiled program depends on: config, target, all code."""
+  """Names what a compiled program depends on: config, target, compiler, code."""
   config = json.loads(config_lib.to_json(cfg))
   for section in ("init", "log", "checkpoint", "eval"):
     del config[section]
