@@ -162,7 +162,7 @@ def _remembered(cfg: Experiment, target: topologies.Slice,
 
 def _key(cfg: Experiment, target: topologies.Slice,
          versions: dict[str, str]) -> str:
-  """Names what a compiled program depends on: config, target, compiler, code."""
+  """Names what a program depends on: config, target, compiler, code."""
   config = json.loads(config_lib.to_json(cfg))
   for section in ("init", "log", "checkpoint", "eval"):
     del config[section]
