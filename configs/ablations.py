@@ -11,7 +11,7 @@ Hardware: as configs/poolformer_s12.py, for each variant.
 Expected: the top-1 below, published; None where the paper has none.
 """
 
-from metaformer_jax import recipes
+from metaformer_jax.recipes import classification as recipes
 
 _P, _A, _F = "pooling", "attention", "spatial_fc"
 

@@ -12,7 +12,7 @@ train_caformer_b36.sh there.
 That script names caformer_s36; its settings are meant for B36.
 """
 
-from metaformer_jax import recipes
+from metaformer_jax.recipes import classification as recipes
 
 
 def get_config():

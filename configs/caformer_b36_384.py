@@ -12,7 +12,7 @@ Recipe: `recipes.metaformer_finetune`, of scripts/caformer/
 finetune_caformer_b36_384.sh there.
 """
 
-from metaformer_jax import recipes
+from metaformer_jax.recipes import classification as recipes
 
 
 def get_config():

@@ -15,7 +15,7 @@ Recipe: `recipes.metaformer_finetune`: that of the 1K models at 384x384, as
 the repository has none for this run.
 """
 
-from metaformer_jax import recipes
+from metaformer_jax.recipes import classification as recipes
 
 
 def get_config():

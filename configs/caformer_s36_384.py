@@ -13,7 +13,7 @@ finetune_caformer_s36_384.sh there.
 That script names caformer_s18_384; its settings are meant for this model.
 """
 
-from metaformer_jax import recipes
+from metaformer_jax.recipes import classification as recipes
 
 
 def get_config():

@@ -12,7 +12,7 @@ Recipe: `recipes.metaformer_finetune`, of scripts/convformer/
 finetune_convformer_m36_384.sh there.
 """
 
-from metaformer_jax import recipes
+from metaformer_jax.recipes import classification as recipes
 
 
 def get_config():

@@ -10,7 +10,7 @@ their accuracy nor the hyper-parameters.
 Recipe: `recipes.metaformer_in21k`, which says what stands in for them.
 """
 
-from metaformer_jax import recipes
+from metaformer_jax.recipes import classification as recipes
 
 
 def get_config():

@@ -9,7 +9,7 @@ Expected: 81.8% top-1, published (arXiv 2012.12877); not trained here.
 Recipe: `recipes.deit`.
 """
 
-from metaformer_jax import recipes
+from metaformer_jax.recipes import classification as recipes
 
 
 def get_config():

@@ -8,7 +8,7 @@ Hardware: two CPU cores, under 20 minutes.
 Expected: above 90% top-1 (docs/results.md).
 """
 
-from metaformer_jax import config as config_lib
+from metaformer_jax.config import resolve as config_lib
 
 
 def get_config():

@@ -11,7 +11,7 @@ Recipe: `recipes.metaformer_baseline`, of scripts/identityformer/
 train_identityformer_s12.sh there.
 """
 
-from metaformer_jax import recipes
+from metaformer_jax.recipes import classification as recipes
 
 
 def get_config():

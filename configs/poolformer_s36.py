@@ -9,7 +9,7 @@ Expected: 81.4% top-1, published (arXiv 2111.11418, table 1); not trained here.
 Recipe: `recipes.poolformer`, of arXiv 2111.11418 and its official train.py.
 """
 
-from metaformer_jax import recipes
+from metaformer_jax.recipes import classification as recipes
 
 
 def get_config():

@@ -11,7 +11,7 @@ Recipe: `recipes.metaformer_baseline`, of scripts/poolformerv2/
 train_poolformerv2_s24.sh there.
 """
 
-from metaformer_jax import recipes
+from metaformer_jax.recipes import classification as recipes
 
 
 def get_config():

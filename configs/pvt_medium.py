@@ -9,7 +9,7 @@ Expected: 81.2% top-1, published (arXiv 2102.12122); not trained here.
 Recipe: `recipes.pvt`.
 """
 
-from metaformer_jax import recipes
+from metaformer_jax.recipes import classification as recipes
 
 
 def get_config():

@@ -6,7 +6,7 @@ Hardware: two CPU cores, a minute or two; nothing is downloaded.
 Expected: above 95% top-1 on the 297 test digits (docs/results.md).
 """
 
-from metaformer_jax import config as config_lib
+from metaformer_jax.config import resolve as config_lib
 
 
 def get_config():

@@ -9,7 +9,7 @@ Expected: 79.4% top-1, published (arXiv 2105.03404); not trained here.
 Recipe: `recipes.resmlp`, which says what of it is not published.
 """
 
-from metaformer_jax import recipes
+from metaformer_jax.recipes import classification as recipes
 
 
 def get_config():

@@ -9,7 +9,7 @@ Expected: 75.5% top-1, published (arXiv 2111.11418, table 2); not trained here.
 Recipe: `recipes.rsb_a2`.
 """
 
-from metaformer_jax import recipes
+from metaformer_jax.recipes import classification as recipes
 
 
 def get_config():

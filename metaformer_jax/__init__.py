@@ -12,7 +12,7 @@ _WHERE = {
     "create_model": "models.registry",
     "get_spec": "models.registry",
     "list_models": "models.registry",
-    "load_pretrained": "training.pretrained",
+    "load_pretrained": "checkpoints.pretrained",
 }
 
 __all__ = [*_WHERE]

@@ -24,9 +24,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from metaformer_jax import config as config_lib
 from metaformer_jax import errors
-from metaformer_jax.experiment import Experiment
+from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config.schema import Experiment
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, e.g. configs/quickstart.py; "
@@ -223,7 +223,7 @@ def start_jax(cfg: Experiment):
   """
   import jax  # noqa: PLC0415  After the config is checked.
 
-  from metaformer_jax.training import processes, sharding  # noqa: PLC0415
+  from metaformer_jax.runtime import processes, sharding  # noqa: PLC0415
 
   folder = cfg.log.compilation_cache
   if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -8,7 +8,7 @@ Started again with the same workdir, it goes on where it was.
 import pathlib
 
 from metaformer_jax import cli
-from metaformer_jax.experiment import Experiment
+from metaformer_jax.config.schema import Experiment
 
 
 def main(cfg: Experiment, workdir: pathlib.Path) -> None:

@@ -21,18 +21,12 @@ import jax
 import numpy as np
 import optax
 
-from metaformer_jax import experiment
+from metaformer_jax.checkpoints import manager as checkpoints_lib
+from metaformer_jax.checkpoints import manifest
+from metaformer_jax.config import schema
+from metaformer_jax.runtime import accounting, sharding, signals, watchdog
 from metaformer_jax.tasks import classification
-from metaformer_jax.training import (
-  accounting,
-  manifest,
-  optim,
-  sharding,
-  signals,
-  step,
-  watchdog,
-)
-from metaformer_jax.training import checkpoints as checkpoints_lib
+from metaformer_jax.training import optim, step
 from metaformer_jax.training import rng as rng_lib
 from metaformer_jax.training import state as state_lib
 
@@ -64,10 +58,10 @@ def seconds(function, *args) -> float:
 
 
 def main(args: argparse.Namespace) -> None:
-  cfg = experiment.Experiment(
-      model=experiment.Model(name="poolformer_s12"),
-      data=experiment.Data(image_size=args.image_size),
-      train=experiment.Train(batch_size=args.batch_size, ema_decay=0.9999))
+  cfg = schema.Experiment(
+      model=schema.Model(name="poolformer_s12"),
+      data=schema.Data(image_size=args.image_size),
+      train=schema.Train(batch_size=args.batch_size, ema_decay=0.9999))
   task = classification.create(cfg)
   mesh = sharding.make_mesh(cfg)
   tx, schedule = optim.create(cfg, 1000, 100.0)

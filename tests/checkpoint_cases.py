@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaformer_jax import experiment
+from metaformer_jax.config import schema
 from metaformer_jax.training import state as state_lib
 
-CFG = experiment.Checkpoint(keep_last=2, keep_best=1)
+CFG = schema.Checkpoint(keep_last=2, keep_best=1)
 
 
 def make_state(step, seed=0, ema=True, stats=False, rows=16):

@@ -23,7 +23,7 @@ class Run:
   Attributes:
     name: of the run, and the stem of its file.
     case: the model, and the layout in which its weights are compared.
-    optim: fields of `experiment.Optim`; the rate is set anew each epoch.
+    optim: fields of `schema.Optim`; the rate is set anew each epoch.
     peak: the highest rate.
     epochs: before the cool-down.
     ema_decay: of the moving average of everything.

@@ -22,7 +22,7 @@ import zlib
 import numpy as np
 import torch_format as tf
 
-from metaformer_jax.training import manifest
+from metaformer_jax.checkpoints import manifest
 
 VALUES = np.arange(6, dtype=np.float32)
 

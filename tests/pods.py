@@ -12,29 +12,30 @@ import subprocess
 import sys
 import time
 
-from metaformer_jax import config, experiment
-from metaformer_jax.training import writers
+from metaformer_jax.config import resolve as config
+from metaformer_jax.config import schema
+from metaformer_jax.runtime import writers
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def small(**sections) -> experiment.Experiment:
+def small(**sections) -> schema.Experiment:
   """A run of seconds that has all that is random, averaged and saved."""
-  return experiment.Experiment(**({
-      "model": experiment.Model(
+  return schema.Experiment(**({
+      "model": schema.Model(
           num_classes=10, depths=(1,), dims=(16,), token_mixers=("pooling",),
           drop_path_rate=0.5),
-      "data": experiment.Data(source="digits", image_size=16),
-      "train": experiment.Train(batch_size=16, steps=40, ema_decay=0.9,
+      "data": schema.Data(source="digits", image_size=16),
+      "train": schema.Train(batch_size=16, steps=40, ema_decay=0.9,
                                 mixup=0.8, cutmix=1.0, erasing=0.25),
-      "eval": experiment.Eval(every_epochs=0.2),
-      "checkpoint": experiment.Checkpoint(every_steps=5),
-      "mesh": experiment.Mesh(heartbeat_seconds=5),
-      "log": experiment.Log(every_steps=1, tensorboard=False),
+      "eval": schema.Eval(every_epochs=0.2),
+      "checkpoint": schema.Checkpoint(every_steps=5),
+      "mesh": schema.Mesh(heartbeat_seconds=5),
+      "log": schema.Log(every_steps=1, tensorboard=False),
   } | sections))
 
 
-def start(cfg: experiment.Experiment, workdir: pathlib.Path, n_processes: int,
+def start(cfg: schema.Experiment, workdir: pathlib.Path, n_processes: int,
           n_devices: int, folder: pathlib.Path, flags=(), env=None,
           ) -> list[subprocess.Popen]:
   """Starts a run's processes, of n_devices each; stderr is in their files."""

@@ -6,18 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from metaformer_jax import experiment
+from metaformer_jax.checkpoints import manager as checkpoints_lib
+from metaformer_jax.config import schema
 from metaformer_jax.data import loader
+from metaformer_jax.runtime import sharding, signals, watchdog
 from metaformer_jax.tasks import classification
-from metaformer_jax.training import checkpoints as checkpoints_lib
-from metaformer_jax.training import (
-  evaluate,
-  loop,
-  optim,
-  sharding,
-  signals,
-  watchdog,
-)
+from metaformer_jax.training import evaluate, loop, optim
 from metaformer_jax.training import state as state_lib
 
 N_STEPS = 4
@@ -27,19 +21,19 @@ class Interrupted(Exception):
   pass
 
 
-def experiment_of(**model) -> experiment.Experiment:
-  return experiment.Experiment(
-      model=experiment.Model(**{
+def experiment_of(**model) -> schema.Experiment:
+  return schema.Experiment(
+      model=schema.Model(**{
           "num_classes": 10, "depths": (1,), "dims": (16,),
           "token_mixers": ("pooling",), **model}),
-      data=experiment.Data(source="digits", image_size=16),
-      optim=experiment.Optim(base_lr=0.5, warmup_epochs=0.0),
-      train=experiment.Train(batch_size=16, steps=N_STEPS, ema_decay=0.5,
+      data=schema.Data(source="digits", image_size=16),
+      optim=schema.Optim(base_lr=0.5, warmup_epochs=0.0),
+      train=schema.Train(batch_size=16, steps=N_STEPS, ema_decay=0.5,
                              accumulate=2),
-      eval=experiment.Eval(batch_size=304),
-      checkpoint=experiment.Checkpoint(every_steps=1),
-      mesh=experiment.Mesh(data=2),
-      log=experiment.Log(tensorboard=False, compilation_cache=""))
+      eval=schema.Eval(batch_size=304),
+      checkpoint=schema.Checkpoint(every_steps=1),
+      mesh=schema.Mesh(data=2),
+      log=schema.Log(tensorboard=False, compilation_cache=""))
 
 
 def create(cfg):

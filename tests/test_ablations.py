@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import metaformer_jax
-from metaformer_jax import config as config_lib
 from metaformer_jax import errors
+from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.models import cost
 from metaformer_jax.tasks import classification
 

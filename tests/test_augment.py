@@ -14,14 +14,13 @@ import pytest
 from numba.core import caching
 from PIL import Image
 
-from metaformer_jax import config, errors, experiment
-from metaformer_jax.data import (
-    augment,
-    loader,
-    pixels,
-    policies,
-    transforms,
-)
+from metaformer_jax import errors
+from metaformer_jax.config import policies, schema
+from metaformer_jax.config import resolve as config
+from metaformer_jax.data import loader
+from metaformer_jax.data.augment import draw as augment
+from metaformer_jax.data.augment import pixels
+from metaformer_jax.data.transforms import classification as transforms
 
 TIMM = np.load(pathlib.Path(__file__).parent / "golden" / "augment-timm.npz")
 RECIPE = "rand-m9-mstd0.5-inc1"
@@ -41,7 +40,7 @@ def difference(got, want):
 @pytest.mark.parametrize("kind", augment_cases.FILTERS)
 @pytest.mark.parametrize("name", list(augment_cases.encoded_images()))
 def test_evaluation_gives_timms_pixels(name, kind):
-  cfg = experiment.Data(image_size=32, crop_pct=0.9, interpolation=kind)
+  cfg = schema.Data(image_size=32, crop_pct=0.9, interpolation=kind)
   data = TIMM[f"file {name}"].tobytes()
   got = transforms.EvalTransform(cfg)({"image": data, "label": 0})["image"]
   assert difference(got, TIMM[f"eval {name} {kind}"]) <= 1
@@ -200,7 +199,7 @@ def test_crops_are_distributed_as_timms():
 
 
 def test_three_augment_is_one_of_three_and_jitter_all_in_any_order():
-  cfg = experiment.Data(auto_augment="3a", color_jitter=0.3)
+  cfg = schema.Data(auto_augment="3a", color_jitter=0.3)
   rng = np.random.default_rng(0)
   ops = [augment.draw(cfg, rng) for _ in range(3000)]
   firsts = [one[0] for one in ops]
@@ -218,12 +217,12 @@ def test_three_augment_is_one_of_three_and_jitter_all_in_any_order():
 
 def test_jitter_is_inert_beside_rand_augment_only():
   rng = np.random.default_rng(0)
-  rand = experiment.Data(auto_augment=RECIPE, color_jitter=0.4)
-  plain = experiment.Data(color_jitter=0.4)
+  rand = schema.Data(auto_augment=RECIPE, color_jitter=0.4)
+  plain = schema.Data(color_jitter=0.4)
   for _ in range(100):
     assert len(augment.draw(rand, rng)) <= 2
     assert len(augment.draw(plain, rng)) == 3
-    assert augment.draw(experiment.Data(), rng) == []
+    assert augment.draw(schema.Data(), rng) == []
 
 
 # Configuration.
@@ -272,7 +271,7 @@ class Pictures:
 
 
 def batches(n, position=0, batch_size=10, **kw):
-  cfg = experiment.Data(image_size=16, auto_augment=RECIPE)
+  cfg = schema.Data(image_size=16, auto_augment=RECIPE)
   made = loader.Loader(Pictures(), transforms.TrainTransform(cfg), batch_size,
                        **kw)
   stream = made.train_batches(position)
@@ -303,7 +302,7 @@ def test_repeats_come_in_a_row_and_differ(repeats):
 
 def test_the_recipe_in_one_transform():
   """Crop, flip and the drawn operations, done one by one."""
-  cfg = experiment.Data(image_size=24, auto_augment=RECIPE, mean=(0.1, 0.5, 1))
+  cfg = schema.Data(image_size=24, auto_augment=RECIPE, mean=(0.1, 0.5, 1))
   record = Pictures()[3]
   plain = dataclasses.replace(cfg, auto_augment="")
   changed = 0

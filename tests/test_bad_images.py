@@ -10,8 +10,11 @@ import pytest
 import test_loader
 from test_loader import take
 
-from metaformer_jax import errors, experiment
-from metaformer_jax.data import loader, sources, transforms
+from metaformer_jax import errors
+from metaformer_jax.config import schema
+from metaformer_jax.data import loader
+from metaformer_jax.data.sources import folders as sources
+from metaformer_jax.data.transforms import classification as transforms
 
 # A folder of which 1 % is bad, in 12 ways; and as many odd files, as it was
 # and as it became. All names end in .jpg, whatever the files are.
@@ -48,7 +51,7 @@ def folders(tmp_path_factory):
 
 
 def pictures(folder, transform=transforms.TrainTransform, **kw):
-  cfg = experiment.Data(path=str(folder), image_size=8)
+  cfg = schema.Data(path=str(folder), image_size=8)
   source = sources.create(cfg, "train")
   assert len(source) == N
   return loader.Loader(source, transform(cfg), 150, seed=5, **kw)
@@ -270,7 +273,7 @@ def test_a_folder_whose_files_vanish_is_told_by_a_path(tmp_path):
     file = tmp_path / "train" / "a" / f"{i}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(image_files.ODD["1x1"][0])
-  cfg = experiment.Data(path=str(tmp_path), image_size=8)
+  cfg = schema.Data(path=str(tmp_path), image_size=8)
   made = loader.Loader(sources.create(cfg, "train"),
                        transforms.TrainTransform(cfg), 1)
   for file in (tmp_path / "train" / "a").iterdir():
@@ -287,7 +290,7 @@ def test_a_name_does_not_control_the_terminal(tmp_path, caplog):
                      (b"good.png", image_files.ODD["1x1"][0])):
     with open(os.path.join(folder, name), "wb") as f:
       f.write(data)
-  cfg = experiment.Data(path=str(tmp_path), image_size=8)
+  cfg = schema.Data(path=str(tmp_path), image_size=8)
   made = loader.Loader(sources.create(cfg, "train"),
                        transforms.TrainTransform(cfg), 2)
   take(made.train_batches(0), 1)
@@ -301,6 +304,6 @@ def test_a_name_does_not_control_the_terminal(tmp_path, caplog):
 def test_the_config_limits_the_pixels(transform):
   record = {"image": image_files.ODD["rgb png"][0], "label": 0}
   rng = np.random.default_rng(0)
-  transform(experiment.Data(image_size=8, max_pixels=384))(record, rng)
+  transform(schema.Data(image_size=8, max_pixels=384))(record, rng)
   with pytest.raises(ValueError, match=r"max_pixels, 383"):
-    transform(experiment.Data(image_size=8, max_pixels=383))(record, rng)
+    transform(schema.Data(image_size=8, max_pixels=383))(record, rng)

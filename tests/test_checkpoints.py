@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 from checkpoint_cases import CFG, abstract, assert_same, make_state
 
-from metaformer_jax import errors, experiment
-from metaformer_jax.training import checkpoints as checkpoints_lib
-from metaformer_jax.training import sharding
+from metaformer_jax import errors
+from metaformer_jax.checkpoints import manager as checkpoints_lib
+from metaformer_jax.config import schema
+from metaformer_jax.runtime import sharding
 
 
 @pytest.mark.parametrize("ema", [True, False])
@@ -40,7 +41,7 @@ def test_restores_onto_another_mesh(tmp_path):
   mesh = jax.make_mesh((2, 4), ("data", "fsdp"),
                        axis_types=(jax.sharding.AxisType.Auto,) * 2)
   place = sharding.state_shardings(
-      mesh, state, experiment.Mesh(min_size=8))
+      mesh, state, schema.Mesh(min_size=8))
   again = checkpoints_lib.Checkpoints(tmp_path, CFG)
   got, _ = again.restore(1, sharding.abstract(state, place))
   again.close()

@@ -12,7 +12,7 @@ import shlex
 import command_line
 import pytest
 
-from metaformer_jax import config as config_lib
+from metaformer_jax.config import resolve as config_lib
 
 GOOD = "--config=configs/quickstart.py"
 FOLDER = "--config=configs/poolformer_s12.py --config.data.path=TMP/data"

@@ -13,8 +13,9 @@ import runpy
 import ml_collections
 import pytest
 
-from metaformer_jax import config as config_lib
-from metaformer_jax import errors, experiment
+from metaformer_jax import errors
+from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import schema
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").glob("*.py"))
@@ -222,7 +223,7 @@ def test_config_must_be_a_mapping(config):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_config_is_valid(path, data):
   cfg = config_lib.resolve(_load(path, data))
-  assert isinstance(cfg, experiment.Experiment)
+  assert isinstance(cfg, schema.Experiment)
   assert f"--config=configs/{path.name}" in path.read_text()
 
 
@@ -242,7 +243,7 @@ def test_default_is_an_experiment_but_for_its_data():
   assert "config.data.path: None" in _refusal(config)
   config.data.source = "digits"
   expected = dataclasses.replace(
-      experiment.Experiment(), data=experiment.Data(source="digits"))
+      schema.Experiment(), data=schema.Data(source="digits"))
   assert config_lib.resolve(config) == expected
   assert config_lib.resolve({"data": {"source": "digits"}}) == expected
   frozen = ml_collections.FrozenConfigDict(config)
@@ -286,20 +287,20 @@ def test_describe_and_json_have_every_key():
   lines = config_lib.describe()
   assert [line.partition("=")[0] for line in lines] == keys
   assert all(line.partition("  ")[2] for line in lines)
-  saved = json.loads(config_lib.to_json(experiment.Experiment()))
+  saved = json.loads(config_lib.to_json(schema.Experiment()))
   assert [key for key, _ in _leaves(saved)] == keys
 
 
 def _changed(**sections):
-  cfg = experiment.Experiment()
+  cfg = schema.Experiment()
   return dataclasses.replace(cfg, **{
       name: dataclasses.replace(getattr(cfg, name), **values)
       for name, values in sections.items()})
 
 
 def test_differences_are_what_changes_the_numbers():
-  saved = config_lib.to_json(experiment.Experiment())
-  assert config_lib.differences(experiment.Experiment(), saved) == []
+  saved = config_lib.to_json(schema.Experiment())
+  assert config_lib.differences(schema.Experiment(), saved) == []
   assert config_lib.differences(
       _changed(optim={"base_lr": 0.5}, model={"depths": (1, 2, 3, 4)}),
       saved) == ["model.depths: None -> [1, 2, 3, 4]",
@@ -311,16 +312,16 @@ def test_differences_are_what_changes_the_numbers():
 
 
 def test_an_older_version_had_the_defaults_of_newer_keys():
-  saved = json.loads(config_lib.to_json(experiment.Experiment()))
+  saved = json.loads(config_lib.to_json(schema.Experiment()))
   del saved["optim"]["beta1"], saved["train"], saved["seed"]
   older = json.dumps(saved)
-  assert config_lib.differences(experiment.Experiment(), older) == []
+  assert config_lib.differences(schema.Experiment(), older) == []
   assert config_lib.differences(_changed(optim={"beta1": 0.5}), older) == [
       "optim.beta1: 0.9 -> 0.5"]
   saved["optim"]["epsilon"] = saved["model"]["gone"] = None
   saved["data"] = 3
   assert config_lib.differences(
-      experiment.Experiment(), json.dumps(saved)) == [
+      schema.Experiment(), json.dumps(saved)) == [
           f"{key} -> no such key" for key in (
               "data: 3", "model.gone: None", "optim.epsilon: None")]
 
@@ -331,7 +332,7 @@ def test_an_older_version_had_the_defaults_of_newer_keys():
     ids=lambda saved: saved[:9])
 def test_differences_with_what_is_no_experiment(saved):
   with pytest.raises(ValueError):
-    config_lib.differences(experiment.Experiment(), saved)
+    config_lib.differences(schema.Experiment(), saved)
 
 
 def _leaves(tree, prefix=""):

@@ -17,10 +17,11 @@ import pytest
 import tiny_imagenet
 
 import metaformer_jax
-from metaformer_jax import config as config_lib
-from metaformer_jax.data import sources
+from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.data.sources import folders as sources
+from metaformer_jax.runtime import sharding
 from metaformer_jax.tasks import classification
-from metaformer_jax.training import loop, sharding
+from metaformer_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

@@ -11,7 +11,7 @@ import time
 import command_line
 import pytest
 
-from metaformer_jax import experiment
+from metaformer_jax.config import schema
 from metaformer_jax.doctor import machine, versions
 from metaformer_jax.doctor.versions import FAIL, OK, WARN, Package
 from metaformer_jax.tools import doctor
@@ -345,9 +345,9 @@ def test_shared_memory_must_hold_two_batches_of_workers(monkeypatch):
   def line(mib, workers=None):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type(usage)(
         mib * 2**20, 0, 0))
-    cfg = None if workers is None else experiment.Experiment(
-        data=experiment.Data(image_size=256, workers=workers),
-        train=experiment.Train(batch_size=1024))  # 192 MiB each.
+    cfg = None if workers is None else schema.Experiment(
+        data=schema.Data(image_size=256, workers=workers),
+        train=schema.Train(batch_size=1024))  # 192 MiB each.
     return machine.shared_memory(cfg)
 
   usage = shutil.disk_usage("/")

@@ -11,20 +11,17 @@ import line_task
 import numpy as np
 import pytest
 
-from metaformer_jax import errors, experiment
-from metaformer_jax.training import (
+from metaformer_jax import errors
+from metaformer_jax.checkpoints import manager as checkpoints
+from metaformer_jax.config import schema
+from metaformer_jax.runtime import (
   accounting,
-  checkpoints,
-  evaluate,
-  loop,
-  optim,
   processes,
-  program,
   sharding,
-  step,
   workdir,
   writers,
 )
+from metaformer_jax.training import evaluate, loop, optim, program, step
 from metaformer_jax.training import state as state_lib
 
 BAD = {"nan": np.nan, "inf": np.inf}
@@ -66,12 +63,12 @@ class Task(line_task.LineTask):
 
 
 def experiment_of(**sections):
-  cfg = experiment.Experiment(
-      optim=experiment.Optim(base_lr=25.6, warmup_epochs=0.0, min_lr=0.0),
-      train=experiment.Train(batch_size=8, steps=30, ema_decay=0.5),
-      eval=experiment.Eval(every_epochs=10.0),
-      checkpoint=experiment.Checkpoint(best_metric="score", every_steps=5),
-      log=experiment.Log(every_steps=1, tensorboard=False))
+  cfg = schema.Experiment(
+      optim=schema.Optim(base_lr=25.6, warmup_epochs=0.0, min_lr=0.0),
+      train=schema.Train(batch_size=8, steps=30, ema_decay=0.5),
+      eval=schema.Eval(every_epochs=10.0),
+      checkpoint=schema.Checkpoint(best_metric="score", every_steps=5),
+      log=schema.Log(every_steps=1, tensorboard=False))
   return dataclasses.replace(cfg, **{
       name: dataclasses.replace(getattr(cfg, name), **changes)
       for name, changes in sections.items()})

@@ -16,25 +16,27 @@ from flax import traverse_util
 from test_pretrained import tensors_of
 
 import metaformer_jax
-from metaformer_jax import cli, errors, experiment
+from metaformer_jax import cli, errors
 from metaformer_jax import main as main_lib
+from metaformer_jax.checkpoints import manager as checkpoints
+from metaformer_jax.checkpoints import manifest
+from metaformer_jax.config import schema
 from metaformer_jax.convert import files, layouts
 from metaformer_jax.tools import convert
-from metaformer_jax.training import checkpoints, manifest
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAME = "randformer_s12"
 MODEL = {"depths": (1,), "dims": (16,), "norm": "batch_norm",
          "token_mixers": ("random",), "res_scale_init": (1.0,)}
-CFG = experiment.Experiment(
-    model=experiment.Model(name=NAME, num_classes=10, **MODEL),
-    data=experiment.Data(source="digits", image_size=16),
-    optim=experiment.Optim(base_lr=25.6, warmup_epochs=0.0),
-    train=experiment.Train(batch_size=16, steps=2, ema_decay=0.5),
-    mesh=experiment.Mesh(data=1),
-    log=experiment.Log(tensorboard=False, compilation_cache=""))
+CFG = schema.Experiment(
+    model=schema.Model(name=NAME, num_classes=10, **MODEL),
+    data=schema.Data(source="digits", image_size=16),
+    optim=schema.Optim(base_lr=25.6, warmup_epochs=0.0),
+    train=schema.Train(batch_size=16, steps=2, ema_decay=0.5),
+    mesh=schema.Mesh(data=1),
+    log=schema.Log(tensorboard=False, compilation_cache=""))
 STATS = "batch_stats/stage1/block1/norm1"
-STILL = experiment.Optim(base_lr=1e-30, warmup_epochs=0.0, min_lr=0.0)
+STILL = schema.Optim(base_lr=1e-30, warmup_epochs=0.0, min_lr=0.0)
 
 
 def flat(variables):
@@ -171,7 +173,7 @@ def test_a_run_starts_from_a_file(weights, tmp_path):
   """On eight devices, the arrays split among them."""
   path, known = weights
   start(tmp_path, init=str(path), train=ONE,
-        mesh=experiment.Mesh(data=1, fsdp=8, min_size=16))
+        mesh=schema.Mesh(data=1, fsdp=8, min_size=16))
   for item in ("params", "ema_params"):
     found = saved(tmp_path, item)
     assert found.keys() == known.keys()
@@ -201,7 +203,7 @@ def test_a_resumed_run_reads_no_weights_again(weights, tmp_path):
   shutil.copy(weights[0], path)
   workdir = tmp_path / "run"
   cfg = dataclasses.replace(CFG, init=str(path), optim=STILL,
-                            checkpoint=experiment.Checkpoint(every_steps=1))
+                            checkpoint=schema.Checkpoint(every_steps=1))
   main_lib.main(cfg, workdir)
   shutil.rmtree(workdir / "checkpoints" / "2")
   path.write_text("no weights")

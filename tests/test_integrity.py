@@ -17,8 +17,8 @@ from checkpoint_cases import CFG, abstract, assert_same, flip
 from checkpoint_cases import make_state as make_small
 
 from metaformer_jax import errors
-from metaformer_jax.training import checkpoints as checkpoints_lib
-from metaformer_jax.training import manifest
+from metaformer_jax.checkpoints import manager as checkpoints_lib
+from metaformer_jax.checkpoints import manifest
 
 
 def make_state(step, seed=0):

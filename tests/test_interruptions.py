@@ -17,27 +17,28 @@ import orbax.checkpoint as ocp
 import pods
 import pytest
 
-from metaformer_jax import config, experiment
+from metaformer_jax.config import resolve as config
+from metaformer_jax.config import schema
 from metaformer_jax.tasks import classification
 
 ROOT = pathlib.Path(__file__).parents[1]
 INTERVAL = 6
 
 
-def experiment_of(steps: int, dim: int) -> experiment.Experiment:
+def experiment_of(steps: int, dim: int) -> schema.Experiment:
   """The state grows with the square of `dim`, and how long it is written."""
   cfg = pods.small()
   return dataclasses.replace(
       cfg, model=dataclasses.replace(cfg.model, dims=(dim,)),
       train=dataclasses.replace(cfg.train, steps=steps),
-      eval=experiment.Eval(every_epochs=1.0),
-      checkpoint=experiment.Checkpoint(every_steps=INTERVAL))
+      eval=schema.Eval(every_epochs=1.0),
+      checkpoint=schema.Checkpoint(every_steps=INTERVAL))
 
 
 class Runs:
   """Starts runs in eight devices' processes, and ends them."""
 
-  def __init__(self, folder: pathlib.Path, cfg: experiment.Experiment):
+  def __init__(self, folder: pathlib.Path, cfg: schema.Experiment):
     self.cfg, self._folder = cfg, folder
     (folder / "config.json").write_text(config.to_json(cfg))
     self._server = subprocess.Popen(

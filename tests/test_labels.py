@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metaformer_jax import config, errors
+from metaformer_jax import errors
+from metaformer_jax.config import resolve as config
 from metaformer_jax.evaluation import topk
 from metaformer_jax.tasks import classification
 

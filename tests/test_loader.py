@@ -12,8 +12,11 @@ import time
 import numpy as np
 import pytest
 
-from metaformer_jax import errors, experiment
-from metaformer_jax.data import loader, sources, transforms
+from metaformer_jax import errors
+from metaformer_jax.config import schema
+from metaformer_jax.data import loader
+from metaformer_jax.data.sources import folders as sources
+from metaformer_jax.data.transforms import classification as transforms
 
 
 class Numbers:
@@ -212,7 +215,7 @@ def test_eval_of_two_processes_gives_each_example_once(n, batch_size):
 def pictures(**kw):
   """Augmented digits, three batches an epoch."""
   source = sources.digits(False)
-  transform = transforms.TrainTransform(experiment.Data(image_size=8))
+  transform = transforms.TrainTransform(schema.Data(image_size=8))
   return loader.Loader(source, transform, 99, seed=3, **kw)
 
 

@@ -22,7 +22,7 @@ import parity_cases
 import pytest
 
 import metaformer_jax
-from metaformer_jax import experiment
+from metaformer_jax.config import schema
 from metaformer_jax.convert import layouts
 from metaformer_jax.tasks import classification
 from metaformer_jax.training import optim, step
@@ -31,16 +31,16 @@ from metaformer_jax.training import state as state_lib
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
-def experiment_of(run) -> experiment.Experiment:
+def experiment_of(run) -> schema.Experiment:
   """The run as a config would have it."""
-  return experiment.Experiment(
-      model=experiment.Model(name=run.case.model,
+  return schema.Experiment(
+      model=schema.Model(name=run.case.model,
                              num_classes=run.case.num_classes,
                              **run.case.overrides),
-      data=experiment.Data(image_size=run.size),
-      optim=experiment.Optim(base_lr=run.peak * 1024 / run.batch_size,
+      data=schema.Data(image_size=run.size),
+      optim=schema.Optim(base_lr=run.peak * 1024 / run.batch_size,
                              schedule_per="epoch", **run.optim),
-      train=experiment.Train(
+      train=schema.Train(
           batch_size=run.batch_size, epochs=run.epochs,
           label_smoothing=lockstep_cases.LABEL_SMOOTHING,
           ema_decay=run.ema_decay))

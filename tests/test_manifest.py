@@ -11,9 +11,9 @@ import pytest
 from checkpoint_cases import flip
 
 from metaformer_jax import errors
+from metaformer_jax.checkpoints import manifest
+from metaformer_jax.runtime import workdir as workdir_lib
 from metaformer_jax.tools import checkpoints as tool
-from metaformer_jax.training import manifest
-from metaformer_jax.training import workdir as workdir_lib
 
 FILES = {"params/d/0": b"kernel", "params/_METADATA": b"{}", "model/e": b""}
 FACTS = {"step": 7, "position": 224, "metrics": {"top1": 0.5},

@@ -14,7 +14,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from metaformer_jax import experiment
+from metaformer_jax.config import schema
 from metaformer_jax.tasks import classification, mixing
 
 TIMM = np.load(pathlib.Path(__file__).parent / "golden" / "augment-timm.npz")
@@ -161,9 +161,9 @@ class Task(classification.Classification):
 
 
 def task(**train):
-  return Task(experiment.Experiment(
-      model=experiment.Model(num_classes=10),
-      data=experiment.Data(image_size=32), train=experiment.Train(**train)))
+  return Task(schema.Experiment(
+      model=schema.Model(num_classes=10),
+      data=schema.Data(image_size=32), train=schema.Train(**train)))
 
 
 RECIPE = {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.25}

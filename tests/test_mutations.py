@@ -20,8 +20,9 @@ import command_line
 import ml_collections
 import pytest
 
-from metaformer_jax import config as config_lib
-from metaformer_jax import errors, experiment
+from metaformer_jax import errors
+from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import schema
 
 ROOT = command_line.ROOT
 SHIPPED = sorted((ROOT / "configs").glob("*.py"))
@@ -170,7 +171,7 @@ def flat(tree, prefix=""):
       yield prefix + key, value
 
 
-def fields(cls=experiment.Experiment, prefix=""):
+def fields(cls=schema.Experiment, prefix=""):
   """(key, its type without None, whether it may be None, its limits)."""
   for f in dataclasses.fields(cls):
     if dataclasses.is_dataclass(f.type):

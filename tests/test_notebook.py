@@ -22,8 +22,8 @@ import pytest
 from PIL import Image
 
 import metaformer_jax
-from metaformer_jax import config as config_lib
-from metaformer_jax.data import sources
+from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.data.sources import folders as sources
 from metaformer_jax.tools import cam
 
 ROOT = pathlib.Path(__file__).parents[1]

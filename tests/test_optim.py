@@ -15,7 +15,7 @@ import parity_cases
 import pytest
 
 import metaformer_jax
-from metaformer_jax import experiment
+from metaformer_jax.config import schema
 from metaformer_jax.convert import layouts
 from metaformer_jax.training import optim
 
@@ -25,10 +25,10 @@ GROUPS = json.loads((GOLDEN / "groups.json").read_text())
 
 def create(rate=optim_cases.RATE, **options):
   """The optimizer at a constant rate."""
-  cfg = experiment.Experiment(
-      optim=experiment.Optim(base_lr=rate, schedule="constant",
+  cfg = schema.Experiment(
+      optim=schema.Optim(base_lr=rate, schedule="constant",
                              warmup_epochs=0.0, **options),
-      train=experiment.Train(batch_size=1024))
+      train=schema.Train(batch_size=1024))
   return optim.create(cfg, 10, 10)[0]
 
 

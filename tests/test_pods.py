@@ -8,9 +8,11 @@ import time
 import pods
 import pytest
 
-from metaformer_jax import errors, experiment
+from metaformer_jax import errors
+from metaformer_jax.config import schema
+from metaformer_jax.runtime import processes, sharding
 from metaformer_jax.tasks import classification
-from metaformer_jax.training import loop, processes, sharding
+from metaformer_jax.training import loop
 
 
 def train(cfg, workdir):
@@ -21,7 +23,7 @@ def train(cfg, workdir):
 
 def test_told_to_end_all_save_one_step_and_any_number_goes_on(tmp_path):
   """SIGTERM to the second of 2 x 4; resumed on 1 x 8: as uninterrupted."""
-  cfg = pods.small(train=experiment.Train(
+  cfg = pods.small(train=schema.Train(
       batch_size=16, steps=24, ema_decay=0.9, mixup=0.8))
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   train(cfg, whole)
@@ -58,10 +60,10 @@ def test_resumed_by_any_number_of_devices_and_processes(
   """Each stage ends by SIGTERM to its last process but for the last."""
   cfg = pods.small()
   if "fsdp" in request.node.callspec.id:
-    cfg = dataclasses.replace(cfg, mesh=experiment.Mesh(
+    cfg = dataclasses.replace(cfg, mesh=schema.Mesh(
         data=1, fsdp=-1, min_size=8, heartbeat_seconds=5))
   whole, parts = tmp_path / "whole", tmp_path / "parts"
-  train(dataclasses.replace(cfg, mesh=experiment.Mesh(data=1)), whole)
+  train(dataclasses.replace(cfg, mesh=schema.Mesh(data=1)), whole)
   resumed = []
   for i, (n_processes, n_devices) in enumerate(stages):
     pod = pods.start(cfg, parts, n_processes, n_devices, tmp_path)
@@ -85,7 +87,7 @@ def test_resumed_by_any_number_of_devices_and_processes(
 @pytest.mark.soak
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others(tmp_path, killed):
-  cfg = pods.small(train=experiment.Train(batch_size=16, steps=100_000))
+  cfg = pods.small(train=schema.Train(batch_size=16, steps=100_000))
   workdir = tmp_path / "run"
   pod = pods.start(cfg, workdir, 2, 1, tmp_path)
   pods.wait_for_step(pod, workdir, 6)

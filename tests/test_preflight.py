@@ -14,9 +14,9 @@ import line_task
 import numpy as np
 import pytest
 
-from metaformer_jax import config as config_lib
 from metaformer_jax import tasks
-from metaformer_jax.experiment import Data, Experiment, Log, Mesh, Train
+from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config.schema import Data, Experiment, Log, Mesh, Train
 from metaformer_jax.models import cost, registry
 from metaformer_jax.preflight import (
   compilation,
@@ -25,8 +25,9 @@ from metaformer_jax.preflight import (
   search,
   topologies,
 )
+from metaformer_jax.runtime import sharding, signals
 from metaformer_jax.tools import preflight as tool
-from metaformer_jax.training import program, sharding, signals
+from metaformer_jax.training import program
 
 GIB = 2**30
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import metaformer_jax
-from metaformer_jax import config as config_lib
+from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.convert import rules
 from metaformer_jax.models import cost
 from metaformer_jax.tools import summarize

@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
-from metaformer_jax import errors, experiment
+from metaformer_jax import errors
+from metaformer_jax.checkpoints import manager as checkpoints_lib
+from metaformer_jax.config import schema
+from metaformer_jax.runtime import sharding, writers
 from metaformer_jax.tasks import classification
-from metaformer_jax.training import checkpoints as checkpoints_lib
-from metaformer_jax.training import evaluate, loop, sharding, writers
+from metaformer_jax.training import evaluate, loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -50,8 +52,8 @@ def run(*args, expect=0, **kwargs):
   return out, err
 
 
-def load_config(workdir) -> experiment.Experiment:
-  from metaformer_jax import config  # noqa: PLC0415
+def load_config(workdir) -> schema.Experiment:
+  from metaformer_jax.config import resolve as config  # noqa: PLC0415
 
   return config.resolve(json.loads((workdir / "config.json").read_text()))
 
@@ -63,7 +65,7 @@ def restore(cfg, workdir, step):
   from metaformer_jax.training import state as state_lib  # noqa: PLC0415
 
   mesh = sharding.make_mesh(dataclasses.replace(
-      cfg, mesh=experiment.Mesh(data=1)))
+      cfg, mesh=schema.Mesh(data=1)))
   tx, _ = optim.create(cfg, 12, 37.5)
   shapes = jax.eval_shape(functools.partial(
       state_lib.create, classification.create(cfg), tx, cfg.seed,
@@ -168,15 +170,15 @@ def test_another_experiment_is_refused(finished):
 def test_interrupted_at_any_step(tmp_path):
   """In one process: stopped after 1, 3 and 5 steps, always the same end."""
   cfg = dataclasses.replace(
-      experiment.Experiment(),
-      model=experiment.Model(num_classes=10, depths=(1,), dims=(16,),
+      schema.Experiment(),
+      model=schema.Model(num_classes=10, depths=(1,), dims=(16,),
                              token_mixers=("pooling",), drop_path_rate=0.5),
-      data=experiment.Data(source="digits", image_size=16),
-      train=experiment.Train(batch_size=16, steps=6, ema_decay=0.5,
+      data=schema.Data(source="digits", image_size=16),
+      train=schema.Train(batch_size=16, steps=6, ema_decay=0.5,
                              accumulate=2),
-      checkpoint=experiment.Checkpoint(every_steps=1, keep_last=1),
-      mesh=experiment.Mesh(data=4, fsdp=2, min_size=16),
-      log=experiment.Log(tensorboard=False, compilation_cache=""))
+      checkpoint=schema.Checkpoint(every_steps=1, keep_last=1),
+      mesh=schema.Mesh(data=4, fsdp=2, min_size=16),
+      log=schema.Log(tensorboard=False, compilation_cache=""))
 
   class Interrupted(Exception):
     pass
@@ -230,11 +232,11 @@ def test_interrupted_at_any_step(tmp_path):
 
 def test_a_task_of_thirty_lines_trains(tmp_path):
   """The loop and the step know nothing of images or classes."""
-  cfg = experiment.Experiment(
-      optim=experiment.Optim(base_lr=25.6, warmup_epochs=0.0, min_lr=0.0),
-      train=experiment.Train(batch_size=8, steps=30, ema_decay=0.5),
-      eval=experiment.Eval(every_epochs=10.0),
-      checkpoint=experiment.Checkpoint(best_metric="score"))
+  cfg = schema.Experiment(
+      optim=schema.Optim(base_lr=25.6, warmup_epochs=0.0, min_lr=0.0),
+      train=schema.Train(batch_size=8, steps=30, ema_decay=0.5),
+      eval=schema.Eval(every_epochs=10.0),
+      checkpoint=schema.Checkpoint(best_metric="score"))
   mesh = sharding.make_mesh(cfg)
   summary = loop.train_and_evaluate(cfg, line_task.LineTask(), mesh, tmp_path)
   assert summary["step"] == 30 and summary["n_examples"] == 10
@@ -244,7 +246,7 @@ def test_a_task_of_thirty_lines_trains(tmp_path):
   result = evaluate.evaluate_checkpoint(
       cfg, line_task.LineTask(), mesh, tmp_path, "best")
   assert result["error"] == min(errors_)
-  wrong = dataclasses.replace(cfg, checkpoint=experiment.Checkpoint(
+  wrong = dataclasses.replace(cfg, checkpoint=schema.Checkpoint(
       best_metric="scor"))
   with pytest.raises(errors.ConfigError, match="did you mean score"):
     loop.train_and_evaluate(wrong, line_task.LineTask(), mesh,
@@ -267,6 +269,6 @@ def test_the_second_start_compiles_nothing_again(tmp_path):
 def test_config_error_of_the_data_ends_with_2(tmp_path):
   with pytest.raises(errors.ConfigError, match="4, but the train data"):
     cfg = dataclasses.replace(
-        experiment.Experiment(), model=experiment.Model(num_classes=4),
-        data=experiment.Data(source="digits"))
+        schema.Experiment(), model=schema.Model(num_classes=4),
+        data=schema.Data(source="digits"))
     classification.create(cfg).make_data("train")

@@ -10,7 +10,7 @@ import numpy as np
 import optim_cases
 import pytest
 
-from metaformer_jax import experiment
+from metaformer_jax.config import schema
 from metaformer_jax.training import optim, program, schedules
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "schedules.npz"
@@ -18,12 +18,12 @@ CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
 def experiment_of(batch_size=1024, epochs=300.0, steps=None, **options):
-  return experiment.Experiment(
-      optim=experiment.Optim(**options),
-      train=experiment.Train(batch_size=batch_size, epochs=epochs, steps=steps))
+  return schema.Experiment(
+      optim=schema.Optim(**options),
+      train=schema.Train(batch_size=batch_size, epochs=epochs, steps=steps))
 
 
-def experiment_as(args) -> experiment.Experiment:
+def experiment_as(args) -> schema.Experiment:
   """What timm's arguments are here; the recipes' batch is 4096."""
   sched = args["sched"]
   options = {"base_lr": args["lr"] / 4, "schedule_per": "epoch",

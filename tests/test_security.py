@@ -19,10 +19,10 @@ import malicious_files
 import pytest
 from PIL import Image
 
-from metaformer_jax import config as config_lib
+from metaformer_jax.checkpoints import manifest
+from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.convert import files
 from metaformer_jax.data import images
-from metaformer_jax.training import manifest
 
 ROOM = 2**29
 

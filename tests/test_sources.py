@@ -10,8 +10,9 @@ import pytest
 import tiny_imagenet
 from sklearn import datasets
 
-from metaformer_jax import errors, experiment
-from metaformer_jax.data import sources
+from metaformer_jax import errors
+from metaformer_jax.config import schema
+from metaformer_jax.data.sources import folders as sources
 
 
 def fails(call, *parts):
@@ -181,7 +182,7 @@ def write(root, *names):
 
 def folder_source(root, split="train", **kw):
   return sources.create(
-      experiment.Data(source="folder", path=str(root), **kw), split)
+      schema.Data(source="folder", path=str(root), **kw), split)
 
 
 def named(source):
@@ -369,7 +370,7 @@ def test_folder_without_the_split_is_an_error(tmp_path, split):
 
 def test_create_opens_the_split_that_the_config_names(mnist, tmp_path):
   folder, _ = mnist
-  data = experiment.Data
+  data = schema.Data
   assert len(sources.create(data(source="digits"), "train")) == 1500
   assert len(sources.create(data(source="digits"), "eval")) == 297
   cfg = data(source="idx", path=str(folder))

@@ -16,8 +16,12 @@ import numpy as np
 import pytest
 import tiny_imagenet
 
-from metaformer_jax import errors, experiment
-from metaformer_jax.data import loader, sources, tfds_source, transforms
+from metaformer_jax import errors
+from metaformer_jax.config import schema
+from metaformer_jax.data import loader
+from metaformer_jax.data.sources import folders as sources
+from metaformer_jax.data.sources import tfds as tfds_source
+from metaformer_jax.data.transforms import classification as transforms
 
 FORMATS = ("tfrecord", "array_record")
 INSIDE = pathlib.Path("imagenet2012", "5.1.0")
@@ -195,7 +199,7 @@ def test_a_source_can_be_pickled_before_and_after_reading(data_dir):
 
 def test_sources_create_takes_it_from_the_config(data_dir, monkeypatch):
   monkeypatch.setenv("HOME", str(data_dir.parent))
-  cfg = experiment.Data(source="tfds", name="imagenet2012",
+  cfg = schema.Data(source="tfds", name="imagenet2012",
                         path=f"~/{data_dir.name}", train_split="train[:5]")
   whole = pairs(create(data_dir))
   assert pairs(sources.create(cfg, "train")) == whole[:5]
@@ -206,7 +210,7 @@ def test_sources_create_takes_it_from_the_config(data_dir, monkeypatch):
 @pytest.mark.parametrize("workers, threads", [(0, 4), (1, 2)])
 def test_the_loader_reads_it_in_threads_and_workers(data_dir, workers,
                                                     threads):
-  transform = transforms.EvalTransform(experiment.Data(image_size=16))
+  transform = transforms.EvalTransform(schema.Data(image_size=16))
   source = create(data_dir)
   expected = [transform(r) for r in records(source)]
   batches = list(loader.Loader(source, transform, 4, workers=workers,
@@ -240,7 +244,7 @@ if "hide" in sys.argv:
 warnings.simplefilter("error")
 from metaformer_jax import errors, experiment
 from metaformer_jax.data import tfds_source, transforms
-transform = transforms.EvalTransform(experiment.Data(image_size=8))
+transform = transforms.EvalTransform(schema.Data(image_size=8))
 total = 0
 for data_dir in sys.argv[1:1 + {len(FORMATS)}]:
   source = tfds_source.create("imagenet2012", data_dir, None, True)
@@ -258,7 +262,7 @@ print(total, any(m.split(".")[0] == "tensorflow" for m in sys.modules))
 @pytest.mark.parametrize("installed", ["installed", "hide"])
 def test_reading_imports_no_tensorflow(prepared, installed):
   out = python("-c", READ_ALL, *map(str, prepared.values()), installed)
-  transform = transforms.EvalTransform(experiment.Data(image_size=8))
+  transform = transforms.EvalTransform(schema.Data(image_size=8))
   total = 2 * sum(
       int(transform({"image": data, "label": 0})["image"].sum(dtype=int))
       for _, _, data in tiny_imagenet.train_images())

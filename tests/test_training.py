@@ -11,29 +11,26 @@ import numpy as np
 import optax
 import pytest
 
-from metaformer_jax import errors, experiment
+from metaformer_jax import errors
+from metaformer_jax.config import schema
+from metaformer_jax.runtime import sharding
 from metaformer_jax.tasks import classification
-from metaformer_jax.training import (
-  optim,
-  rng,
-  sharding,
-  step,
-)
+from metaformer_jax.training import optim, rng, step
 from metaformer_jax.training import state as state_lib
 
 
-def experiment_of(**sections) -> experiment.Experiment:
+def experiment_of(**sections) -> schema.Experiment:
   """A small PoolFormer on digits, with some sections changed."""
-  cfg = experiment.Experiment(
-      model=experiment.Model(
+  cfg = schema.Experiment(
+      model=schema.Model(
           num_classes=10, depths=(1, 1), dims=(32, 64),
           token_mixers=("pooling",) * 2, layer_scale_init=0.1),
-      data=experiment.Data(source="digits", image_size=32, crop_pct=1.0,
+      data=schema.Data(source="digits", image_size=32, crop_pct=1.0,
                            crop_area=(0.8, 1.0), flip=0.0),
       # A large epsilon: where the true gradient is 0, Adam's usual one would
       # make a step of the rounding error.
-      optim=experiment.Optim(base_lr=0.5, warmup_epochs=0.0, eps=1e-3),
-      train=experiment.Train(batch_size=32, steps=20, ema_decay=0.9))
+      optim=schema.Optim(base_lr=0.5, warmup_epochs=0.0, eps=1e-3),
+      train=schema.Train(batch_size=32, steps=20, ema_decay=0.9))
   return dataclasses.replace(cfg, **{
       name: dataclasses.replace(getattr(cfg, name), **changes)
       for name, changes in sections.items()})

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metaformer_jax import experiment
-from metaformer_jax.data import images, transforms
+from metaformer_jax.config import schema
+from metaformer_jax.data import images
+from metaformer_jax.data.transforms import classification as transforms
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 
@@ -287,7 +288,7 @@ def test_centre_crop_of_a_smaller_picture_pads_with_black(missing):
 
 
 def evaluate(image, **kw):
-  cfg = experiment.Data(**kw)
+  cfg = schema.Data(**kw)
   return transforms.EvalTransform(cfg)({"image": image, "label": 3})
 
 
@@ -332,7 +333,7 @@ WHOLE = {"crop_area": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
 
 
 def train(image, seed, **kw):
-  cfg = experiment.Data(**{"image_size": 16, **kw})
+  cfg = schema.Data(**{"image_size": 16, **kw})
   return transforms.TrainTransform(cfg)(
       {"image": image, "label": 7}, np.random.default_rng(seed))
 

@@ -5,8 +5,9 @@ import shutil
 import pytest
 from test_integrity import small_disk
 
-from metaformer_jax import errors, experiment
-from metaformer_jax.training import workdir
+from metaformer_jax import errors
+from metaformer_jax.config import schema
+from metaformer_jax.runtime import workdir
 
 
 def test_what_a_lock_holds_is_no_matter(tmp_path):
@@ -31,14 +32,14 @@ def test_a_full_disk_is_no_mistake_of_the_config(tmp_path):
         while True:
           f.write(bytes(4096))
       for enter in (lambda: workdir.hold(run).__enter__(),
-                    lambda: workdir.claim(experiment.Experiment(), run)):
+                    lambda: workdir.claim(schema.Experiment(), run)):
         with pytest.raises(errors.StorageError, match="No space left") as e:
           enter()
         assert e.value.exit_code == 1
       f.truncate(0)
     with workdir.hold(run):
-      workdir.claim(experiment.Experiment(), run)
-      workdir.claim(experiment.Experiment(), run)
+      workdir.claim(schema.Experiment(), run)
+      workdir.claim(schema.Experiment(), run)
     shutil.rmtree(run)
 
 
@@ -47,4 +48,4 @@ def test_what_is_in_the_way_is_named(tmp_path, name):
   (tmp_path / name).mkdir()
   with (pytest.raises(errors.ConfigError, match=f"Is a directory.*{name}"),
         workdir.hold(tmp_path)):
-    workdir.claim(experiment.Experiment(), tmp_path)
+    workdir.claim(schema.Experiment(), tmp_path)

@@ -9,13 +9,14 @@ import sys
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from metaformer_jax import errors, experiment
-from metaformer_jax.training import writers
+from metaformer_jax import errors
+from metaformer_jax.config import schema
+from metaformer_jax.runtime import writers
 
 
 def written(workdir, restored, steps, **log):
   """The records after a start that has made some steps."""
-  writer = writers.Writer(workdir, experiment.Log(**log), restored, True)
+  writer = writers.Writer(workdir, schema.Log(**log), restored, True)
   for i in steps:
     writer.write(i, "train", {"loss": i + restored / 100})
   writer.close()
@@ -77,7 +78,7 @@ FULL = """
 import pathlib, resource, sys
 from metaformer_jax import errors, experiment
 from metaformer_jax.training import writers
-writer = writers.Writer(pathlib.Path(sys.argv[1]), experiment.Log(), 0, True)
+writer = writers.Writer(pathlib.Path(sys.argv[1]), schema.Log(), 0, True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))
 try:
   for i in range(9999):
@@ -98,7 +99,7 @@ def test_a_disk_that_takes_no_more_is_told_in_a_line(tmp_path, length):
 
 
 def test_the_summary_is_whole_or_not_there(tmp_path, monkeypatch):
-  writer = writers.Writer(tmp_path, experiment.Log(tensorboard=False), 0, True)
+  writer = writers.Writer(tmp_path, schema.Log(tensorboard=False), 0, True)
   writer.finish({"step": 1})
   before = (tmp_path / "summary.json").read_text()
   assert json.loads(before) == {"step": 1}

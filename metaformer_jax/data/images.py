@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from metaformer_jax.experiment import Data
+from metaformer_jax.config.schema import Data
 
 # No others: Pillow's EPS, for one, starts a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")

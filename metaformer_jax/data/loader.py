@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 
 from metaformer_jax import errors
-from metaformer_jax.data.sources import Source
+from metaformer_jax.data.sources.folders import Source
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 
-from metaformer_jax import experiment
+from metaformer_jax.config import schema
 from metaformer_jax.doctor import versions
 from metaformer_jax.doctor.versions import FAIL, OK, WARN, Line
 
@@ -77,7 +77,7 @@ def memory(meminfo: str = "/proc/meminfo",
   return Line("memory", OK, text)
 
 
-def shared_memory(cfg: experiment.Experiment | None,
+def shared_memory(cfg: schema.Experiment | None,
                   folder: str = "/dev/shm") -> Line:
   """Where the processes of `data.workers` leave their batches."""
   least = _DOCKER_SHM + 1

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from metaformer_jax.experiment import Experiment
+from metaformer_jax.config.schema import Experiment
 from metaformer_jax.models import cost
 from metaformer_jax.preflight import hlo
+from metaformer_jax.runtime import sharding
 from metaformer_jax.tasks import base
 from metaformer_jax.training import program as program_lib
-from metaformer_jax.training import sharding
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # As libtpu has it when a program is too large as a whole, and when it cannot be

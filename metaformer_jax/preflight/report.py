@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from metaformer_jax.experiment import Experiment
+from metaformer_jax.config.schema import Experiment
 from metaformer_jax.preflight import search, topologies
 from metaformer_jax.preflight.compilation import Compiled
 

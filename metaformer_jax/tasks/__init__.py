@@ -2,7 +2,7 @@
 
 import importlib
 
-from metaformer_jax.experiment import Experiment
+from metaformer_jax.config.schema import Experiment
 
 
 def create(cfg: Experiment):

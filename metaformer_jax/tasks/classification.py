@@ -10,9 +10,12 @@ import optax
 from flax import linen as nn
 
 from metaformer_jax import errors
-from metaformer_jax.data import loader, real_labels, sources, transforms
+from metaformer_jax.config.schema import Experiment
+from metaformer_jax.data import loader
+from metaformer_jax.data.sources import folders as sources
+from metaformer_jax.data.sources import real_labels
+from metaformer_jax.data.transforms import classification as transforms
 from metaformer_jax.evaluation import topk
-from metaformer_jax.experiment import Experiment
 from metaformer_jax.models import registry
 from metaformer_jax.tasks import base, mixing
 

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from metaformer_jax import cli, errors
-from metaformer_jax.experiment import Data, Experiment, Train
+from metaformer_jax.config.schema import Data, Experiment, Train
 
 AUGMENT = "rand-m9-mstd0.5-inc1"
 _TIMM = pathlib.Path(__file__).parents[2] / "tests" / "benchmark_timm.py"

@@ -23,13 +23,13 @@ from flax import linen as nn
 from PIL import Image
 
 from metaformer_jax import cli, errors, tasks
-from metaformer_jax import config as config_lib
-from metaformer_jax.data import transforms
-from metaformer_jax.experiment import Data, Experiment, Model
+from metaformer_jax.checkpoints import pretrained
+from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config.schema import Data, Experiment, Model
+from metaformer_jax.data.transforms import classification as transforms
 from metaformer_jax.models import mlp_mixer, pvt, registry, vit
 from metaformer_jax.models import spec as spec_lib
 from metaformer_jax.tasks import classification
-from metaformer_jax.training import pretrained
 
 log = logging.getLogger("metaformer_jax.tools.cam")
 

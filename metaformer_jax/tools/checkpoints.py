@@ -16,9 +16,10 @@ import json
 import pathlib
 from typing import Any
 
-from metaformer_jax import cli, errors, experiment
-from metaformer_jax.training import manifest
-from metaformer_jax.training import workdir as workdir_lib
+from metaformer_jax import cli, errors
+from metaformer_jax.checkpoints import manifest
+from metaformer_jax.config import schema
+from metaformer_jax.runtime import workdir as workdir_lib
 
 
 def main(args: argparse.Namespace) -> int:
@@ -134,7 +135,7 @@ def _best_metric(args: argparse.Namespace, workdir: pathlib.Path) -> str:
     return args.best_metric
   path = workdir / "config.json"
   if not path.exists():
-    return experiment.Checkpoint().best_metric
+    return schema.Checkpoint().best_metric
   try:
     return str(json.loads(path.read_text())["checkpoint"]["best_metric"])
   except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:

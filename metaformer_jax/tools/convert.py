@@ -19,10 +19,10 @@ import jax
 import numpy as np
 
 from metaformer_jax import cli, errors
+from metaformer_jax.checkpoints import pretrained
+from metaformer_jax.config.schema import Model
 from metaformer_jax.convert import files, layouts
-from metaformer_jax.experiment import Model
 from metaformer_jax.models import registry
-from metaformer_jax.training import pretrained
 
 log = logging.getLogger("metaformer_jax.tools.convert")
 

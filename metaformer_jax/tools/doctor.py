@@ -37,7 +37,8 @@ from concurrent import futures
 from typing import Any
 
 # The installation may be broken: nothing here needs more than Python.
-from metaformer_jax import errors, experiment
+from metaformer_jax import errors
+from metaformer_jax.config import schema
 from metaformer_jax.doctor import machine, versions
 from metaformer_jax.doctor.versions import FAIL, OK, WARN, Line
 
@@ -101,8 +102,8 @@ def _probe_devices(cfg: dict[str, Any] | None) -> dict[str, Any]:
     raise ValueError("jax computes 0 + 1 + 2 + 3 wrongly")
   problem = None
   if cfg is not None:
-    from metaformer_jax import config  # noqa: PLC0415
-    from metaformer_jax.training import sharding  # noqa: PLC0415
+    from metaformer_jax.config import resolve as config  # noqa: PLC0415
+    from metaformer_jax.runtime import sharding  # noqa: PLC0415
 
     try:
       sharding.make_mesh(config.resolve(cfg))
@@ -128,7 +129,8 @@ def _probe_data(cfg: dict[str, Any]) -> dict[str, str]:
   """Reads and transforms an example of each split by the experiment's code."""
   import numpy as np  # noqa: PLC0415
 
-  from metaformer_jax import config, tasks  # noqa: PLC0415
+  from metaformer_jax import tasks  # noqa: PLC0415
+  from metaformer_jax.config import resolve as config  # noqa: PLC0415
 
   task, found = tasks.create(config.resolve(cfg)), {}
   for split in ("train", "eval"):
@@ -215,7 +217,7 @@ def examine(args: argparse.Namespace, overrides: list[str]) -> Iterator[Line]:
     yield from _guarded("shm", lambda: [machine.shared_memory(cfg)])
     yield machine.writing("workdir", workdir)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", (
-        cfg.log if cfg else experiment.Log()).compilation_cache)
+        cfg.log if cfg else schema.Log()).compilation_cache)
     if cache and "://" not in cache:
       yield machine.writing("cache", cache, WARN)
     if reading:
@@ -251,7 +253,7 @@ def _names(packages: Mapping[str, versions.Package]) -> list[str]:
 
 
 def _experiment(args: argparse.Namespace, overrides: list[str],
-                ) -> tuple[experiment.Experiment, pathlib.Path]:
+                ) -> tuple[schema.Experiment, pathlib.Path]:
   """The experiment and the workdir, as a run takes them."""
   from metaformer_jax import cli  # noqa: PLC0415  Needs packages.
 

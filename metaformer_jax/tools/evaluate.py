@@ -12,7 +12,7 @@ import pathlib
 from absl import flags
 
 from metaformer_jax import cli, errors
-from metaformer_jax.experiment import Experiment
+from metaformer_jax.config.schema import Experiment
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "last", "Which one: last, best, or a step.")

@@ -23,9 +23,10 @@ from typing import Any
 
 from absl import flags
 
-from metaformer_jax import checks, cli, errors
-from metaformer_jax import config as config_lib
-from metaformer_jax.experiment import Experiment
+from metaformer_jax import cli, errors
+from metaformer_jax.config import checks
+from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config.schema import Experiment
 from metaformer_jax.preflight import topologies
 
 _TOPOLOGY = flags.DEFINE_string(
@@ -83,7 +84,8 @@ def preflight(cfg: Experiment, target: topologies.Slice, *,
     report,
     search,
   )
-  from metaformer_jax.training import program, sharding  # noqa: PLC0415
+  from metaformer_jax.runtime import sharding  # noqa: PLC0415
+  from metaformer_jax.training import program  # noqa: PLC0415
 
   devices = topologies.devices(target)
   task = tasks.create(cfg)
@@ -136,7 +138,7 @@ def _remembered(cfg: Experiment, target: topologies.Slice,
                 versions: dict[str, str], compile_now):
   """What compiling gave before, for the same program and compiler; or gives."""
   from metaformer_jax.preflight import compilation  # noqa: PLC0415
-  from metaformer_jax.training import workdir as workdir_lib  # noqa: PLC0415
+  from metaformer_jax.runtime import workdir as workdir_lib  # noqa: PLC0415
 
   cache = cfg.log.compilation_cache
   if not cache or "://" in cache:

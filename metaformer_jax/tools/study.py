@@ -21,7 +21,7 @@ import statistics
 from typing import Any
 
 from metaformer_jax import cli, errors
-from metaformer_jax import config as config_lib
+from metaformer_jax.config import resolve as config_lib
 
 # What a run leaves when it is done, besides what every run leaves.
 _RESULT = "result.json"

@@ -9,12 +9,13 @@ import jax
 import optax
 
 from metaformer_jax import errors
-from metaformer_jax.experiment import Experiment
+from metaformer_jax.checkpoints import manager as checkpoints_lib
+from metaformer_jax.config.schema import Experiment
+from metaformer_jax.runtime import sharding, signals
+from metaformer_jax.runtime.watchdog import Watchdog
 from metaformer_jax.tasks import base
-from metaformer_jax.training import checkpoints as checkpoints_lib
-from metaformer_jax.training import sharding, signals, step
 from metaformer_jax.training import state as state_lib
-from metaformer_jax.training.watchdog import Watchdog
+from metaformer_jax.training import step
 
 
 class Evaluation:

@@ -9,25 +9,24 @@ from typing import Any, NamedTuple
 import jax
 
 from metaformer_jax import errors
-from metaformer_jax.experiment import Experiment
+from metaformer_jax.checkpoints import manager as checkpoints_lib
+from metaformer_jax.checkpoints import pretrained
+from metaformer_jax.config.schema import Experiment
 from metaformer_jax.models import registry
-from metaformer_jax.tasks import base
-from metaformer_jax.training import (
+from metaformer_jax.runtime import (
   accounting,
-  evaluate,
-  pretrained,
   processes,
   report,
   sharding,
   signals,
-  step,
   watchdog,
   writers,
 )
-from metaformer_jax.training import checkpoints as checkpoints_lib
-from metaformer_jax.training import metrics as metrics_lib
+from metaformer_jax.runtime import metrics as metrics_lib
+from metaformer_jax.runtime import workdir as workdir_lib
+from metaformer_jax.tasks import base
+from metaformer_jax.training import evaluate, step
 from metaformer_jax.training import program as program_lib
-from metaformer_jax.training import workdir as workdir_lib
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import optax
 
-from metaformer_jax import experiment
-from metaformer_jax.training import schedules, sharding
+from metaformer_jax.config import schema
+from metaformer_jax.runtime import sharding
+from metaformer_jax.training import schedules
 
 # What timm and the official repositories name in `no_weight_decay`. Theirs of
 # ViT are at the top; the hybrids' and PVT's position embeddings decay.
@@ -23,7 +24,7 @@ _POSITION = re.compile(r"(?:stage(\d+)/)?(?:block(\d+)/)?")
 _STEM = re.compile(r"(stem|patch_embed|pos_embed|cls_token|dist_token)\b")
 
 
-def create(cfg: experiment.Experiment, total_steps: int,
+def create(cfg: schema.Experiment, total_steps: int,
            steps_per_epoch: float,
            ) -> tuple[optax.GradientTransformation, schedules.Schedule]:
   """Returns the optimizer and its learning rate.
@@ -46,14 +47,14 @@ def create(cfg: experiment.Experiment, total_steps: int,
   return optax.chain(*parts), schedule
 
 
-def adamw(optim: experiment.Optim) -> list[optax.GradientTransformation]:
+def adamw(optim: schema.Optim) -> list[optax.GradientTransformation]:
   """Adam with decoupled decay (arXiv 1711.05101), as torch.optim.AdamW."""
   return [
       optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps or 1e-8),
       optax.add_decayed_weights(optim.weight_decay, decay_mask)]
 
 
-def lamb(optim: experiment.Optim) -> list[optax.GradientTransformation]:
+def lamb(optim: schema.Optim) -> list[optax.GradientTransformation]:
   """LAMB (arXiv 1904.00962) with bias correction, as timm.optim.Lamb.
 
   The update, decay included, takes the norm of its parameter; one of the two
@@ -67,7 +68,7 @@ def lamb(optim: experiment.Optim) -> list[optax.GradientTransformation]:
   return parts
 
 
-def sgd(optim: experiment.Optim) -> list[optax.GradientTransformation]:
+def sgd(optim: schema.Optim) -> list[optax.GradientTransformation]:
   """Momentum, the decay being part of the gradient, as torch.optim.SGD."""
   return [
       optax.add_decayed_weights(optim.weight_decay, decay_mask),

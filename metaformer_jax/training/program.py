@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from metaformer_jax import errors
-from metaformer_jax.experiment import Experiment
+from metaformer_jax.config.schema import Experiment
+from metaformer_jax.runtime import sharding
 from metaformer_jax.tasks import base
-from metaformer_jax.training import optim, sharding, step
+from metaformer_jax.training import optim, step
 from metaformer_jax.training import state as state_lib
 
 

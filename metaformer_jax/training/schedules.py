@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaformer_jax.experiment import Experiment, Optim
+from metaformer_jax.config.schema import Experiment, Optim
 
 Schedule = Callable[[jax.Array], jax.Array]
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from metaformer_jax import errors
+from metaformer_jax.runtime import metrics as metrics_lib
+from metaformer_jax.runtime import sharding
 from metaformer_jax.tasks import base
-from metaformer_jax.training import metrics as metrics_lib
-from metaformer_jax.training import rng, sharding
+from metaformer_jax.training import rng
 from metaformer_jax.training import state as state_lib
 from metaformer_jax.training.schedules import Schedule
 from metaformer_jax.training.state import TrainState

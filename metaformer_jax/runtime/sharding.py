@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from metaformer_jax import checks, errors, experiment
+from metaformer_jax import errors
+from metaformer_jax.config import checks, schema
 
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
 
 
-def make_mesh(cfg: experiment.Experiment,
+def make_mesh(cfg: schema.Experiment,
               devices: Sequence[jax.Device] | None = None) -> Mesh:
   """The mesh that the config asks for.
 
@@ -67,7 +68,7 @@ def path_name(path) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def state_shardings(mesh: Mesh, abstract_state, cfg: experiment.Mesh):
+def state_shardings(mesh: Mesh, abstract_state, cfg: schema.Mesh):
   """A NamedSharding for each array of the state.
 
   An array is split along its largest axis that `fsdp` divides, unless it has

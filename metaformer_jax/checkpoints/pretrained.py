@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaformer_jax import errors
+from metaformer_jax.checkpoints import manager as checkpoints
 from metaformer_jax.convert import adapt, files, layouts
 from metaformer_jax.models import registry
-from metaformer_jax.training import checkpoints
 from metaformer_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import threading
 import jax
 import numpy as np
 
-from metaformer_jax.training import sharding
+from metaformer_jax.runtime import sharding
 
 
 def name(number: int) -> str:

@@ -8,9 +8,9 @@ import pathlib
 import socket
 from collections.abc import Iterator
 
-from metaformer_jax import config as config_lib
 from metaformer_jax import errors
-from metaformer_jax.experiment import Experiment
+from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config.schema import Experiment
 
 
 @contextlib.contextmanager

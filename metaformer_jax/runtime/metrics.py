@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from metaformer_jax import errors
-from metaformer_jax.training.accounting import Totals
+from metaformer_jax.runtime.accounting import Totals
 
 log = logging.getLogger(__name__)
 

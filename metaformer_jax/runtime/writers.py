@@ -13,8 +13,9 @@ import pathlib
 import time
 from typing import Any
 
-from metaformer_jax import errors, experiment
-from metaformer_jax.training import workdir as workdir_lib
+from metaformer_jax import errors
+from metaformer_jax.config import schema
+from metaformer_jax.runtime import workdir as workdir_lib
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ Record = dict[str, Any]
 class Writer:
   """Writes the metrics of a run, if enabled: by the first process only."""
 
-  def __init__(self, workdir: pathlib.Path, cfg: experiment.Log,
+  def __init__(self, workdir: pathlib.Path, cfg: schema.Log,
                restored_step: int, enabled: bool):
     self._workdir = workdir
     self._file = self._events = None

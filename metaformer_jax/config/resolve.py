@@ -20,8 +20,9 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from metaformer_jax import checks, errors
-from metaformer_jax.experiment import Experiment
+from metaformer_jax import errors
+from metaformer_jax.config import checks
+from metaformer_jax.config.schema import Experiment
 
 # What may differ when a run is resumed: it changes no number beyond the order
 # of a sum, or, as the weights to start from, has done its work.

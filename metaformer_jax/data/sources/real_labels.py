@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from metaformer_jax import errors
-from metaformer_jax.data.sources import ClassFolders, Record
+from metaformer_jax.data.sources.folders import ClassFolders, Record
 
 
 class RealLabels:

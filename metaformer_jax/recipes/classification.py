@@ -7,7 +7,7 @@ train/ and val/; `config.data.source="tfds"` and
 
 import ml_collections
 
-from metaformer_jax import config as config_lib
+from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.models import registry
 
 

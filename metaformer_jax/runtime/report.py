@@ -7,8 +7,8 @@ import jax
 from clu import parameter_overview
 from tqdm import auto as tqdm
 
-from metaformer_jax.experiment import Experiment
-from metaformer_jax.training import sharding
+from metaformer_jax.config.schema import Experiment
+from metaformer_jax.runtime import sharding
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from metaformer_jax import errors
-from metaformer_jax.experiment import Data
+from metaformer_jax.config.schema import Data
 
 Record = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ def create(cfg: Data, split: str, numbered: bool = False) -> Source:
       return _class_folders(cfg, train, numbered)
     case "tfds":
       # A module of its own, as only this source needs the extra `tfds`.
-      from metaformer_jax.data import tfds_source  # noqa: PLC0415
+      from metaformer_jax.data.sources import tfds as tfds_source  # noqa: PLC0415
 
       return tfds_source.create(cfg.name, cfg.path, named, train)
   raise ValueError(f"unknown source {cfg.source!r}")

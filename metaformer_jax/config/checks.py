@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from metaformer_jax import errors
-from metaformer_jax.data import policies
-from metaformer_jax.experiment import Experiment, Log
+from metaformer_jax.config import policies
+from metaformer_jax.config.schema import Experiment, Log
 from metaformer_jax.models import registry
 
 # Beyond any run; what is larger would end for want of memory, or never begin.

@@ -13,9 +13,11 @@ import math
 import numpy as np
 from PIL import Image
 
-from metaformer_jax.data import augment, images, pixels
-from metaformer_jax.data.sources import Record
-from metaformer_jax.experiment import Data
+from metaformer_jax.config.schema import Data
+from metaformer_jax.data import images
+from metaformer_jax.data.augment import draw as augment
+from metaformer_jax.data.augment import pixels
+from metaformer_jax.data.sources.folders import Record
 
 
 def random_resized_crop_box(

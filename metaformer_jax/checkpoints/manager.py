@@ -21,8 +21,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from metaformer_jax import errors, experiment
-from metaformer_jax.training import manifest, processes, sharding
+from metaformer_jax import errors
+from metaformer_jax.checkpoints import manifest
+from metaformer_jax.config import schema
+from metaformer_jax.runtime import processes, sharding
 from metaformer_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class Checkpoints:
   first looks at the disk for all.
   """
 
-  def __init__(self, workdir: pathlib.Path, cfg: experiment.Checkpoint):
+  def __init__(self, workdir: pathlib.Path, cfg: schema.Checkpoint):
     self.directory = workdir.absolute() / "checkpoints"
     self._cfg = cfg
     self._orbax = _open_orbax()

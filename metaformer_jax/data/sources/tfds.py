@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from metaformer_jax import errors
-from metaformer_jax.data.sources import Record, Source
+from metaformer_jax.data.sources.folders import Record, Source
 
 _LENGTH = struct.Struct("<Q")
 _PREFIX, _SUFFIX = 12, 4  # Length and its checksum; the data's checksum.

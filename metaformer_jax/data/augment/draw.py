@@ -13,8 +13,9 @@ import math
 
 import numpy as np
 
-from metaformer_jax.data import pixels, policies
-from metaformer_jax.experiment import Data
+from metaformer_jax.config import policies
+from metaformer_jax.config.schema import Data
+from metaformer_jax.data.augment import pixels
 
 _VALUES = np.arange(256)
 

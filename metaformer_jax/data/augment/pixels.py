@@ -11,7 +11,7 @@ import PIL
 from PIL import Image, ImageEnhance, ImageFilter, ImageStat
 
 try:
-  from metaformer_jax.data import kernels
+  from metaformer_jax.data.augment import kernels
 except ImportError as e:
   kernels = None
   logging.getLogger(__name__).warning(

@@ -1,0 +1,1 @@
+"""What is saved, whether it is whole, and how a state starts."""

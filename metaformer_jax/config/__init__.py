@@ -1,0 +1,1 @@
+"""The experiment as typed data; no jax and no data code."""

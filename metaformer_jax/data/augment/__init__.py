@@ -1,0 +1,1 @@
+"""Augmentation on the host: what is drawn, and the pixels it changes."""

@@ -1,0 +1,1 @@
+"""Data sets: random access to records. Each source checks itself."""

@@ -1,0 +1,1 @@
+"""The process around a run: devices, processes, signals, files, reports."""
