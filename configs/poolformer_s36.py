@@ -1,16 +1,11 @@
-"""PoolFormer-S36 on ImageNet-1K.
+r"""PoolFormer-S36 on ImageNet-1K, see docs/recipes.md.
 
     python -m metaformer_jax.main --config=configs/poolformer_s36.py \
         --config.data.path=/path/to/imagenet
-
-Hardware: the batch of 4096 is meant for a TPU pod slice or several GPUs;
-`--config.train.accumulate=8` fits it on fewer.
-Expected: 81.4% top-1, published (arXiv 2111.11418, table 1); not trained here.
-Recipe: `recipes.poolformer`, of arXiv 2111.11418 and its official train.py.
 """
 
-from metaformer_jax.recipes import classification as recipes
+from metaformer_jax.recipes import classification
 
 
 def get_config():
-  return recipes.poolformer("poolformer_s36", drop_path_rate=0.2)
+  return classification.poolformer("poolformer_s36", drop_path_rate=0.2)

@@ -1,6 +1,6 @@
-"""The gcloud commands of a TPU slice, as lists of arguments, and their errors.
+"""The gcloud commands for a TPU slice, as lists of arguments, and their errors.
 
-Needs Python and gcloud alone.
+Needs only Python and gcloud.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 
-# TPU generation -> what its machines run; --runtime_version is another.
+# TPU generation -> default runtime version; --runtime_version overrides it.
 RUNTIMES = {
     "v2": "tpu-ubuntu2204-base",
     "v3": "tpu-ubuntu2204-base",
@@ -21,7 +21,7 @@ RUNTIMES = {
     "v6e": "v2-alpha-tpuv6e",
 }
 
-# How an error of gcloud is told; the first that is found counts.
+# Kinds of gcloud errors, by their messages; the first that matches counts.
 _KINDS = {
     "absent": r"\bNOT_FOUND\b|matched no objects",
     "exists": r"\bALREADY_EXISTS\b",
@@ -31,24 +31,24 @@ _KINDS = {
                r"|not present in the SSH agent",
 }
 
-# Bucket names: letters, digits, and -_. between them.
+# Bucket names: a-z, 0-9, and in between also - _ and dots.
 _BUCKET = re.compile(r"gs://([a-z0-9](?:[a-z0-9._-]*[a-z0-9])?)(?=/|$)")
 
-# Before the first copy, a machine has no worker.sh.
+# A new machine has no worker.sh yet.
 _STATE = ("if [ -f worker.sh ]; then bash worker.sh state; "
           "else echo worker - none none; fi")
 
 
 class UsageError(Exception):
-  """The command line cannot be used; one line."""
+  """The command line is wrong; the message is one line."""
 
 
 class CloudError(Exception):
   """A command failed.
 
   Attributes:
-    kind: absent, exists, quota, refused (it would be again), or failed.
-    out: what it printed all the same.
+    kind: absent, exists, quota, refused (would fail again), or failed.
+    out: what it printed before it failed.
   """
 
   def __init__(self, kind: str, message: str, out: str = ""):
@@ -59,7 +59,7 @@ class CloudError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Worker:
-  """What `worker.sh state` tells of a host: status is as it says there."""
+  """One line of `worker.sh state`; see there for the values of status."""
 
   index: str
   run: str
@@ -70,14 +70,14 @@ class Gcloud:
   """Runs commands."""
 
   def __call__(self, args: list[str], timeout: float = 300) -> str:
-    """Returns what a command prints; raises CloudError where it fails."""
+    """Returns what a command prints; raises CloudError if it fails."""
     try:
       done = subprocess.run(args, capture_output=True, text=True,
                             errors="replace", timeout=timeout,
                             stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired as e:
-      raise CloudError("failed", f"{shlex.join(args[:6])} ... did not end in "
-                       f"{timeout:g} seconds") from e
+      raise CloudError("failed", f"{shlex.join(args[:6])} ... did not finish "
+                       f"within {timeout:g} seconds") from e
     except FileNotFoundError as e:
       raise CloudError("refused", f"{args[0]} is not installed, or not on "
                        "PATH") from e
@@ -96,10 +96,14 @@ class Gcloud:
 
 
 class DryRun(Gcloud):
-  """Prints the commands, one a line, and answers as if all went well."""
+  """Prints the commands, one per line, and answers as if they succeeded."""
 
   def __init__(self, active: bool, run: str = "none"):
-    """Whether there is a slice already, and the id of what is started on it."""
+    """
+    Args:
+      active: whether the slice exists already.
+      run: id of the run that will be started on it.
+    """
     self._active, self._run = active, run
     self._started = False
 
@@ -108,8 +112,8 @@ class DryRun(Gcloud):
     self._active |= "create" in args
     self._started |= "bash worker.sh start" in args[-1]
     if "describe" in args and not self._active:
-      raise CloudError("absent", "there is none yet")
-    if "describe" in args:  # Of the queued resource, or of the node.
+      raise CloudError("absent", "the slice does not exist yet")
+    if "describe" in args:  # The queued resource, or the node.
       return '{"state": {"state": "ACTIVE"}, "networkEndpoints": [{}]}'
     if args[-1].endswith(_STATE):
       return "worker 0 " + (f"{self._run} 0" if self._started else "none none")
@@ -139,7 +143,7 @@ class Slice:
     return ["gcloud", "compute", "tpus", *words, *where]
 
   def create(self) -> list[str]:
-    """Joins the queue; a slice that is ACTIVE costs money."""
+    """Requests the slice, which is billed once it is ACTIVE."""
     return [*self._gcloud("queued-resources", "create", self.name),
             "--quiet", f"--node-id={self.name}",
             f"--accelerator-type={self.accelerator}",
@@ -154,12 +158,12 @@ class Slice:
     return [*self._gcloud("tpu-vm", "describe", self.name), "--format=json"]
 
   def delete(self) -> list[str]:
-    """Deletes the queued resource with its machines, in whatever state."""
+    """Deletes the queued resource and its machines, in any state."""
     return [*self._gcloud("queued-resources", "delete", self.name),
             "--quiet", "--force"]
 
   def copy(self, *files: str) -> list[str]:
-    """Into the home folder of every host."""
+    """Copies files to the home folder of every host."""
     return [*self._gcloud("tpu-vm", "scp", *files, f"{self.name}:"),
             "--quiet", "--worker=all"]
 
@@ -177,7 +181,7 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One experiment: the flags of metaformer_jax.main, its data in buckets."""
+  """One experiment: flags of metaformer_jax.main, and the buckets they use."""
 
   flags: tuple[str, ...]
   workdir: str
@@ -185,26 +189,27 @@ class Run:
 
   @classmethod
   def of(cls, flags: list[str]) -> "Run":
-    """Reads a run's flags; what is in gs://BUCKET will be in /gcs/BUCKET.
+    """Parses a run's flags; replaces gs://BUCKET by its mount /gcs/BUCKET.
 
     Raises:
-      UsageError: no config or workdir, or a workdir that ends with the machine.
+      UsageError: the config or workdir is missing, or the workdir is not in a
+        bucket.
     """
     for flag in flags:
       if not re.match(r"--?[a-z].*=", flag, re.DOTALL):
-        raise UsageError(f"{flag!r} behind --: write --flag=value")
+        raise UsageError(f"{flag!r} after --: write --flag=value")
       if "gs://" in _BUCKET.sub("", flag):
-        raise UsageError(f"{flag!r} behind --: names no bucket; their names "
-                         "are of a-z, 0-9 and -_. between")
+        raise UsageError(f"{flag!r} after --: not a valid bucket name; use a-z "
+                         "and 0-9, in between also - _ and dots")
     values = dict(flag.lstrip("-").split("=", 1) for flag in flags)
     if "config" not in values and "config_json" not in values:
-      raise UsageError("--config is missing: the run's own flags follow --, "
+      raise UsageError("--config is missing: give the run's flags after --, "
                        "e.g. -- --config=configs/poolformer_s24.py "
                        "--workdir=gs://BUCKET/runs/s24")
     workdir = values.get("workdir", "").rstrip("/")
     if not re.fullmatch(_BUCKET.pattern + "/.+", workdir):
-      raise UsageError("--workdir behind --: give gs://BUCKET/FOLDER; a folder "
-                       "of a machine ends with it")
+      raise UsageError("--workdir after --: give gs://BUCKET/FOLDER; a folder "
+                       "on a machine is deleted with it")
     flags = [f"--workdir={workdir}" if flag.lstrip("-").startswith("workdir=")
              else flag for flag in flags]
     buckets = sorted({b for flag in flags for b in _BUCKET.findall(flag)})
@@ -217,12 +222,15 @@ class Run:
 
   @property
   def id(self) -> str:
-    """Tells runs of other flags apart."""
+    """Differs between runs with different flags."""
     return hashlib.sha256(json.dumps(self.command).encode()).hexdigest()[:12]
 
 
 def slice_state(gcloud: Gcloud, where: Slice) -> tuple[str, dict]:
-  """(state of the queued resource or "ABSENT", its error: code, message)."""
+  """(state of the queued resource, its error); ("ABSENT", {}) if none.
+
+  The error is a dict with "code" and "message", or empty.
+  """
   try:
     found = json.loads(gcloud(where.describe())).get("state", {})
   except CloudError as e:
@@ -230,7 +238,7 @@ def slice_state(gcloud: Gcloud, where: Slice) -> tuple[str, dict]:
       return "ABSENT", {}
     raise
   except ValueError as e:
-    raise CloudError("failed", f"gcloud's answer is no JSON: {e}") from e
+    raise CloudError("failed", f"gcloud did not print JSON: {e}") from e
   return (found.get("state", "UNKNOWN"),
           found.get("failedData", {}).get("error", {}))
 
@@ -240,13 +248,17 @@ def node(gcloud: Gcloud, where: Slice) -> tuple[str, int]:
   try:
     found = json.loads(gcloud(where.describe_node()))
   except ValueError as e:
-    raise CloudError("failed", f"gcloud's answer is no JSON: {e}") from e
+    raise CloudError("failed", f"gcloud did not print JSON: {e}") from e
   return (found.get("state", "UNKNOWN"),
           max(1, len(found.get("networkEndpoints", []))))
 
 
 def workers(gcloud: Gcloud, where: Slice, worker: str = "all") -> list[Worker]:
-  """What the hosts tell that answer; CloudError: refused before any did."""
+  """The state of each host that answers.
+
+  Raises:
+    CloudError: gcloud refused the command, so that no host was asked.
+  """
   try:
     out = gcloud(where.state(worker), timeout=120)
   except CloudError as e:
@@ -258,5 +270,5 @@ def workers(gcloud: Gcloud, where: Slice, worker: str = "all") -> list[Worker]:
 
 
 def say(message: str) -> None:
-  """Tells the user; stdout is for commands and states."""
+  """Prints to stderr; stdout is for commands and states."""
   print(message, file=sys.stderr, flush=True)

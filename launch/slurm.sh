@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains on GPUs under SLURM, one process a node with all its GPUs:
+# Trains on GPUs under SLURM, with one process per node for all its GPUs:
 #
 #   sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh \
 #     --config=configs/poolformer_s24.py --workdir=/shared/runs/s24 \
 #     --config.data.path=/shared/imagenet
 #
-# Submit it from the repository's root; its .venv, the workdir and the data must
-# be seen by all nodes. Two minutes before the time limit, and when the job is
-# preempted, the run saves and ends with 143. It is queued again unless it is
-# done, misconfigured (2) or diverged (3), or made no checkpoint in six attempts
-# in a row.
+# Submit it from the repository's root; all nodes need access to its .venv, the
+# workdir and the data. Two minutes before the time limit, and when the job is
+# preempted, the run saves and ends with 143. The job is requeued unless it is
+# done, misconfigured (2) or diverged (3), or six attempts in a row ended
+# without a new checkpoint.
 #SBATCH --job-name=metaformer
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -31,19 +31,19 @@ if [ -z "$workdir" ]; then
   exit 2
 fi
 
-# Of this job: each process's exit code, and what came of the last attempt.
+# This job's files: exit codes by process, and the count of failed attempts.
 notes=$workdir/slurm/$SLURM_JOB_ID
 rm -rf "$notes/codes"
 mkdir -p "$notes/codes"
 
-# The newest complete step: a folder that is named by a number.
+# The newest complete checkpoint: a folder whose name is its step.
 latest_step() {
   find "$workdir/checkpoints" -maxdepth 1 -type d -regex '.*/[0-9]+' \
     -printf '%f\n' 2>/dev/null | sort -n | tail -n 1 || true
 }
 
-# srun returns the highest code of all, which hides a 3 behind a 134. SLURM's
-# SIGTERM is for all processes: this shell must live to note the code.
+# srun returns the highest exit code, so a 134 would hide a 3. SLURM sends
+# SIGTERM to all processes; this shell must survive it to write the code.
 # shellcheck disable=SC2016
 step='trap : TERM
 "${@:2}" &

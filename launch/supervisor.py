@@ -1,7 +1,7 @@
-"""Keeps one run going until it is over, whatever becomes of its slice.
+"""Keeps one run going until it is done, even if its slice is taken away.
 
-What to do next follows from what the cloud says now, and nothing is noted here:
-a supervisor that was killed is started again by the same command.
+Each decision depends only on the current state of the cloud, and nothing is
+stored here: if a supervisor is killed, the same command continues its work.
 """
 
 import pathlib
@@ -17,24 +17,25 @@ DONE, MISCONFIGURED, DIVERGED = 0, 2, 3
 _MEANING = {DONE: "done", MISCONFIGURED: "a configuration error",
             DIVERGED: "diverged"}
 
-# How long a run may take to save when it is told to end, in seconds.
+# Seconds that a run may take to save when it is stopped.
 STOP_SECONDS = 300
 
-# So often no host answers before the slice is taken for dead, and so often the
-# others are looked at once the first host's process has ended.
+# The slice is considered dead after this many polls without an answer.
 _SILENT_POLLS = 10
+# After the first host's process has ended, the others are polled this often.
 _LAST_POLLS = 5
 
-# What a request says that would fail again: an argument, or leave, is wrong.
+# Error codes of requests that would fail again: an argument or permission is
+# wrong.
 _REFUSED = (3, 7, 16)
 
 
 def verdict(codes: Collection[int]) -> int | None:
-  """The exit code of a run that is over; None: it is to be started again.
+  """The exit code of a run that is over; None if it must be restarted.
 
   Args:
-    codes: of the run's processes, one a host. Where one is gone, jax ends the
-      others by SIGABRT: what one host says of itself outweighs them.
+    codes: of the run's processes, one per host. When one process ends, jax
+      aborts the others (134), so a single 2 or 3 outweighs them.
   """
   for code in (DIVERGED, MISCONFIGURED):
     if code in codes:
@@ -43,14 +44,14 @@ def verdict(codes: Collection[int]) -> int | None:
 
 
 def cause(codes: Collection[int]) -> int:
-  """The code that tells most, of a run that is to be started again."""
+  """The most informative exit code of a run that failed."""
   followers = (DONE, 134, 137, 143)
   return next((c for c in codes if c not in followers),
               next((c for c in codes if c != DONE), 1))
 
 
 class Supervisor:
-  """Creates the slice, starts the run, and does so again as often as needed."""
+  """Creates the slice and starts the run, again and again if necessary."""
 
   def __init__(self, gcloud: cloud.Gcloud, where: cloud.Slice, run: cloud.Run,
                source: pathlib.Path, ref: str, *, poll_seconds: float,
@@ -60,13 +61,13 @@ class Supervisor:
     Args:
       gcloud: runs the commands.
       where: the slice.
-      run: what runs on it.
-      source, ref: a git checkout, and the commit of it that is sent.
-      poll_seconds: between two looks; the shortest pause after a failure.
-      max_restarts: of the run, in a row without a new checkpoint.
-      max_refusals: of the slice, in a row: no quota, or the request failed.
-      keep: leaves the slice when the run is over.
-      sleep: for tests.
+      run: the run to keep going.
+      source, ref: a git checkout, and its commit to run.
+      poll_seconds: between two polls; also the shortest pause after a failure.
+      max_restarts: of the run, in a row and without a new checkpoint.
+      max_refusals: of requests for the slice, in a row: no quota, or FAILED.
+      keep: whether to keep the slice when the run is over.
+      sleep: replaced by tests.
     """
     self._gcloud, self._slice, self._run = gcloud, where, run
     self._source, self._ref = source, ref
@@ -77,7 +78,7 @@ class Supervisor:
     self._step, self._told = 0, ""
 
   def supervise(self) -> int:
-    """Returns the run's exit code; 1 and 2 also for the cloud's refusals."""
+    """Returns the run's exit code; 1 or 2 also if the cloud refuses."""
     self._step = self._latest_step()
     while True:
       try:
@@ -85,8 +86,8 @@ class Supervisor:
         self._flakes = 0
       except cloud.CloudError as e:
         if e.kind == "refused":
-          cloud.say(f"{e}; nothing was deleted, and what runs goes on: mend "
-                    "it, and start this again")
+          cloud.say(f"{e}; nothing was deleted, and a run continues if there "
+                    "is one: fix this and run the same command again")
           return MISCONFIGURED
         self._flakes += 1
         cloud.say(f"{e}; trying again")
@@ -96,12 +97,12 @@ class Supervisor:
         return code
 
   def _advance(self) -> int | None:
-    """One look and what follows from it; the exit code once all is over."""
+    """Polls once and acts on the result; returns an exit code at the end."""
     state, error = cloud.slice_state(self._gcloud, self._slice)
     if state == "ABSENT":
       if self._seen and not self._deleted:
-        cloud.say(f"{self._slice.name} was deleted by somebody; not created "
-                  "again, the same command would")
+        cloud.say(f"{self._slice.name} was deleted by someone else and is not "
+                  "created again; to do so, run the same command again")
         return 1
       return self._create()
     self._seen = True
@@ -113,8 +114,8 @@ class Supervisor:
       self._refusals = 0
       return self._watch()
     if state == "FAILED" and error.get("code") in _REFUSED:
-      cloud.say("mend the command; the request stays until the sub-command "
-                "delete")
+      cloud.say("fix the command; the request remains until it is removed by "
+                "the sub-command delete")
       return MISCONFIGURED
     if state in ("SUSPENDED", "FAILED"):
       self._delete()
@@ -138,10 +139,10 @@ class Supervisor:
   def _refused(self, why: str) -> int | None:
     self._refusals += 1
     if self._refusals > self._max_refusals:
-      cloud.say(f"{why}; refused {self._refusals} times in a row: ask for more "
-                "quota, or choose another zone or accelerator")
+      cloud.say(f"{why}; refused {self._refusals} times in a row: request "
+                "more quota, or choose another zone or accelerator")
       return 1
-    cloud.say(f"{why}; asking again later")
+    cloud.say(f"{why}; trying again later")
     self._back_off(self._refusals, 10)
     return None
 
@@ -154,17 +155,17 @@ class Supervisor:
         raise
 
   def _watch(self) -> int | None:
-    """Of an active slice: starts the run, or sees how it is."""
-    # As long as the first host's process lives, all do: jax sees to it.
+    """On an active slice: starts the run, or checks its state."""
+    # If any process of the run ends, jax also ends the first host's.
     found = cloud.workers(self._gcloud, self._slice, "0")
     if not found:
       return self._hear_nothing()
     self._silent = 0
     first = found[0]
     if first.status == "running" and first.run != self._run.id:
-      cloud.say(f"{self._slice.name} runs something else (run {first.run}, not "
-                f"{self._run.id}): give another --name, or replace it by the "
-                "sub-command restart")
+      cloud.say(f"{self._slice.name} is used by another run ({first.run}, not "
+                f"{self._run.id}): give another --name, or replace that run "
+                "with the sub-command restart")
       return MISCONFIGURED
     if first.status == "running":
       self._sleep(self._poll_seconds)
@@ -173,9 +174,9 @@ class Supervisor:
       return self._launch()
     codes, lost = self._exit_codes()
     cloud.say(f"{self._slice.name}: exit codes {codes}" + (
-        f", {lost} hosts lost" if lost else ""))
+        f", {lost} hosts do not answer" if lost else ""))
     over = verdict(codes)
-    # Done is what all say.
+    # It is done only if every host says so.
     if over is not None and not (over == DONE and lost):
       return self._finish(over)
     return self._failed(codes, recreate=bool(lost))
@@ -190,7 +191,7 @@ class Supervisor:
     return self._failed([], recreate=True)
 
   def _launch(self) -> int | None:
-    cloud.say(f"starting the run {self._run.id} on {self._slice.name}, from "
+    cloud.say(f"starting run {self._run.id} on {self._slice.name} from "
               f"step {self._step}")
     try:
       launch(self._gcloud, self._slice, self._run, self._source, self._ref)
@@ -204,7 +205,7 @@ class Supervisor:
     return None
 
   def _exit_codes(self) -> tuple[list[int], int]:
-    """The processes' exit codes, and how many hosts do not answer."""
+    """The processes' exit codes, and the number of hosts that do not answer."""
     _, count = cloud.node(self._gcloud, self._slice)
     for _ in range(_LAST_POLLS):
       found = cloud.workers(self._gcloud, self._slice)
@@ -215,7 +216,7 @@ class Supervisor:
     return codes, max(0, count - len(found))
 
   def _failed(self, codes: list[int], recreate: bool = False) -> int | None:
-    """What ended may go on, unless it did so too often for nothing."""
+    """Restarts the run, unless it failed too often without a new checkpoint."""
     step = self._latest_step()
     if step > self._step:
       self._step, self._fruitless = step, 0
@@ -231,8 +232,8 @@ class Supervisor:
     return None
 
   def _finish(self, code: int) -> int:
-    """Shows why, and deletes the slice, as it costs money."""
-    meaning = _MEANING.get(code, "docs/tpu.md says what it means")
+    """Reports why the run is over, and deletes the slice, which is billed."""
+    meaning = _MEANING.get(code, "see docs/tpu.md")
     cloud.say(f"the run is over: exit code {code}, {meaning}")
     if code != DONE:
       try:
@@ -249,12 +250,12 @@ class Supervisor:
         except cloud.CloudError as e:
           cloud.say(str(e))
           self._back_off(attempt)
-    cloud.say(f"{self._slice.name} is there still, and costs money: "
+    cloud.say(f"{self._slice.name} still exists and is billed; to delete it: "
               + " ".join(self._slice.delete()))
     return code
 
   def _latest_step(self) -> int:
-    """The newest checkpoint's; the last known one where gcloud fails."""
+    """The newest checkpoint's step; the last known one if gcloud fails."""
     try:
       listed = self._gcloud(["gcloud", "storage", "ls",
                              f"{self._run.workdir}/checkpoints/"])
@@ -266,14 +267,14 @@ class Supervisor:
     return max(map(int, steps), default=0)
 
   def _back_off(self, times: int, factor: float = 1) -> None:
-    """Twice as long each time, an hour at most; not all users at once."""
+    """Waits: twice as long each time, at most an hour, with jitter."""
     seconds = factor * self._poll_seconds * 2 ** (min(times, 20) - 1)
     self._sleep(min(seconds, 3600) * random.uniform(0.5, 1))
 
 
 def launch(gcloud: cloud.Gcloud, where: cloud.Slice, run: cloud.Run,
            source: pathlib.Path, ref: str) -> None:
-  """Sends a commit to every host, and starts the run in place of another."""
+  """Copies a commit to every host, stops any other run and starts this one."""
   archive = pathlib.Path("build") / where.name / "metaformer_jax.tar.gz"
   if not isinstance(gcloud, cloud.DryRun):
     (source / archive).parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +288,7 @@ def launch(gcloud: cloud.Gcloud, where: cloud.Slice, run: cloud.Run,
 
 
 def describe(gcloud: cloud.Gcloud, where: cloud.Slice) -> str:
-  """What is known of a slice and its run, one fact a line."""
+  """The state of a slice, its hosts and its run, one per line."""
   state, error = cloud.slice_state(gcloud, where)
   lines = [f"slice {where.name} {state} {error.get('message', '')}".rstrip()]
   if state == "ACTIVE":

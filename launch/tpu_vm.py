@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Trains on a Cloud TPU slice, from any machine that has Python and gcloud:
+"""Trains on a Cloud TPU slice; runs on any machine with Python and gcloud:
 
     python launch/tpu_vm.py supervise --name=s24 --zone=us-west4-a \\
         --accelerator=v5litepod-8 --spot -- \\
         --config=configs/poolformer_s24.py --workdir=gs://BUCKET/runs/s24 \\
         --config.data.path=gs://BUCKET/imagenet
 
-Behind -- come the flags of metaformer_jax.main; docs/tpu.md has the rest.
+The flags of metaformer_jax.main follow after --; see docs/tpu.md.
 """
 
 import argparse
@@ -21,13 +21,13 @@ import supervisor
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 _COMMANDS = {
-    "create": "join the queue for a slice",
+    "create": "request a slice",
     "run": "start a run on an active slice, and return",
-    "supervise": "create, run, and do both again until the run is over",
-    "status": "show the states of the slice, its hosts and the run",
+    "supervise": "create a slice and run on it; repeat until the run is done",
+    "status": "show the state of the slice, its hosts and the run",
     "logs": "show the end of a host's output",
-    "restart": "stop the run, which saves, and start it anew",
-    "exec": "run the shell command behind -- on the hosts",
+    "restart": "stop the run, which saves, and start it again",
+    "exec": "run the shell command given after -- on the hosts",
     "delete": "stop the run, which saves, and delete the slice",
 }
 _WITH_RUN = ("run", "supervise", "restart")
@@ -35,17 +35,20 @@ _WITH_SLICE = ("create", "supervise")
 
 
 class Parser(argparse.ArgumentParser):
-  """A mistake is one line."""
+  """Reports errors in one line."""
 
   def error(self, message):
     raise cloud.UsageError(f"{message}; see --help")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-  """(the launcher's own flags, what comes behind --)."""
+  """(the launcher's own flags, the arguments after --)."""
   end = argv.index("--") if "--" in argv else len(argv)
   parser = Parser(description=__doc__, allow_abbrev=False,
                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  # For the sub-commands that do not have these flags.
+  parser.set_defaults(accelerator="", runtime_version=None, spot=False,
+                      create_flag=[])
   commands = parser.add_subparsers(dest="command", required=True)
   for name, help_text in _COMMANDS.items():
     sub = commands.add_parser(name, help=help_text, allow_abbrev=False)
@@ -55,63 +58,63 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _add_flags(sub: argparse.ArgumentParser, name: str) -> None:
   add = sub.add_argument
-  add("--name", required=True, help="of the slice; yours to choose")
+  add("--name", required=True, help="of the slice; any name")
   add("--zone", required=True, help="e.g. us-west4-a")
   add("--project", help="default: gcloud's own")
   add("--dry_run", action="store_true",
-      help="print the commands, one a line, and run none")
+      help="print the commands, one per line, without running them")
   if name in _WITH_SLICE:
     add("--accelerator", required=True,
         help="e.g. v5litepod-8, v4-32, v5p-8, v6e-16")
-    add("--runtime_version", help="default: by the accelerator")
-    add("--spot", action="store_true", help="cheaper, and may be taken away")
+    add("--runtime_version", help="default: depends on the accelerator")
+    add("--spot", action="store_true",
+        help="cheaper, but may be taken away at any time")
     add("--create_flag", action="append", default=[], metavar="FLAG",
-        help="one more flag of gcloud's create, e.g. "
-        "--create_flag=--service-account=ACCOUNT; may come again")
+        help="another flag for gcloud's create, e.g. "
+        "--create_flag=--service-account=ACCOUNT; may be repeated")
   if name in _WITH_RUN:
     add("--source", type=pathlib.Path, default=ROOT,
-        help="git checkout to run; default: the one this file is of")
-    add("--ref", default="HEAD", help="its commit; default: HEAD")
+        help="git checkout to run; default: the one that holds this file")
+    add("--ref", default="HEAD", help="commit of the checkout; default: HEAD")
   if name == "supervise":
     add("--poll_seconds", type=_natural, default=60, help="default: 60")
     add("--max_restarts", type=_natural, default=5,
-        help="of the run, in a row without a new checkpoint; default: 5")
+        help="of the run, in a row and without a new checkpoint; default: 5")
     add("--max_refusals", type=_natural, default=20,
-        help="for want of quota, or of a request that failed, in a row; "
+        help="requests in a row that fail or are refused for lack of quota; "
         "default: 20")
-    add("--keep", action="store_true", help="leave the slice, which costs "
-        "money, when the run is over")
+    add("--keep", action="store_true",
+        help="do not delete the slice when the run is over; it is billed")
   if name in ("logs", "exec"):
     add("--worker", default="0" if name == "logs" else "all",
         help="index of the host, or all")
   if name == "logs":
     add("--lines", type=_natural, default=100)
-    add("--follow", action="store_true", help="go on until Ctrl-C")
+    add("--follow", action="store_true", help="until Ctrl-C")
 
 
 def _natural(text: str) -> int:
   if not text.isdecimal():
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
   return int(text)
 
 
 def make_slice(args: argparse.Namespace) -> cloud.Slice:
-  """Raises UsageError: a name or an accelerator cannot be one."""
+  """The slice that the flags name; UsageError if a name is not valid."""
   if not re.fullmatch(r"[a-z]([-a-z0-9]{0,60}[a-z0-9])?", args.name):
-    raise cloud.UsageError(f"--name={args.name}: give lower-case letters, "
-                           "digits and -, a letter first")
-  accelerator = getattr(args, "accelerator", "")
+    raise cloud.UsageError(f"--name={args.name}: use lower-case letters, "
+                           "digits and -, starting with a letter")
+  accelerator = args.accelerator
   generation = accelerator.partition("-")[0]
   if accelerator and (generation not in cloud.RUNTIMES or
                       not re.fullmatch(r"[a-z0-9]+-\d+", accelerator)):
     raise cloud.UsageError(
-        f"--accelerator={accelerator}: is not one of "
-        f"{', '.join(cloud.RUNTIMES)} with a size, as in v5litepod-8")
+        f"--accelerator={accelerator}: give one of "
+        f"{', '.join(cloud.RUNTIMES)} with a size, e.g. v5litepod-8")
   return cloud.Slice(
       args.name, args.zone, args.project, accelerator,
-      getattr(args, "runtime_version", None) or cloud.RUNTIMES.get(
-          generation, ""),
-      getattr(args, "spot", False), tuple(getattr(args, "create_flag", ())))
+      args.runtime_version or cloud.RUNTIMES.get(generation, ""),
+      args.spot, tuple(args.create_flag))
 
 
 def main(argv: list[str]) -> int:
@@ -121,7 +124,7 @@ def main(argv: list[str]) -> int:
     where = make_slice(args)
     run = cloud.Run.of(rest) if args.command in _WITH_RUN else None
     if rest and run is None and args.command != "exec":
-      raise cloud.UsageError(f"{args.command} takes nothing behind --")
+      raise cloud.UsageError(f"{args.command} takes no arguments after --")
     if run and not args.dry_run:
       _warn_of_changes(args.source)
     gcloud = cloud.Gcloud()
@@ -135,8 +138,9 @@ def main(argv: list[str]) -> int:
     cloud.say(f"CloudError: {e}")
     return supervisor.MISCONFIGURED if e.kind == "refused" else 1
   except KeyboardInterrupt:
-    cloud.say("stopped watching; what was started goes on, and costs money: "
-              "the same command attaches again, the sub-command delete ends it")
+    cloud.say("stopped watching; the slice and its run continue and are "
+              "billed: the same command attaches again, the sub-command delete "
+              "ends them")
     return 130
 
 
@@ -154,8 +158,9 @@ def _do(args: argparse.Namespace, rest: list[str], gcloud: cloud.Gcloud,
     if args.command == "run":
       for worker in cloud.workers(gcloud, where):
         if worker.status == "running":
-          raise cloud.UsageError(f"{where.name} runs {worker.run} already; the "
-                                 "sub-command restart replaces it")
+          raise cloud.UsageError(f"{where.name} is already running "
+                                 f"{worker.run}; the sub-command restart "
+                                 "replaces it")
     supervisor.launch(gcloud, where, run, args.source, args.ref)
   elif args.command == "status":
     found = supervisor.describe(gcloud, where)
@@ -167,7 +172,7 @@ def _do(args: argparse.Namespace, rest: list[str], gcloud: cloud.Gcloud,
                                     worker=args.worker))
   elif args.command == "exec":
     if not rest:
-      raise cloud.UsageError("exec needs a command behind --")
+      raise cloud.UsageError("exec needs a command after --")
     return gcloud.show(where.ssh(" ".join(rest), args.worker))
   else:
     _delete(gcloud, where)
@@ -181,19 +186,19 @@ def _delete(gcloud: cloud.Gcloud, where: cloud.Slice) -> None:
       gcloud(where.worker("stop", str(supervisor.STOP_SECONDS)),
              timeout=supervisor.STOP_SECONDS + 120)
     except cloud.CloudError as e:
-      cloud.say(f"{e}; deleting all the same")
+      cloud.say(f"{e}; deleting the slice anyway")
   gcloud(where.delete(), timeout=1800)
 
 
 def _warn_of_changes(source: pathlib.Path) -> None:
-  """What is not committed is not sent."""
+  """Warns that uncommitted changes will not run on the slice."""
   done = subprocess.run(["git", "-C", str(source), "status", "--porcelain"],
                         capture_output=True, text=True, check=False)
   if done.returncode:
     raise cloud.UsageError(f"--source={source}: is not a git checkout")
   if done.stdout.strip():
-    cloud.say(f"{len(done.stdout.splitlines())} changes in {source} are not "
-              "committed, and not sent")
+    cloud.say(f"{len(done.stdout.splitlines())} uncommitted changes in "
+              f"{source} will not be sent")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
 #!/usr/bin/env bash
-# What launch/tpu_vm.py does on each host of a TPU slice; it copies this file
-# there and runs it by ssh.
+# The part of launch/tpu_vm.py that runs on each host of a TPU slice, by ssh.
 #
-#   worker.sh install ARCHIVE           the code, its environment, gcsfuse
-#   worker.sh start ID BUCKETS COMMAND  mounts the buckets (a,b,c), starts a run
-#   worker.sh state                     prints "worker INDEX ID STATE"
-#   worker.sh stop SECONDS              SIGTERM, which saves; then SIGKILL
-#   worker.sh log LINES [follow]        the end of the run's output
+#   worker.sh install ARCHIVE           install the code, Python and gcsfuse
+#   worker.sh start ID BUCKETS COMMAND  mount the buckets (a,b,c), start a run
+#   worker.sh state                     print "worker INDEX ID STATE"
+#   worker.sh stop SECONDS              SIGTERM, so that it saves; then SIGKILL
+#   worker.sh log LINES [follow]        show the end of the run's output
 #
-# STATE is none, running, or the exit code. A run outlives the connection that
-# started it: it has a session of its own, and says how it ended in a file.
+# STATE is none, running, or the exit code. A run has its own session, so it
+# continues when the connection ends, and writes its exit code to a file.
 set -euo pipefail
 
-home=$HOME/metaformer_run  # Of the run: id, log, pid, session, exit, lock.
+home=$HOME/metaformer_run  # Files: id, log, pid, session, exit, lock.
 code=$HOME/metaformer_jax  # The unpacked archive.
 mounts=${MOUNTS:-/gcs}
 mkdir -p "$home"
 
-# Whether any process of the run is there: each holds the lock until it ends;
-# neither a reboot nor a reused process id is mistaken for one.
+# Whether any process of the run exists: each holds the lock until it ends.
+# Unlike a process id, a lock cannot be left over from before a reboot.
 running() {
   ! flock --nonblock "$home/lock" true
 }
@@ -38,7 +37,7 @@ install_gcsfuse() {
   echo "deb [signed-by=$keys] https://packages.cloud.google.com/apt" \
     "gcsfuse-$(lsb_release -c -s) main" |
     sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-  # A fresh machine installs its updates first.
+  # A new machine holds the lock while it installs its updates.
   local apt=(sudo apt-get -o DPkg::Lock::Timeout=600 --quiet)
   "${apt[@]}" update
   "${apt[@]}" install --yes gcsfuse
@@ -49,16 +48,16 @@ install() {
   mkdir "$code"
   tar --extract --gzip --file "$1" --directory "$code"
   install_gcsfuse
-  # The machines' own Python is older than 3.11.
+  # The system's Python is older than 3.11.
   python3 -m pip install --quiet --user 'uv>=0.5,<1'
   cd "$code"
   python3 -m uv venv --quiet --python 3.11
   python3 -m uv pip install --quiet '.[tpu,tfds]'
 }
 
-# Every host must see at once what another one wrote: nothing is cached, which
-# gcsfuse otherwise does without end on large machines. What is synced is in
-# the bucket: no streaming writes, which are there only once closed.
+# Every host must see immediately what another one wrote, so metadata is not
+# cached; by default gcsfuse caches it forever on large machines. A synced file
+# must be in the bucket, so streaming writes are off: they upload it on close.
 mount_bucket() {
   if mountpoint --quiet "$mounts/$1"; then return; fi
   sudo mkdir -p "$mounts/$1"
@@ -73,9 +72,9 @@ start() {
   for bucket in ${buckets//,/ }; do
     mount_bucket "$bucket"
   done
-  exec 9>"$home/lock"  # Handed on to the run, and by it to all its processes.
+  exec 9>"$home/lock"  # Inherited by all processes of the run.
   if ! flock --wait 1 9; then
-    echo "a run is there already: $(cat "$home/id")" >&2
+    echo "another run is active already: $(cat "$home/id")" >&2
     exit 1
   fi
   rm -f "$home/exit" "$home/pid"
@@ -83,10 +82,10 @@ start() {
   nohup setsid bash "$0" run "$@" >>"$home/log" 2>&1 </dev/null &
 }
 
-# In a session of its own: runs the command and notes how it ended.
+# Runs the command, in its own session, and writes its exit code to a file.
 run() {
   local status=0 pid
-  trap : TERM  # A machine that goes down tells all processes.
+  trap : TERM  # A machine that shuts down sends SIGTERM to all processes.
   echo "$$" >"$home/session"
   echo "--- $(date --utc +%FT%TZ) $*"
   if [ -d "$code" ]; then cd "$code"; fi
@@ -94,17 +93,17 @@ run() {
   pid=$!
   echo "$pid" >"$home/pid"
   wait "$pid" || status=$?
-  while kill -0 "$pid" 2>/dev/null; do  # The trap cut the wait off.
+  while kill -0 "$pid" 2>/dev/null; do  # The trap interrupted the wait.
     status=0
     wait "$pid" || status=$?
   done
   echo "--- $(date --utc +%FT%TZ) exit code $status"
-  keep_log "$@" || echo "the log is on this machine only"
+  keep_log "$@" || echo "the log was not copied to the workdir"
   echo "$status" >"$home/exit.tmp"
   mv "$home/exit.tmp" "$home/exit"
 }
 
-# Copies the log into the workdir, as the machine may be deleted soon.
+# Copies the log to the workdir, as the machine may soon be deleted.
 keep_log() {
   local flag folder
   for flag in "$@"; do
@@ -126,7 +125,7 @@ state() {
     elif running; then
       status=running
     else
-      status=137  # Ended without a word: killed, or the machine restarted.
+      status=137  # No exit code: killed, or the machine was restarted.
     fi
   fi
   echo "worker $(index) $id $status"
@@ -134,7 +133,7 @@ state() {
 
 stop() {
   if running && [ ! -f "$home/exit" ]; then
-    # The run's main process alone: it saves and ends its helpers itself.
+    # Only the main process: it saves, and ends its worker processes itself.
     kill -TERM "$(cat "$home/pid")" 2>/dev/null || true
     for _ in $(seq "$1"); do
       if ! running || [ -f "$home/exit" ]; then break; fi

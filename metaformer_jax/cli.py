@@ -1,12 +1,12 @@
-"""What every entry point does first: flags, config, one-line errors, exit code.
+"""What all entry points share: flags, config, one-line errors, exit codes.
 
 An entry point is
 
     if __name__ == "__main__":
       cli.run(main)
 
-with `main(cfg, workdir)` called once the configuration is known to be good.
-Nothing here imports jax: a mistake in a config is told at once.
+where `main(cfg, workdir)` gets a checked configuration. Nothing here imports
+jax, so that a mistake in a config is reported at once.
 """
 
 import argparse
@@ -17,38 +17,40 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable
-from importlib import util
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from metaformer_jax import errors
+from metaformer_jax.config import paths
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config.schema import Experiment
+from metaformer_jax.runtime import workdir as workdir_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, e.g. configs/quickstart.py; "
     "--config.section.key=value overrides one value.", lock_config=True)
 _CONFIG_JSON = flags.DEFINE_string(
     "config_json", None, "Instead of --config: the experiment as data, e.g. "
-    "runs/quickstart/config.json, of which nothing is run; absent keys take "
-    "their defaults. Overrides as for --config.")
+    "runs/quickstart/config.json, from which nothing is executed; absent keys "
+    "take their defaults. Overrides as for --config.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: checkpoints, metrics, curves; a run "
-    "that it holds is resumed. Default: runs/NAME_OF_THE_CONFIG.")
+    "workdir", None, "Folder of the run: checkpoints, metrics, curves. A run "
+    "in it is resumed. Default: runs/NAME_OF_THE_CONFIG.")
 
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0 of a run of several; by "
-    "default SLURM, Open MPI or the Cloud TPU tells.")
+    "coordinator", None, "HOST:PORT of process 0, with several processes; by "
+    "default from SLURM, Open MPI or the Cloud TPU.")
 _PROCESS_COUNT = flags.DEFINE_integer(
-    "process_count", None, "Processes of the run; 1: no others, whatever the "
-    "environment tells.", lower_bound=1, upper_bound=2**16)
+    "process_count", None, "Processes of the run; 1: only this one, whatever "
+    "the environment says.", lower_bound=1, upper_bound=2**16)
 _PROCESS_INDEX = flags.DEFINE_integer(
-    "process_index", None, "Which of them this one is, from 0.", lower_bound=0)
+    "process_index", None, "Index of this process, from 0.", lower_bound=0)
 
-# What an override looks like on the command line: key, and value if attached.
+# An override on the command line: its key, and its value if attached.
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
 
@@ -58,8 +60,8 @@ def run(main: Callable[[Experiment, pathlib.Path], None], *,
 
   Args:
     main: called with the experiment and the workdir.
-    elsewhere: the experiment is for another machine: the data, the weights and
-      the workdir that are named need not be on this one.
+    elsewhere: whether the experiment is for another machine, so that the data,
+      the weights and the workdir need not exist on this one.
   """
   with one_line_errors():
     cfg, workdir = parse(elsewhere)
@@ -68,14 +70,20 @@ def run(main: Callable[[Experiment, pathlib.Path], None], *,
 
 
 def start_logging() -> None:
-  """Shows what the package logs on stderr."""
-  # Imported libraries may have set up theirs.
+  """Shows the package's log on stderr."""
+  # Imported libraries may have configured logging.
   logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
   logging.getLogger("metaformer_jax").setLevel(logging.INFO)
 
 
 class Parser(argparse.ArgumentParser):
-  """For tools without an experiment: a mistake is one line here too."""
+  """The argument parser of tools without an experiment: one-line errors."""
+
+  def __init__(self, doc: str, module: str):
+    """Takes the docstring and the name of the tool's module."""
+    super().__init__(prog=f"python -m metaformer_jax.tools.{module}",
+                     description=doc,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
 
   def error(self, message: str):
     raise errors.ConfigError(f"command line: {message}; see --help")
@@ -83,26 +91,36 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line_errors():
-  """Ends the process with one line and an exit code at a `UserError`."""
+  """Turns a `UserError` into one line on stderr and its exit code."""
   try:
     yield
   except errors.UserError as e:
-    # Names and values may be of others: none controls the terminal.
-    one_line = "".join(c if c.isprintable() else "?"
-                       for c in " ".join(str(e).split()))
-    print(f"{type(e).__name__}: {one_line}", file=sys.stderr, flush=True)
+    print(f"{type(e).__name__}: {errors.one_line(e)}", file=sys.stderr,
+          flush=True)
     sys.exit(e.exit_code)
 
 
+def resolve(config: Mapping[str, Any], files: bool = True) -> Experiment:
+  """`config.resolve.resolve`, with the checks of the data's sources."""
+  return config_lib.resolve(config, files, also=_check_data)
+
+
+def _check_data(cfg: Experiment, files: bool) -> Iterable[str]:
+  # Imports NumPy, which a mistake in a single value need not wait for.
+  from metaformer_jax.data import sources  # noqa: PLC0415
+
+  return sources.check(cfg, files)
+
+
 def parse(elsewhere: bool = False) -> tuple[Experiment, pathlib.Path]:
-  """Returns the experiment and the workdir that the command line names.
+  """Returns the experiment and the workdir of the command line.
 
   `elsewhere` is as for `run`.
 
   Raises:
-    ConfigError: what is wrong with the command line, the file or the config.
+    ConfigError: the command line, the file or the config is wrong.
   """
-  # absl's own warnings would be a second line beside the one error.
+  # absl's own warnings would be additional lines.
   logging.getLogger("absl").setLevel(logging.ERROR)
   try:
     # ml_collections finds the overrides in sys.argv itself.
@@ -120,21 +138,28 @@ def parse(elsewhere: bool = False) -> tuple[Experiment, pathlib.Path]:
     for key in cleared:
       *sections, name = key.split(".")
       functools.reduce(getattr, sections, config)[name] = None
-  path = json_path or config_flags.get_config_filename(
-      flags.FLAGS["config"]).partition(":")[0]
   if _WORKDIR.value == "":
     raise errors.ConfigError("--workdir: is empty; name a folder")
-  workdir = _WORKDIR.value or os.path.join("runs", pathlib.Path(path).stem)
-  cfg = config_lib.resolve(config, files=not elsewhere)
+  workdir = _WORKDIR.value or os.path.join("runs", _run_name(json_path))
+  cfg = resolve(config, files=not elsewhere)
   return cfg, pathlib.Path(workdir) if elsewhere else _check_workdir(workdir)
+
+
+def _run_name(json_path: str | None) -> str:
+  """The name of the config's file, and of the variant if there is one."""
+  if json_path:
+    return pathlib.Path(json_path).stem
+  path, _, variant = config_flags.get_config_filename(
+      flags.FLAGS["config"]).partition(":")
+  return "_".join(filter(None, (pathlib.Path(path).stem, variant)))
 
 
 def _check_overrides() -> list[str]:
   """Checks the keys of the overrides, before the config is loaded.
 
   Returns:
-    The optional keys that are set to None, which ml_collections cannot do:
-    their overrides are taken out of sys.argv.
+    The optional keys that are set to None, which ml_collections cannot do;
+    their overrides are removed from sys.argv.
   """
   known, optional = config_lib.keys(), config_lib.optional_keys()
   rest, cleared = sys.argv[:1], []
@@ -147,7 +172,7 @@ def _check_overrides() -> list[str]:
                                f"keys, e.g. config.{inside[0]}")
     if key is not None and key not in known:
       raise errors.ConfigError(
-          f"config.{key}: no such key{errors.did_you_mean(key, known)}")
+          f"config.{key}: no such key{config_lib.did_you_mean(key)}")
     if key in optional and value == "None":
       cleared.append(key)
     else:
@@ -157,12 +182,12 @@ def _check_overrides() -> list[str]:
 
 
 def _read_json() -> str | None:
-  """Reads what --config_json names; it is then the value of the flag `config`.
+  """Reads the file of --config_json into the flag `config`.
 
   Returns:
-    Its path; None where the flag is not given.
+    Its path; None if the flag is not given.
   """
-  # --config_json=PATH or --config_json PATH; the overrides can be parsed once
+  # --config_json=PATH or --config_json PATH; overrides can only be parsed once
   # the config is known.
   line = "\n".join([*sys.argv[1:], ""])
   paths = re.findall(r"^--?config_json[=\n](.*)\n", line, re.MULTILINE)
@@ -170,7 +195,7 @@ def _read_json() -> str | None:
     return None
   if len(paths) > 1 or re.search(r"^--?config[=\n]", line, re.MULTILINE):
     raise errors.ConfigError(
-        "--config_json: is given besides another config; give one of them")
+        "--config_json: cannot be combined with another config; give one")
   config = config_lib.read_json(pathlib.Path(paths[0]))
   delattr(flags.FLAGS, "config")
   config_flags.DEFINE_config_dict("config", config)
@@ -188,14 +213,14 @@ def _load() -> ml_collections.ConfigDict:
   except flags.IllegalFlagValueError as e:
     cause = e.__context__
     if str(e).startswith("flag --config="):
-      # ml_collections raises anew, with a traceback for a message.
+      # ml_collections raises again, with a traceback as the message.
       raise errors.ConfigError(
           _explain_file(cause.__context__ or cause)) from e
     raise errors.ConfigError(_explain_value(str(e), str(cause))) from e
   except flags.Error as e:
     if "config." in str(e) and not any(
         re.match(r"--?config(_json)?(=|$)", arg) for arg in sys.argv):
-      raise errors.ConfigError(missing) from e  # So no override is known.
+      raise errors.ConfigError(missing) from e  # No override is known then.
     raise errors.ConfigError(f"command line: {e}; see --help") from e
   except KeyboardInterrupt:
     raise
@@ -215,27 +240,18 @@ def _load() -> ml_collections.ConfigDict:
 
 
 def start_jax(cfg: Experiment):
-  """Sets up jax, joins the other processes of the run; returns the mesh.
+  """Starts jax with the processes of the command line; returns the mesh.
 
   Raises:
-    ConfigError: the devices do not fit, or the flags that name the processes.
-    WorkerLostError: a process did not come.
+    ConfigError: the mesh does not fit the devices, or a flag is wrong.
+    WorkerLostError: a process did not start.
   """
-  import jax  # noqa: PLC0415  After the config is checked.
+  from metaformer_jax.runtime import devices  # noqa: PLC0415  Imports jax.
 
-  from metaformer_jax.runtime import processes, sharding  # noqa: PLC0415
-
-  folder = cfg.log.compilation_cache
-  if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
-  if not (jax.config.jax_platforms or processes.on_tpu()
-          or util.find_spec("jax_plugins")):
-    # With libtpu but no TPU, jax would look for one, and say so in five lines.
-    jax.config.update("jax_platforms", "cpu")
-  if flags.FLAGS.is_parsed():  # Tools with flags of their own have none of it.
-    processes.start(_COORDINATOR.value, _PROCESS_COUNT.value,
-                    _PROCESS_INDEX.value, cfg.mesh.heartbeat_seconds)
-  return sharding.make_mesh(cfg)
+  if not flags.FLAGS.is_parsed():  # Tools with an argument parser run alone.
+    return devices.start_jax(cfg, process_count=1)
+  return devices.start_jax(cfg, _COORDINATOR.value, _PROCESS_COUNT.value,
+                           _PROCESS_INDEX.value)
 
 
 def _help() -> str:
@@ -261,7 +277,7 @@ def _explain_value(message: str, reason: str) -> str:
 
 
 def _explain_file(error: BaseException) -> str:
-  """Why the config file cannot be loaded: it is not there, or it raised."""
+  """Why the config file cannot be loaded: it is missing, or it raised."""
   # --config=PATH or --config PATH; the flag itself may not be parsed yet.
   line = "\n".join([*sys.argv[1:], ""])
   path = re.search(r"^--?config[=\n](.*)\n", line, re.MULTILINE)[1]
@@ -279,24 +295,23 @@ def _explain_file(error: BaseException) -> str:
     error = error.args[0]  # As ml_collections wraps a KeyError.
   try:
     reason = str(error.args[0] if isinstance(error, KeyError) else error)
-  except Exception:  # Of a class of the file's own.
+  except Exception:  # The file may define the exception's class.
     reason = ""
+  if isinstance(error, errors.UserError):
+    return f"{file}: {reason}"
   if not re.match(r"[\w.]*(Error|Exception|Interrupt)\b", reason):
     reason = f"{type(error).__name__}: {reason}"
   return f"{file}: {reason}"
 
 
 def _check_workdir(value: str) -> pathlib.Path:
-  """Whether a run can write there; nothing is made yet."""
+  """Checks that a run can write to the folder; creates nothing."""
   if "://" in value:
     raise errors.ConfigError(
-        f"--workdir: {value} is not a local folder, which runs need so far")
-  try:
-    parent = workdir = pathlib.Path(value).expanduser()
-    while not parent.exists():
-      parent = parent.parent
-  except (OSError, RuntimeError) as e:  # Too long; the home of nobody.
-    raise errors.ConfigError(f"--workdir: {value}: {e}") from e
+        f"--workdir: {value} is not a local folder; runs need one")
+  workdir = paths.local("--workdir", value)
+  workdir_lib.check_path(workdir)
+  parent = paths.existing_parent(workdir)
   if not parent.is_dir():
     raise errors.ConfigError(f"--workdir: {parent} is a file, not a folder")
   if not os.access(parent, os.W_OK):

@@ -1,8 +1,7 @@
-"""The errors that end a run with a message for the user, not a traceback.
+"""Errors that end a run with a message for the user instead of a traceback.
 
-Each entry point turns them into one line on stderr and an exit code; the codes
-are the contract that launchers restart by (docs/design.md, "Process
-contract").
+Each entry point turns them into one line on stderr and an exit code, by which
+launchers decide whether to restart (docs/design.md, "Process contract").
 """
 
 import difflib
@@ -10,47 +9,53 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-  """One line that says what is wrong and what to do; base of those below."""
+  """One line that says what is wrong and what to do; the base class."""
 
   exit_code = 1
 
 
 class ConfigError(UserError):
-  """The configuration, or a file or folder that it names, cannot be used."""
+  """The configuration, or a file or folder that it names, is unusable."""
 
   exit_code = 2
 
 
 class WeightsError(ConfigError):
-  """A file of weights cannot be used; the message lists everything wrong."""
+  """A file of weights is unusable; the message lists every problem."""
 
 
 class DataError(UserError):
-  """Too many examples cannot be used; the message names one."""
+  """Too many examples are unusable; the message names one."""
 
 
 class StorageError(UserError):
-  """The workdir can no longer be written: the disk is full, or gone."""
+  """The workdir cannot be written any more: the disk is full or gone."""
 
 
 class WorkerLostError(UserError):
-  """Another process of the run is gone; the message names it."""
+  """Another process of the run has died; the message names it."""
 
 
 class DivergedError(UserError):
-  """Training is no longer finite; starting again would not help."""
+  """Training has diverged; restarting would not help."""
 
   exit_code = 3
 
 
 class Preempted(UserError):
-  """The process was told to end; everything needed to resume is saved."""
+  """The process was asked to stop; what is needed to resume is saved."""
 
   exit_code = 143
 
 
+def one_line(text: object) -> str:
+  """The text on one line; names from outside cannot control the terminal."""
+  return "".join(c if c.isprintable() else "?"
+                 for c in " ".join(str(text).split()))
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-  """Returns '; did you mean X?', or the choices where nothing comes near."""
+  """Returns '; did you mean X?', or the choices if none is similar."""
   valid = sorted(valid)
   if not valid:
     return ""

@@ -2,7 +2,7 @@
 
     python -m metaformer_jax.main --config=configs/quickstart.py
 
-Started again with the same workdir, it goes on where it was.
+The same command with the same workdir resumes the run.
 """
 
 import pathlib
@@ -14,7 +14,7 @@ from metaformer_jax.config.schema import Experiment
 def main(cfg: Experiment, workdir: pathlib.Path) -> None:
   """Runs a checked experiment."""
   mesh = cli.start_jax(cfg)
-  # Imported when the devices are known to fit: a mistake is told at once.
+  # Imported late, so that a mistake is reported at once.
   from metaformer_jax import tasks  # noqa: PLC0415
   from metaformer_jax.training import loop  # noqa: PLC0415
 

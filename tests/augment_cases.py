@@ -1,17 +1,17 @@
-"""What is compared with timm's augmentation; read by both sides.
+"""Cases of augmentation that are compared with timm and with Pillow.
 
-`tests/golden/make_augment.py` runs the cases in timm, the tests run them here.
+`tests/golden/make_augment.py` runs them in timm, `test_pixels.py` here.
 """
 
-import io
-
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from image_files import encode
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 MEAN = (0.485, 0.456, 0.406)
 FILTERS = ("bilinear", "bicubic")
 
-# (our name, timm's name, arguments); those that move pixels with each filter.
+# (our name, timm's name, arguments). STILL do not move pixels; MOVING do, and
+# are run with each filter.
 STILL = [
     ("auto_contrast", "AutoContrast", (0,)),
     ("equalize", "Equalize", (0,)),
@@ -65,12 +65,12 @@ def odd_pictures():
         0, 256, (height, width, 3), np.uint8)
   yield "flat", np.full((6, 7, 3), (0, 77, 255), np.uint8)
   yield "two values", rng.integers(100, 102, (20, 30, 3)).astype(np.uint8)
-  # A step of 1 in equalize, whose table then passes 255.
+  # The step in equalize is 1, so its table exceeds 255.
   yield "dull", rng.integers(90, 130, (24, 19, 3)).astype(np.uint8)
 
 
 def by_pillow(picture, name, value, kind, fill):
-  """An operation as Pillow's own functions do it."""
+  """An operation by Pillow's own functions: the oracle of the kernels."""
   kind = Image.Resampling[kind.upper()]
   width, height = picture.size
 
@@ -97,6 +97,8 @@ def by_pillow(picture, name, value, kind, fill):
     case "solarize_add":
       return picture.point(
           [i + value if i < 128 else i for i in range(256)] * 3)
+    case "blur":
+      return picture.filter(ImageFilter.GaussianBlur(value))
     case "rotate":
       return picture.rotate(value, kind, fillcolor=fill)
     case "shear_x":
@@ -120,30 +122,25 @@ def encoded_images() -> dict[str, bytes]:
         Image.fromarray(small[..., c]).resize((width, height), 3)
         for c in range(channels)], -1)
 
-  def save(picture, kind, **options):
-    out = io.BytesIO()
-    picture.save(out, kind, **options)
-    return out.getvalue()
-
   files = {}
   for width, height in ((41, 40), (40, 41), (36, 35), (35, 35), (53, 97),
                         (97, 53), (200, 11), (11, 200), (1, 1), (2, 3),
                         (320, 240)):
-    files[f"rgb {width}x{height}"] = save(
+    files[f"rgb {width}x{height}"] = encode(
         Image.fromarray(smooth(width, height)), "JPEG", quality=92)
   gray = Image.fromarray(smooth(60, 45, 1)[..., 0])
   alpha = Image.fromarray(smooth(60, 45, 1)[..., 0])
   colour = Image.fromarray(smooth(61, 44))
-  files["gray jpeg"] = save(gray, "JPEG")
-  files["gray png"] = save(gray, "PNG")
-  files["gray and alpha"] = save(Image.merge("LA", (gray, alpha)), "PNG")
-  files["palette"] = save(colour.quantize(60), "PNG")
-  files["transparent palette"] = save(colour.quantize(60), "PNG",
+  files["gray jpeg"] = encode(gray, "JPEG")
+  files["gray png"] = encode(gray, "PNG")
+  files["gray and alpha"] = encode(Image.merge("LA", (gray, alpha)), "PNG")
+  files["palette"] = encode(colour.quantize(60), "PNG")
+  files["transparent palette"] = encode(colour.quantize(60), "PNG",
                                       transparency=3)
-  files["rgba"] = save(Image.merge("RGBA", (*colour.split(),
+  files["rgba"] = encode(Image.merge("RGBA", (*colour.split(),
                                             alpha.resize(colour.size))), "PNG")
-  files["cmyk"] = save(Image.fromarray(smooth(50, 37, 4), "CMYK"), "JPEG")
-  files["bilevel"] = save(gray.convert("1"), "PNG")
-  files["16 bits"] = save(Image.fromarray(
+  files["cmyk"] = encode(Image.fromarray(smooth(50, 37, 4), "CMYK"), "JPEG")
+  files["bilevel"] = encode(gray.convert("1"), "PNG")
+  files["16 bits"] = encode(Image.fromarray(
       np.asarray(gray).astype(np.uint16) * 257), "PNG")
   return files

@@ -23,10 +23,16 @@ import optax
 
 from metaformer_jax.checkpoints import manager as checkpoints_lib
 from metaformer_jax.checkpoints import manifest
-from metaformer_jax.config import schema
-from metaformer_jax.runtime import accounting, sharding, signals, watchdog
+from metaformer_jax.config import schema, tasks
+from metaformer_jax.runtime import (
+  accounting,
+  devices,
+  sharding,
+  signals,
+  watchdog,
+)
 from metaformer_jax.tasks import classification
-from metaformer_jax.training import optim, step
+from metaformer_jax.training import finite, optim, step
 from metaformer_jax.training import rng as rng_lib
 from metaformer_jax.training import state as state_lib
 
@@ -60,10 +66,10 @@ def seconds(function, *args) -> float:
 def main(args: argparse.Namespace) -> None:
   cfg = schema.Experiment(
       model=schema.Model(name="poolformer_s12"),
-      data=schema.Data(image_size=args.image_size),
+      task=tasks.Classification(image_size=args.image_size),
       train=schema.Train(batch_size=args.batch_size, ema_decay=0.9999))
   task = classification.create(cfg)
-  mesh = sharding.make_mesh(cfg)
+  mesh = devices.make_mesh(cfg)
   tx, schedule = optim.create(cfg, 1000, 100.0)
   state = jax.jit(lambda: state_lib.create(task, tx, 0, 0.9999))()
   rng = np.random.default_rng(0)
@@ -92,24 +98,24 @@ def main(args: argparse.Namespace) -> None:
   ratios = [a / b for a, b in zip(taken["checked"][1:], taken["bare"][1:])]
   step_seconds = statistics.median(step_seconds[2:])
 
-  totals = accounting.new_totals()
-  clock, stop = accounting.Clock(totals), signals.StopSignal()
+  record, stop = accounting.Record(), signals.StopSignal()
+  clock = accounting.Clock(record)
   with watchdog.Watchdog(600) as dog:
     def host():
       for _ in range(1000):
-        clock.turn_to("input")
+        clock.switch_to("input")
         dog.beat("a batch")
         stop.flags(mesh)
         dog.beat("a step")
-        clock.turn_to("step")
+        clock.switch_to("step")
     host_seconds = seconds(host) / 1000
 
-  step.require_finite(state)
-  finite_seconds = seconds(step.require_finite, state)
+  finite.require(state)
+  finite_seconds = seconds(finite.require, state)
   with tempfile.TemporaryDirectory() as folder:
     checkpoints = checkpoints_lib.Checkpoints(
-        pathlib.Path(folder), cfg.checkpoint)
-    blocked = seconds(checkpoints.save, state, 0)
+        pathlib.Path(folder), cfg.checkpoint, cfg.best_measure)
+    blocked = seconds(checkpoints.save, int(state.step), state.trees(), record)
     written = blocked + seconds(checkpoints.close)
     saved = checkpoints.directory / str(int(state.step))
     checksums = seconds(manifest.verify, saved)

@@ -1,6 +1,6 @@
-"""Measures timm's loader as `metaformer_jax.tools.benchmark_input` does ours.
+"""Measures timm's loader like `metaformer_jax.tools.benchmark_input` ours.
 
-Called by that tool, in an interpreter that has timm, torch and torchvision.
+That tool runs it in an interpreter that has timm, torch and torchvision.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from timm import data
 
 
 def keep_posterize():
-  """To 0 bits is black; newer versions of Pillow refuse it."""
+  """Gives black for 0 bits, which newer versions of Pillow refuse."""
   original = timm.data.auto_augment.posterize
 
   def posterize(img, bits, **kwargs):
@@ -51,7 +51,7 @@ def main():
       color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1",
       interpolation="random", num_workers=args.workers,
       persistent_workers=args.workers > 0, device=torch.device("cpu"))
-  batches = made.loader  # uint8: what comes before the copy to the device.
+  batches = made.loader  # Batches of uint8, before the copy to the device.
   best = {"core": 0.0, "wall": 0.0}
   for _ in range(4):
     start = time.perf_counter(), processor_time()

@@ -1,13 +1,33 @@
-"""States to save, how to compare what comes back, and how to damage files."""
+"""States to save, comparison of states, and damage to files."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaformer_jax.config import schema
+from metaformer_jax.checkpoints import manager
+from metaformer_jax.config import schema, tasks
+from metaformer_jax.runtime import accounting
 from metaformer_jax.training import state as state_lib
 
 CFG = schema.Checkpoint(keep_last=2, keep_best=1)
+TOP1 = tasks.Measure("top1", higher_is_better=True)
+
+
+def opened(workdir, cfg=CFG, best=TOP1):
+  """The checkpoints of a workdir."""
+  return manager.Checkpoints(workdir, cfg, best)
+
+
+def save(checkpoints, state, position=0, metrics=None, **counts):
+  """Saves a state as a run does."""
+  checkpoints.save(int(state.step), state.trees(),
+                   accounting.Record(position=position, **counts), metrics)
+
+
+def restore(checkpoints, step, abstract_state):
+  """Returns (state, record) of a step."""
+  trees, record = checkpoints.restore(step, abstract_state.trees())
+  return abstract_state.with_trees(step, trees), record
 
 
 def make_state(step, seed=0, ema=True, stats=False, rows=16):
@@ -44,7 +64,7 @@ def assert_same(got, want):
 
 
 def flip(path, bit):
-  """Changes one bit of a file in its place."""
+  """Flips one bit of a file in place."""
   with open(path, "r+b") as f:
     f.seek(bit // 8)
     byte = f.read(1)[0]

@@ -1,22 +1,21 @@
-"""Plays gcloud (and git): one slice, its queue, its hosts and its runs.
+"""Simulates gcloud (and git): one slice, its queue, its hosts and its runs.
 
-A test puts programs of both names on PATH, which call `main`, and writes what
-is to happen:
+A test puts programs of both names on PATH, which call `main`, and writes a file
+`scenario`:
 
-  queue   for each slice that is created, the states that `describe` finds, one
-          after the other; the last one stays
-  runs    for each run that is started, what the first host says of it, one
-          look after the other: "running", or a list with each host's exit code
-          (None: the host does not answer); the last one stays
-  faults  for each kind of call, what its first calls fail with; "": they do not
-  steps   the newest checkpoint, one listing after the other
-  hosts   of the slice
-  foreign what runs on the first slice already, or is left of it
+  queue   for each slice that is created, the states that successive calls of
+          `describe` return; the last one repeats
+  runs    for each run that is started, what successive polls return: "running",
+          or a list of the hosts' exit codes (None: the host does not answer);
+          the last one repeats
+  faults  for each kind of call, the errors of its first calls; "": no error
+  steps   the newest checkpoint in successive listings
+  hosts   number of hosts of the slice
+  foreign id of a run that is already on the first slice, running or finished
 
-Every call is noted in the file `calls`. Flags that gcloud does not have, or a
-call that makes no sense now, fail as they would. It is started hundreds of
-times, so it imports little:
-files hold what `repr` gives.
+Every call is recorded in the file `calls`. Unknown flags, and calls that are
+not possible in the current state, fail. It is started hundreds of times, so it
+imports little; its files hold Python literals.
 """
 
 import os
@@ -24,7 +23,7 @@ import sys
 
 FOLDER = os.environ.get("FAKE_CLOUD", ".")
 COMMON = {"--zone", "--project", "--quiet"}
-# What the documentation of each command lists, of what is used.
+# The flags in the documentation of each command, as far as they are used.
 FLAGS = {
     ("queued-resources", "create"): COMMON | {
         "--node-id", "--accelerator-type", "--runtime-version", "--spot",
@@ -38,7 +37,7 @@ FLAGS = {
 
 
 class Fault(Exception):
-  """What gcloud says, and ends with 1."""
+  """An error message of gcloud; the exit code is 1."""
 
 
 def at(items, i):
@@ -51,7 +50,7 @@ def read(name):
 
 
 class Cloud:
-  """The scenario, and how far it has come."""
+  """The scenario, and its current state."""
 
   def __init__(self):
     self.scenario = eval(read("scenario"))
@@ -85,7 +84,7 @@ class Cloud:
       raise Fault(f"the fake cloud: {what}")
 
   def call(self, words, flags):
-    """Returns what is printed."""
+    """Returns what the command prints."""
     if words[0] == "storage":
       self.fault("ls")
       n = self.now["calls"]["ls"] - 1
@@ -151,7 +150,7 @@ class Cloud:
       self.now["installed"] = True
     elif verb == "start":
       self.need("nothing is installed", self.now["installed"])
-      self.need("a run is there already", self.now["stopped"])
+      self.need("another run is active", self.now["stopped"])
       self.now |= {"run": args[0], "started": self.now["started"] + 1,
                    "polls": 0, "stopped": False}
     elif verb == "log":
@@ -187,7 +186,8 @@ def main():
   if name == "git":
     return 0
   if read("calls").count("\n") > 200:
-    print("PERMISSION_DENIED: so it goes round in circles", file=sys.stderr)
+    print("PERMISSION_DENIED: too many calls, an endless loop?",
+          file=sys.stderr)
     return 1
   words = [a for a in sys.argv[1:] if not a.startswith("--")]
   flags = dict(a.partition("=")[::2] for a in sys.argv[1:]

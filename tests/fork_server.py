@@ -1,4 +1,4 @@
-"""Starts training runs without importing anything anew.
+"""Starts training runs without importing anything again.
 
 A program: it reads arguments of `metaformer_jax.main` as a JSON list a line,
 forks a process that runs them, with stderr in the file of the first one, and

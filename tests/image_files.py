@@ -1,4 +1,4 @@
-"""Files that a folder of images may hold: odd ones, and bad ones."""
+"""Files of a folder of images: odd but valid ones, and bad ones."""
 
 import io
 import struct
@@ -21,7 +21,7 @@ def encode(picture, form="PNG", **kw) -> bytes:
 
 
 def png(width, height, depth=8, colour=2, rows=b"", chunks=()) -> bytes:
-  """A PNG by hand: `rows` are its pixels, and a byte before each row."""
+  """A PNG written by hand; in `rows` a byte comes before each row of pixels."""
 
   def chunk(name, data):
     return (struct.pack(">I", len(data)) + name + data +
@@ -45,12 +45,12 @@ def _palette() -> Image.Image:
 
 def _rotated() -> Image.Exif:
   exif = Image.Exif()
-  exif[0x0112] = 6  # To be shown turned by a quarter.
+  exif[0x0112] = 6  # To be rotated by 90 degrees for display.
   return exif
 
 
 def _gif_of_a_large_frame() -> bytes:
-  """One pixel, whose frame says that it has 65,535 x 65,535."""
+  """A GIF of one pixel with a frame of 65,535 x 65,535."""
   return (b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + bytes(6) +
           b"!\xf9\x04" + struct.pack("<BHBB", 8, 0, 0, 0) +
           b"," + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0) +
@@ -67,7 +67,7 @@ _ALPHA = np.array([[[1, 2, 3, 0], [4, 5, 6, 128]]], np.uint8)
 _FRAMES = [Image.new("RGB", (3, 2), c) for c in ("red", "lime", "blue")]
 _RED = np.array([[[255, 0, 0]] * 3] * 2, np.uint8)
 
-# What is decoded, and its pixels.
+# Files that can be decoded, and their pixels.
 ODD = {
     "rgb png": (_PNG, NOISE),
     "palette": (encode(_palette()), _PIXELS),
@@ -103,13 +103,13 @@ ODD = {
     # Full magenta and yellow, no cyan: red.
     "cmyk jpeg": (encode(Image.new("CMYK", (3, 2), (0, 255, 255, 0)), "JPEG",
                          quality=100), _RED),
-    # Pixels as they are stored: not turned.
+    # Pixels as they are stored: not rotated.
     "exif-rotated png": (encode(NOISE, exif=_rotated()), NOISE),
     "exif-rotated jpeg": (encode(NOISE, "JPEG", exif=_rotated()),
                           np.asarray(Image.open(io.BytesIO(_JPEG)))),
 }
 
-# 400 million pixels in 50 kB; decoded, they are as many bytes.
+# 400 million pixels in 50 kB; decoded, they take 400 MB.
 BOMB = png(20_000, 20_000, 1, 0, bytes(20_000 * 2_501))
 
 _EXPANDS = zlib.compress(bytes(2**25))
@@ -119,7 +119,7 @@ def _metadata(name, data):
   return png(1, 1, rows=bytes(4), chunks=[(name, data)])
 
 
-# What is small, and asks for much memory.
+# Small files that would take much memory.
 BOMBS = {
     "png": BOMB,
     "png, header only": BOMB[:50],
@@ -130,7 +130,7 @@ BOMBS = {
     "iCCP": _metadata(b"iCCP", b"profile\0\0" + _EXPANDS),
 }
 
-# What cannot be used.
+# Files that cannot be used.
 BAD = {
     "cut jpeg": _JPEG[:_HALF],
     "cut progressive jpeg": encode(NOISE, "JPEG", progressive=True)[:-9],

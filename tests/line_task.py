@@ -1,9 +1,22 @@
-"""A task in thirty lines: fit y = 3 x. Nothing of it is an image."""
+"""A small task without images: fit y = 3 x."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+
+from metaformer_jax.config import tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Section(tasks.Task):
+  """Its section in an experiment."""
+
+  MEASURES = (tasks.Measure("score", True), tasks.Measure("error", False))
+
+  name: str = "line"
 
 
 class Line(nn.Module):
@@ -18,7 +31,7 @@ class Line(nn.Module):
 
 
 class Points:
-  """The data: x = 0, 1, ..., 9 again and again, eight at a time."""
+  """The data: x = 0, 1, ..., 9, repeated, in batches of eight."""
 
   n_examples = 10
 
@@ -37,6 +50,9 @@ class Error:
   """The evaluator: the mean absolute error, and its negative to rank by."""
 
   def __init__(self):
+    self.reset()
+
+  def reset(self):
     self._sum, self._n = 0.0, 0
 
   def statistics(self, outputs, batch):
@@ -56,12 +72,14 @@ class LineTask:
   """The task."""
 
   model = Line()
+  pretrained = None
+  rng_names = ()
 
   def init_inputs(self):
     return (jnp.zeros((4,)),)
 
-  def train_batch(self, batch_size):
-    return {"x": jax.ShapeDtypeStruct((batch_size,), jnp.float32)}
+  def train_batches(self, batch_size):
+    return [{"x": jax.ShapeDtypeStruct((batch_size,), jnp.float32)}]
 
   def loss(self, variables, batch, rngs, train):
     y, updates = self.model.apply(variables, batch["x"], train=train,

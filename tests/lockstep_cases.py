@@ -1,4 +1,4 @@
-"""Short trainings that PyTorch and this package do alike. No torch, no jax.
+"""Short trainings that PyTorch and this package repeat. No torch, no jax.
 
 `golden/make_lockstep.py` runs them in PyTorch and writes a file for each; the
 tests run them here and compare with the files. Weights and images are drawn as
@@ -23,7 +23,7 @@ class Run:
   Attributes:
     name: of the run, and the stem of its file.
     case: the model, and the layout in which its weights are compared.
-    optim: fields of `schema.Optim`; the rate is set anew each epoch.
+    optim: fields of `schema.Optim`; the rate changes every epoch.
     peak: the highest rate.
     epochs: before the cool-down.
     ema_decay: of the moving average of everything.
@@ -106,7 +106,7 @@ def movement(key: str, first: np.ndarray, last: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-  """What PyTorch gave for a run.
+  """PyTorch's result of a run.
 
   Attributes:
     meta: versions.

@@ -1,8 +1,8 @@
-"""Files made to run code, to write elsewhere or to take all memory.
+"""Files that try to run code, to write elsewhere or to use all memory.
 
-`make(folder, canary)` writes them. Each is (name of a loader of
-test_security.py, path); a payload that ran would make the canary, or write
-beside the folder.
+`make(folder, canary)` writes them. Each is (name of a loader in
+test_security.py, path); a payload that ran would create the canary, or write
+outside the folder.
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ def archives(canary: pathlib.Path) -> dict[str, bytes]:
     buffer = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(
         buffer, "w", kind) as archive:
-      warnings.simplefilter("ignore")  # Of names that come twice.
+      warnings.simplefilter("ignore")  # About duplicate names.
       for name, content in members:
         archive.writestr(name, content)
     return buffer.getvalue()
@@ -153,7 +153,7 @@ def _npy(array):
 
 
 def tensors(canary: pathlib.Path) -> dict[str, bytes]:
-  """Safetensors files whose header lies."""
+  """Safetensors files with false headers."""
 
   def made(header, data=b"\0" * 24, size=None):
     if not isinstance(header, bytes):
@@ -186,7 +186,7 @@ def tensors(canary: pathlib.Path) -> dict[str, bytes]:
 
 
 def others(canary: pathlib.Path) -> dict[str, bytes]:
-  """What is no file of weights at all."""
+  """Files that are not weights."""
   tar = io.BytesIO()
   with tarfile.open(fileobj=tar, mode="w") as archive:
     for name, kind in ((f"../../{canary.name}", tarfile.REGTYPE),
@@ -205,7 +205,7 @@ def others(canary: pathlib.Path) -> dict[str, bytes]:
 
 
 def configs(canary: pathlib.Path) -> dict[str, bytes]:
-  """Experiments as JSON that no experiment is."""
+  """JSON files that are not experiments."""
   code = f"__import__('os').system('touch {canary}')"
   texts = {
       "class": '{"__class__": {"__reduce__": ["os.system", "touch"]}}',
@@ -232,7 +232,7 @@ def configs(canary: pathlib.Path) -> dict[str, bytes]:
 
 
 def pictures(canary: pathlib.Path) -> dict[str, bytes]:
-  """Images that ask for memory, or for a program to draw them."""
+  """Images that need too much memory, or a program to render them."""
 
   def png(width, height, *chunks):
     def chunk(kind, data):
@@ -256,15 +256,16 @@ def pictures(canary: pathlib.Path) -> dict[str, bytes]:
 
 
 def steps(folder: pathlib.Path, canary: pathlib.Path) -> list[pathlib.Path]:
-  """Saved steps that reach out of their folder, or whose manifest lies."""
+  """Saved steps with paths outside their folder, or false manifests."""
 
   def made(name, **changes):
     step = folder / name
     (step / "params").mkdir(parents=True)
     (step / "params" / "data").write_bytes(VALUES.tobytes())
-    found = manifest.write(step, step=1, position=1, metrics={},
-                           totals={}, tree={})
-    facts = {**dataclasses.asdict(found), **changes, "version": 1}
+    found = manifest.write(
+        step, step=1, record={"position": 1}, metrics={}, tree={})
+    facts = {**dataclasses.asdict(found), **changes,
+             "version": manifest.VERSION}
     text = json.dumps(facts, indent=1, sort_keys=True)  # Its digest is known.
     facts["digest"] = hashlib.sha256(text.encode()).hexdigest()
     (step / manifest.NAME).write_text(

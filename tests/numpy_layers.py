@@ -8,12 +8,12 @@ import numpy as np
 
 
 def initial(model, x):
-  """Parameters at their first values."""
+  """Initial parameters."""
   return jax.jit(model.init)(jax.random.key(0), x)["params"]
 
 
 def drawn(model, x, scale=0.2):
-  """Variables with every value away from its first 0 or 1."""
+  """Variables with every value moved away from its initial 0 or 1."""
   rng = np.random.default_rng(0)
 
   def draw(path, v):
@@ -36,7 +36,7 @@ def _program(model):
 
 
 def run(model, variables, x, **kwargs):
-  """Logits and the features of a model of one stage."""
+  """Logits and features of a model with one stage."""
   return _program(model)(variables, x, kwargs)
 
 

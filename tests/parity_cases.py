@@ -1,4 +1,4 @@
-"""What is compared with PyTorch: models, weights, images. No torch, no jax.
+"""Cases to compare with PyTorch: models, weights, images. No torch, no jax.
 
 `golden/make.py` runs the cases in PyTorch and writes a file for each; the
 tests run them here and compare with the files. Both sides draw weights and
@@ -98,7 +98,7 @@ _SMALL_ROWS = (
      (*ANY_SMALL, (224, 224)), _DEPTHS),
 )
 
-# Of the rows above, those that have between them every norm of the models.
+# Rows that together use every norm of the models.
 _EPS = (
     "poolformer_s12-official", "poolformer_s12-timm",
     "metaformer_ppaa_s12_224-official", "identityformer_s12-official",
@@ -154,7 +154,7 @@ def _case(suffix, model, layout, oracle, entry, sizes, overrides=None,
 
 
 _PLAIN = tuple(_case("", *row, num_classes=10, batch=2) for row in _SMALL_ROWS)
-# Values so small that the norms' epsilons tell.
+# With values so small that the norms' epsilons matter.
 SMALL = _PLAIN + tuple(
     dataclasses.replace(case, name=f"{case.name}-eps", sizes=case.sizes[:1],
                         gain=0.01)
@@ -174,7 +174,7 @@ def _normal(std):
 
 
 def _kernel(rng, shape):
-  """Normal, of a deviation that keeps the variance: [out, in, ...]."""
+  """Normal, [out, in, ...], with a deviation that keeps the variance."""
   return _normal(math.prod(shape[1:]) ** -0.5)(rng, shape)
 
 
@@ -184,9 +184,9 @@ def _mixing(rng, shape):
   return weight / weight.sum(-1, keepdims=True)
 
 
-# The first pattern that ends a key says how its tensor is drawn, and to which
-# power it is multiplied by the gain. A weight of two axes or more is called a
-# kernel here. Every branch counts, and the values stay near 1 in deep models.
+# The first pattern that matches the end of a key gives its distribution and the
+# power of the gain. A weight with two or more axes is called a kernel
+# here. Every branch matters, and values stay near 1 in deep models.
 _DRAWS = tuple((re.compile(rf"(^|\.){pattern}$"), power, draw)
                for pattern, power, draw in (
     (r"num_batches_tracked", 0, lambda rng, shape: np.full(shape, 7, np.int64)),
@@ -196,7 +196,7 @@ _DRAWS = tuple((re.compile(rf"(^|\.){pattern}$"), power, draw)
     (r"(pos_embed\d?|cls_token|dist_token)", 1, _normal(0.2)),
     (r"(layer_scale_\d|layer_scale\d\.scale|gamma_\d|ls\d)", 1,
      _around(0.3, 0.1)),
-    # A bottleneck's last norm: nothing else bounds a ResNet's branches.
+    # A bottleneck's last norm, which alone bounds a ResNet's branches.
     (r"bn3\.weight", 0, _around(0.3, 0.1)),
     (r"(res_scale\d\.scale|act\d?\.scale|alpha|weight)", 0, _around(1, 0.2)),
     (r"(bias|beta)", 1, _normal(0.1)),
@@ -222,7 +222,7 @@ def weights(shapes: Mapping[str, tuple[int, ...]], seed: int = SEED,
     float32, but int64 for a counter of batches.
 
   Raises:
-    ValueError: a key of which no rule is known.
+    ValueError: a key matches no pattern.
   """
   out = {}
   for key, shape in shapes.items():
@@ -286,7 +286,7 @@ def sketch(key: str, gradient: np.ndarray, n_signs: int = 2) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-  """What the oracle gave for a case.
+  """The outputs of the oracle for a case.
 
   Attributes:
     meta: seed, versions, and "n_params", the number of trainable values.
@@ -308,7 +308,7 @@ class Golden:
 
   @property
   def state_shapes(self) -> dict[str, tuple[int, ...]]:
-    """What `weights` takes."""
+    """The argument of `weights`."""
     return {key: shape for key, shape, _, _ in self.state}
 
   def save(self, path) -> None:

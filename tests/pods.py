@@ -1,7 +1,7 @@
-"""Runs of several processes on one machine, as a pod has them.
+"""Runs of several processes on one machine, as on a pod.
 
-Each process has devices of its own, faked on the CPU; their collectives go
-through sockets of 127.0.0.1.
+Each process has its own fake CPU devices; their collectives use sockets of
+127.0.0.1.
 """
 
 import json
@@ -12,22 +12,23 @@ import subprocess
 import sys
 import time
 
+import small_runs
+
 from metaformer_jax.config import resolve as config
-from metaformer_jax.config import schema
-from metaformer_jax.runtime import writers
+from metaformer_jax.config import schema, tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def small(**sections) -> schema.Experiment:
-  """A run of seconds that has all that is random, averaged and saved."""
+  """A short run with everything that is random, averaged or saved."""
   return schema.Experiment(**({
-      "model": schema.Model(
-          num_classes=10, depths=(1,), dims=(16,), token_mixers=("pooling",),
-          drop_path_rate=0.5),
-      "data": schema.Data(source="digits", image_size=16),
-      "train": schema.Train(batch_size=16, steps=40, ema_decay=0.9,
-                                mixup=0.8, cutmix=1.0, erasing=0.25),
+      "model": schema.Model(depths=(1,), dims=(16,), token_mixers=("pooling",),
+                            drop_path_rate=0.5),
+      "task": tasks.Classification(num_classes=10, image_size=16, mixup=0.8,
+                                   cutmix=1.0, erasing=0.25),
+      "data": schema.Data(source="digits"),
+      "train": schema.Train(batch_size=16, steps=40, ema_decay=0.9),
       "eval": schema.Eval(every_epochs=0.2),
       "checkpoint": schema.Checkpoint(every_steps=5),
       "mesh": schema.Mesh(heartbeat_seconds=5),
@@ -38,7 +39,7 @@ def small(**sections) -> schema.Experiment:
 def start(cfg: schema.Experiment, workdir: pathlib.Path, n_processes: int,
           n_devices: int, folder: pathlib.Path, flags=(), env=None,
           ) -> list[subprocess.Popen]:
-  """Starts a run's processes, of n_devices each; stderr is in their files."""
+  """Starts the processes, each with n_devices; stderr goes to files."""
   path = folder / f"{workdir.name}.json"
   path.write_text(config.to_json(cfg))
   with socket.socket() as free:
@@ -76,23 +77,18 @@ def finish(processes, timeout: float = 240) -> list[int]:
 
 
 def wait_for_step(processes, workdir: pathlib.Path, step: int) -> None:
-  """Waits until the run has recorded a step, while it goes on."""
+  """Waits until the running processes have recorded a step."""
   end = time.monotonic() + 240
   while time.monotonic() < end and all(p.poll() is None for p in processes):
-    if any(r["step"] >= step for r in records(workdir)):
+    if any(r["step"] >= step for r in small_runs.records(workdir)):
       return
     time.sleep(0.01)
   raise AssertionError([p.poll() for p in processes])
 
 
-def records(workdir: pathlib.Path, split="train"):
-  return [r for r in writers.read(workdir / "metrics.jsonl")
-          if r["split"] == split]
-
-
 def losses(workdir: pathlib.Path) -> dict[int, float]:
-  """Step -> training loss; each step is a record."""
-  return {r["step"]: r["loss"] for r in records(workdir)}
+  """Step -> training loss, where each step is logged."""
+  return {r["step"]: r["loss"] for r in small_runs.records(workdir)}
 
 
 def summary(workdir: pathlib.Path):

@@ -1,7 +1,7 @@
 """The command line: a mistake is one line on stderr and exit code 2.
 
-All cases run in forks of one process, some again as a user runs them. `TMP` in
-a case is a folder of files that `tmp` makes.
+All cases run in forks of one process, some also as users run them. `TMP` in a
+case is the folder of the fixture `tmp`.
 """
 
 import ast
@@ -22,19 +22,23 @@ def _case(args, *says):
   return pytest.param(args, says, id=args[:70])
 
 
-# --config.KEY=VALUE for quickstart.py, and what the message must say.
+# --config.KEY=VALUE for quickstart.py, and what the message contains.
 OVERRIDES = [_case(f"{GOOD} --config.{override}", *says)
              for override, *says in [
     # No such key.
     ("optim.baselr=3", "config.optim.baselr: no such key", "optim.base_lr?"),
     ("optimizer.base_lr=3", "config.optimizer.base_lr", "optim.base_lr?"),
     ("base_lr=3", "config.base_lr: no such key", "optim.base_lr?"),
+    ("train.mixup=0.1", "config.train.mixup: no such key", "task.mixup?"),
+    ("task=classification", "config.task: is a section", "config.task.name"),
+    ("checkpoint.best_metric=topp1", "config.checkpoint.best_metric: 'topp1'",
+     "did you mean top1?"),
     ("optim.base_lr.x=3", "config.optim.base_lr.x", "optim.base_lr?"),
     ("zzz=1", "config.zzz: no such key", "valid: "),
     ("optim=3", "config.optim: is a section", "config.optim.name"),
     ("optim", "config.optim: is a section"),
     ("model.=3", "config.model."),
-    # Values that cannot be read; test_config.py has those that can.
+    # Values that cannot be parsed; the others are in test_config.py.
     ("optim.base_lr=nan", "config.optim.base_lr: nan is not a finite number"),
     ("optim.base_lr=-1", "config.optim.base_lr: -1.0 is not above 0"),
     ("optim.base_lr=fast", "config.optim.base_lr: 'fast'", "float"),
@@ -48,7 +52,7 @@ OVERRIDES = [_case(f"{GOOD} --config.{override}", *says)
     ("model.name=poolfomer_s24", "config.model.name: ", "'poolfomer_s24'",
      "did you mean poolformer_s24?"),
     ("data.source=folder", "config.data.path: None", "train/", "val/"),
-    ("model.depths=3", "config.model: depths has 1, dims has 4"),
+    ("model.depths=3", "config.model.depths: has 1 stage, dims has 4"),
     ("model.depths=(1,2,2,True)", "config.model.depths: ", "holds True"),
     ("model.depths=deep", "config.model.depths: ", "'deep'"),
     ("model.depths='(1, 2'", "config.model.depths: '(1, 2'"),
@@ -75,6 +79,8 @@ LINES = [_case(*row) for row in [
     (f"{GOOD} --workdir", "--workdir", "Missing value"),
     (f"{GOOD} --workdir=TMP/file", "--workdir: TMP/file is a file"),
     (f"{GOOD} --workdir=TMP/file/a/b", "--workdir: TMP/file is a file"),
+    *((f"{GOOD} --workdir='TMP/a{mark}b/x'", f"TMP/a{mark}b/x has {mark} in",
+       "choose a path without [ ] * ?") for mark in "[]*?"),
     (f"{GOOD} --config.data.path=TMP/dat", "config.data.path: TMP/dat",
      "did you mean data?"),
     (f"{GOOD} --config.data.path=TMP/file", "config.data.path: TMP/file is "
@@ -94,7 +100,7 @@ LINES = [_case(*row) for row in [
      "config.train.batch_size: 4096", "24 devices", "nearest: 4104"),
 ]]
 
-# A config file's text, which gets _HEAD where it is indented.
+# The text of a config file; indented text is put after _HEAD.
 _HEAD = ("from metaformer_jax import config as c\n\ndef get_config():\n"
          "  config = c.default()\n  config.data.source = 'digits'\n")
 FILES = {
@@ -147,11 +153,12 @@ HOSTILE = [_case(*row) for row in [
     (f"{GOOD} --flagfile=TMP/latin.py", "command line: ", "byte 0xff"),
     (f"{GOOD} --workdir=", "--workdir: is empty"),
     (f"{GOOD} --process_count=99999999999", "process_count: '99999999999'"),
-    (f"{GOOD} --config.init=", "config.init: '' names no file"),
-    (f"{FOLDER} --config.eval.labels=real --config.eval.real_path=~nobody/x",
-     "config.eval.real_path: '~nobody/x' is not a file"),
-    (f"{FOLDER} --config.eval.labels=real "
-     f"--config.eval.real_path={'x' * 300}", "config.eval.real_path: 'xxx"),
+    (f"{GOOD} --config.init=", "config.init: '' is not a path"),
+    (f"{FOLDER} --config.task.eval_labels=real "
+     "--config.task.real_path=~nobody/x",
+     "config.task.real_path: '~nobody/x' is not a file"),
+    (f"{FOLDER} --config.task.eval_labels=real "
+     f"--config.task.real_path={'x' * 300}", "config.task.real_path: 'xxx"),
     (f"{GOOD} --workdir=~nobody-here/x",
      "--workdir: ~nobody-here/x"),
     (f"{GOOD} --config.data.path=~nobody-here", "config.data.path: ~nobody"),
@@ -193,7 +200,7 @@ HOSTILE = [_case(*row) for row in [
      "config.train.batch_size: 9"),
 ]]
 
-# An experiment as data; test_security.py has what is no experiment.
+# An experiment as data; files that are not are in test_security.py.
 JSON = "--config_json=TMP/part.json"
 PART = ('{"data": {"source": "digits"}, "optim": {"base_lr": 1},'
         ' "model": {"depths": [1, 2, 3, 4]}, "mesh": {"rules": [["k", -1]]}}')
@@ -203,9 +210,9 @@ AS_JSON = [_case(*row) for row in [
     ("--config_json=TMP/none.json", "--config_json: TMP/none.json", "not a f"),
     ("--config_json=TMP", "--config_json: TMP: is not a file"),
     ("--config_jsn=TMP/part.json", "config_jsn", "Did you mean: config_json"),
-    (f"{JSON} {GOOD}", "--config_json: is given besides another config"),
-    (f"{GOOD} {JSON}", "--config_json: is given besides another config"),
-    (f"{JSON} {JSON}", "--config_json: is given besides another config"),
+    (f"{JSON} {GOOD}", "--config_json: cannot be combined with another config"),
+    (f"{GOOD} {JSON}", "--config_json: cannot be combined with another config"),
+    (f"{JSON} {JSON}", "--config_json: cannot be combined with another config"),
     (f"{JSON} --config.sed=1", "config.sed: no such key", "seed?"),
     (f"{JSON} --config.seed=x", "config.seed: 'x'"),
     (f"{JSON} --config.seed", "--config.seed", "Missing value"),

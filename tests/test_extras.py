@@ -1,9 +1,9 @@
-"""The extras of setup.py resolve, and what they resolve to goes together.
+"""The extras of setup.py resolve, to versions that work together.
 
-pip's resolver is run dry, on the index, for another Python. It reads markers
-for the Python that runs it: the walk below reads them anew for the other one.
-For another Python it takes wheels only: the one package that has none, and is
-pure Python, is made one of here.
+This is a dry run of pip's resolver, against the index, for another Python. pip
+evaluates markers for the Python that runs it, so `unmet` evaluates them again
+for the other one. For another Python pip accepts only wheels; the one package
+without a wheel is pure Python, and its wheel is built here.
 """
 
 import json
@@ -18,7 +18,7 @@ from packaging import markers, requirements, utils
 
 from metaformer_jax.doctor import versions
 
-SOURCE_ONLY = ["promise"]  # Of TensorFlow Datasets.
+SOURCE_ONLY = ["promise"]  # A requirement of TensorFlow Datasets.
 
 
 def pip(*args, **env):
@@ -33,7 +33,8 @@ def pip(*args, **env):
 def tools(tmp_path_factory):
   """A folder with the newest pip, and the wheels of `SOURCE_ONLY`.
 
-  pip 23.2, which Python 3.11 brings, takes what the running Python may have.
+  pip 23.2, which comes with Python 3.11, would accept packages for the running
+  Python.
   """
   folder = tmp_path_factory.mktemp("tools")
   pip("install", "--quiet", f"--target={folder}", "pip")
@@ -42,7 +43,7 @@ def tools(tmp_path_factory):
 
 
 def resolve(extra, python, tools, folder):
-  """What pip would install: {name: Package}."""
+  """The packages that pip would install: {name: Package}."""
   report = pip(
       "install", "--dry-run", "--quiet", "--ignore-installed", "--report=-",
       "--only-binary=:all:", f"--python-version={python}",
@@ -60,7 +61,7 @@ def own_requirements(extra, python):
 
 
 def applying(package, extras, python):
-  """Its requirements with these extras on that Python, without markers."""
+  """A package's requirements with extras on that Python, without markers."""
   env = markers.default_environment() | {
       "python_version": python, "python_full_version": f"{python}.0"}
   for requirement in map(requirements.Requirement, package.requires):
@@ -72,8 +73,7 @@ def applying(package, extras, python):
 
 
 def unmet(roots, found, python):
-  """Follows all requirements from the roots; what is missing or of another
-  version."""
+  """The requirements, followed from the roots, that are not met."""
   wanted, seen, bad = list(roots), set(), []
   while wanted:
     requirement = wanted.pop()
@@ -88,7 +88,7 @@ def unmet(roots, found, python):
   return bad
 
 
-def test_the_walk_reads_markers_for_the_other_python():
+def test_unmet_evaluates_markers_for_the_other_python():
   found = {
       "a": versions.Package("1.0", ('b>=2; python_version >= "3.12"',
                                     'c; extra == "more"')),
@@ -122,7 +122,7 @@ def test_extras_resolve(extra, python, tools, tmp_path):
   if extra == "tpu":
     assert backends == {"libtpu"}
   elif extra == "cuda":
-    assert len(backends) == 2  # The plugin, and what it loads.
+    assert len(backends) == 2  # The plugin, and its PJRT library.
     assert {found[name].version for name in backends} == {jax}
   else:
     assert not backends

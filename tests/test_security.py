@@ -33,11 +33,11 @@ LOADERS = {
     "step": lambda path: manifest.verify(pathlib.Path(path)),
     "picture": lambda path: images.decode(pathlib.Path(path).read_bytes()),
 }
-# Valid, though made with bad intent: a name is never a path, and of two tensors
-# of one name the last is taken.
+# Malicious but harmless: a name is never used as a path, and of two tensors
+# with one name the last one counts.
 HARMLESS = {"path", "one name"}
 
-# What no reader of data has to do (docs.python.org, audit events).
+# Audit events of docs.python.org that reading data never needs.
 FORBIDDEN = ("os.", "subprocess.", "socket.", "shutil.", "pickle.", "ctypes.",
              "exec", "compile", "import", "code.", "marshal.", "tempfile.")
 ALLOWED = ("os.listdir", "os.scandir")
@@ -139,7 +139,7 @@ def test_overrides_are_literals(canary):
 def _serve() -> None:
   """Reads each file of the list on stdin in a fork; prints what came of it."""
   results = []
-  # What the readers import at first use.
+  # Modules that the readers import on first use.
   "".encode("cp437")
   Image.init()
   for kind, path in json.load(sys.stdin):

@@ -1,7 +1,7 @@
 """Generates a tiny ImageNet in the forms that users have.
 
-Real JPEGs of random smooth colours, at ImageNet's odd sizes, named and packed
-like the official ones:
+JPEGs of random smooth colours and various sizes, with the official names and
+archives:
 
     python tests/tiny_imagenet.py folder DIR     # DIR/{train,val}/nXXXXXXXX/
     python tests/tiny_imagenet.py tars DIR       # ILSVRC2012_img_*.tar

@@ -1,4 +1,4 @@
-"""Writes what torch.save writes, without torch, and pickles of its globals."""
+"""Writes files as torch.save does, but without torch."""
 
 import dataclasses
 import io
@@ -26,7 +26,7 @@ class Global:
     self.module, self.name = module, name
 
   def __call__(self, *args):
-    """Pickle demands that what it reduces to is callable."""
+    """Only because pickle requires a callable."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,7 +43,7 @@ class Object:
 
 @dataclasses.dataclass(eq=False)
 class Storage:
-  """Values in memory; the other fields, where given, are what is claimed."""
+  """Values in memory; the other fields, if set, are written instead."""
 
   values: np.ndarray
   claimed_size: Any = None
@@ -53,7 +53,7 @@ class Storage:
 
 
 class _Pickler(pickle._Pickler):
-  """Not C's, which looks globals up while it writes."""
+  """Not the C pickler, which looks up globals while it writes."""
 
   dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012
 
@@ -112,7 +112,7 @@ def parameter(values: Any) -> Object:
 
 def zipped(obj: Any, *, protocol=2, order="little", prefix="archive",
            **changes) -> bytes:
-  """The zip format; `changes` replace entries by name, or leave them out."""
+  """The zip format; `changes` replace entries by name, or omit them."""
   buffer = io.BytesIO()
   pickler = _Pickler(buffer, protocol, legacy=False)
   if isinstance(obj, bytes):

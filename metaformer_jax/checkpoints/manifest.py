@@ -1,10 +1,10 @@
-"""What a saved step consists of, and whether all of it is still there.
+"""What a saved step consists of, and whether it is intact.
 
-A step is the folder `checkpoints/STEP`. It gets that name when everything in
-it is on the disk, last of all `manifest.json`: the size and SHA-256 of every
-other file, the shape and dtype of every array, and where the run was. What has
-no manifest was never complete. Nothing here imports jax, so that a workdir can
-be looked at without devices.
+A step is the folder `checkpoints/STEP`. It gets that name once everything in it
+is on disk, `manifest.json` last: the size and SHA-256 of every other file, the
+shape and dtype of every array, and what the run had counted. A folder without a
+manifest was never complete. Nothing here imports jax, so that a workdir can be
+inspected without devices.
 """
 
 import dataclasses
@@ -21,10 +21,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from metaformer_jax import errors
+from metaformer_jax.config.tasks import Measure
 
 NAME = "manifest.json"
-ASIDE = "damaged"  # The folder beside the steps for those that are.
-VERSION = 1
+DAMAGED = "damaged"  # The folder that damaged steps are moved to.
+VERSION = 2
 
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 _UNFINISHED = re.compile(
@@ -32,7 +33,7 @@ _UNFINISHED = re.compile(
 
 
 class DamagedError(Exception):
-  """A step is not what was saved; says which file, and what is wrong."""
+  """A step differs from what was saved; names the file and the difference."""
 
 
 class PartialError(DamagedError):
@@ -41,29 +42,27 @@ class PartialError(DamagedError):
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What is known of a complete step.
+  """The facts about a complete step.
 
   Attributes:
-    step: optimizer steps done.
-    position: training examples consumed: where the data goes on.
+    step: optimizer steps taken.
+    record: what the run had counted, the values of `accounting.Record`.
     metrics: of this state's evaluation; empty if there was none.
-    totals: what the run has counted over its restarts.
     tree: "item/name" -> "dtype[shape]" of every array.
-    time: when it was complete, ISO 8601, UTC.
+    time: when it was completed, ISO 8601, UTC.
     files: path in the folder -> [bytes, SHA-256].
   """
 
   step: int
-  position: int
+  record: dict[str, float]
   metrics: dict[str, float]
-  totals: dict[str, float]
   tree: dict[str, str]
   time: str
   files: dict[str, list]
 
   @property
   def n_bytes(self) -> int:
-    """Size of the files, in bytes."""
+    """Size of the files in bytes."""
     return sum(size for size, _ in self.files.values())
 
   @property
@@ -73,10 +72,10 @@ class Manifest:
 
 
 def write(folder: pathlib.Path, **facts: Any) -> Manifest:
-  """Measures a folder's files, puts them on the disk, then their manifest.
+  """Syncs a folder's files to disk, then writes their manifest.
 
   Args:
-    folder: to become a step.
+    folder: that becomes a step.
     **facts: the other values of a `Manifest`.
   """
   files = {}
@@ -96,7 +95,7 @@ def write(folder: pathlib.Path, **facts: Any) -> Manifest:
 
 
 def sync(folder: str | pathlib.Path) -> None:
-  """Puts on the disk which entries a folder has."""
+  """Syncs the entries of a folder to disk."""
   handle = os.open(folder, os.O_RDONLY)
   try:
     os.fsync(handle)
@@ -105,20 +104,20 @@ def sync(folder: str | pathlib.Path) -> None:
 
 
 def verify(folder: pathlib.Path, *, contents: bool = True) -> Manifest:
-  """Returns the manifest of a step, once all of the step agrees with it.
+  """Returns the manifest of a step after comparing the step with it.
 
-  Only files that the folder is found to hold are opened, and no links. More
-  files are damage as well, as Orbax might read them, but for the hidden ones
-  that systems leave.
+  Only regular files of the folder are opened, never links. Additional files
+  count as damage, as Orbax might read them; hidden files, which some systems
+  create, do not.
 
   Args:
     folder: of the step.
-    contents: compare the checksums; else names and sizes only.
+    contents: compare checksums as well as names and sizes.
 
   Raises:
     PartialError: it has no manifest.
-    DamagedError: it, or its manifest, is not as it was written.
-    ConfigError: permission is missing.
+    DamagedError: it, or its manifest, has changed.
+    ConfigError: read permission is missing.
   """
   try:
     return _verify(folder, contents)
@@ -135,13 +134,13 @@ def _verify(folder: pathlib.Path, contents: bool) -> Manifest:
   names = set(_walk(folder))
   if NAME not in names:
     raise PartialError(
-        f"has no {NAME}: it was never complete, or an earlier version saved it")
+        f"has no {NAME}: the save was never completed")
   found = read(folder)
   if _STEP.fullmatch(folder.name) and folder.name != str(found.step):
-    raise DamagedError(f"{NAME}: is that of step {found.step}")
+    raise DamagedError(f"{NAME}: belongs to step {found.step}")
   problems = [f"{name}: is missing" for name in found.files.keys() - names]
   problems += [
-      f"{name}: was not saved with it" for name in
+      f"{name}: was added later" for name in
       names - found.files.keys() - {NAME}
       if not any(part.startswith(".") for part in name.split("/"))]
   for name in found.files.keys() & names:
@@ -161,12 +160,12 @@ def _verify(folder: pathlib.Path, contents: bool) -> Manifest:
 
 
 def read(folder: pathlib.Path) -> Manifest:
-  """Returns the manifest of a step that was verified."""
+  """Returns the manifest of a step that has been verified."""
   return _decode((folder / NAME).read_bytes())
 
 
 def steps(checkpoints: pathlib.Path) -> list[int]:
-  """The steps that a folder has entries for, whole or not, ascending."""
+  """The steps with an entry in a folder, intact or not, ascending."""
   try:
     names = os.listdir(checkpoints)
   except FileNotFoundError:
@@ -179,37 +178,38 @@ def steps(checkpoints: pathlib.Path) -> list[int]:
 
 def survey(checkpoints: pathlib.Path, *, contents: bool = False,
            ) -> tuple[dict[int, Manifest], dict[int, DamagedError]]:
-  """The complete steps of a folder, and the others with what is wrong."""
+  """The complete steps of a folder, and the others with their problems."""
   good, bad = {}, {}
   for step in steps(checkpoints):
     folder = checkpoints / str(step)
     try:
       good[step] = verify(folder, contents=contents)
     except DamagedError as e:
-      if os.path.lexists(folder):  # Else it was deleted meanwhile.
+      if os.path.lexists(folder):  # Otherwise it was deleted meanwhile.
         bad[step] = e
   return good, bad
 
 
-def ranked(found: dict[int, Manifest], metric: str) -> list[int]:
-  """The steps that have a metric, the highest last; of equals the newest."""
-  scores = {step: each.metrics.get(metric, math.nan)
+def ranked(found: dict[int, Manifest], best: Measure) -> list[int]:
+  """The steps that have a measure, best last; among equals the newest."""
+  sign = 1 if best.higher_is_better else -1
+  scores = {step: sign * each.metrics.get(best.name, math.nan)
             for step, each in found.items()}
   return sorted((step for step, score in scores.items()
                  if not math.isnan(score)),
                 key=lambda step: (scores[step], step))
 
 
-def kept(found: dict[int, Manifest], last: int, best: int,
-         metric: str) -> set[int]:
-  """The steps to keep: the `last` newest, and the `best` best besides."""
-  by_score = ranked(found, metric)
-  return {*sorted(found)[-last:], *by_score[max(0, len(by_score) - best):]}
+def kept(found: dict[int, Manifest], n_last: int, n_best: int,
+         best: Measure) -> set[int]:
+  """The steps to keep: the newest and the best ones."""
+  by_score = ranked(found, best)
+  return {*sorted(found)[-n_last:], *by_score[max(0, len(by_score) - n_best):]}
 
 
 def set_aside(folder: pathlib.Path) -> pathlib.Path:
-  """Moves a step out of the way, where nothing reads it; returns where to."""
-  aside = folder.parent / ASIDE
+  """Moves a step to the folder `damaged`; returns its new path."""
+  aside = folder.parent / DAMAGED
   aside.mkdir(exist_ok=True)
   for i in itertools.count():
     target = aside / (f"{folder.name}.{i}" if i else folder.name)
@@ -221,8 +221,8 @@ def set_aside(folder: pathlib.Path) -> pathlib.Path:
 
 
 def damaged(checkpoints: pathlib.Path) -> list[pathlib.Path]:
-  """What `set_aside` moved."""
-  folder = checkpoints / ASIDE
+  """The folders that `set_aside` has moved."""
+  folder = checkpoints / DAMAGED
   if folder.is_symlink() or not folder.is_dir():
     return []
   return sorted(p for p in folder.iterdir()
@@ -230,7 +230,7 @@ def damaged(checkpoints: pathlib.Path) -> list[pathlib.Path]:
 
 
 def remove(folder: pathlib.Path) -> None:
-  """Deletes a step; cut off, what is left is no step."""
+  """Deletes a step; if interrupted, the remains do not look like one."""
   leaving = folder.with_name(f"{folder.name}.deleting")
   if os.path.lexists(leaving):
     discard(leaving)
@@ -239,7 +239,7 @@ def remove(folder: pathlib.Path) -> None:
 
 
 def discard(path: pathlib.Path) -> None:
-  """Deletes a folder, file or link; follows no link."""
+  """Deletes a folder, file or link, without following links."""
   if path.is_dir() and not path.is_symlink():
     shutil.rmtree(path)
   else:
@@ -247,7 +247,7 @@ def discard(path: pathlib.Path) -> None:
 
 
 def unfinished(checkpoints: pathlib.Path) -> list[pathlib.Path]:
-  """What is left of saves and deletions that were cut off."""
+  """The remains of interrupted saves and deletions."""
   if not checkpoints.is_dir():
     return []
   return sorted(p for p in checkpoints.iterdir()
@@ -255,7 +255,7 @@ def unfinished(checkpoints: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _walk(folder: str | pathlib.Path, prefix: str = "") -> Iterator[str]:
-  """Yields the paths in a folder of its files, which must be regular ones."""
+  """Yields the relative paths of a folder's files, all regular."""
   with os.scandir(folder) as entries:
     for entry in entries:
       name = prefix + entry.name
@@ -276,7 +276,7 @@ def _digest(file) -> str:
 
 
 def _encode(facts: dict[str, Any]) -> bytes:
-  """The file's bytes: JSON that contains the digest of its other values."""
+  """The file's bytes: JSON that includes the digest of its other values."""
   facts = {**facts, "version": VERSION}
   digest = hashlib.sha256(_json(facts)).hexdigest()
   return _json({**facts, "digest": digest}) + b"\n"
@@ -287,13 +287,13 @@ def _json(facts: dict[str, Any]) -> bytes:
 
 
 def _decode(raw: bytes) -> Manifest:
-  """The inverse of `_encode`; DamagedError where a byte is not as written."""
+  """Inverse of `_encode`; DamagedError if a byte has changed."""
   try:
     facts = json.loads(raw)
     version = facts.pop("version")
     del facts["digest"]
     if version != VERSION:
-      raise DamagedError(f"{NAME}: is of version {version}, not {VERSION}")
+      raise DamagedError(f"{NAME}: has version {version}, not {VERSION}")
     if _encode(facts) != raw:
       raise DamagedError(f"{NAME}: its checksum differs")
     found = Manifest(**facts)
@@ -301,12 +301,12 @@ def _decode(raw: bytes) -> Manifest:
     return found
   except (ValueError, KeyError, TypeError, AttributeError,
           RecursionError) as e:
-    raise DamagedError(f"{NAME}: cannot be understood") from e
+    raise DamagedError(f"{NAME}: cannot be parsed") from e
 
 
 def _check_types(found: Manifest) -> None:
-  """TypeError, ValueError or AttributeError where a value cannot be."""
-  for count in (found.step, found.position,
+  """TypeError, ValueError or AttributeError if a value has a wrong type."""
+  for count in (found.step, found.record["position"],
                 *(size for size, _ in found.files.values())):
     if type(count) is not int or count < 0:
       raise TypeError(count)
@@ -314,6 +314,6 @@ def _check_types(found: Manifest) -> None:
                *(digest for _, digest in found.files.values())):
     if not isinstance(text, str):
       raise TypeError(text)
-  for number in (*found.metrics.values(), *found.totals.values()):
+  for number in (*found.metrics.values(), *found.record.values()):
     if type(number) not in (int, float):
       raise TypeError(number)

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: files of PyTorch's world, or a run of ours."""
+"""Weights from files in PyTorch's layouts, or from a run."""
 
 import logging
 import pathlib
@@ -11,9 +11,9 @@ import numpy as np
 
 from metaformer_jax import errors
 from metaformer_jax.checkpoints import manager as checkpoints
+from metaformer_jax.config import paths
 from metaformer_jax.convert import adapt, files, layouts
 from metaformer_jax.models import registry
-from metaformer_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -28,37 +28,37 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
   Args:
     name: one of `metaformer_jax.list_models()`.
     path: a .safetensors or .pth file in the official layout, timm's or Hugging
-      Face transformers', which its names tell; a safetensors file that
-      `tools.convert` wrote with our own names; or a run's workdir, its
-      checkpoints folder or one step in it, of which the moving average is
-      taken if there is one.
-    num_classes: of the model. Where the file has another number, the last layer
-      begins anew; 0 leaves out the head, which the file need not have. By
-      default as published, and then the file must have as many.
-    in_chans: channels of the images. Others than the file's 3 sum or repeat the
-      stem's, as timm does.
+      Face transformers', recognised by its names; a safetensors file that
+      `tools.convert` wrote with the names used here; or a run's workdir, its
+      checkpoints folder or one step in it (the moving average, if there is
+      one).
+    num_classes: of the model. If the file has another number, the last layer is
+      re-initialised; 0 omits the head, which the file may omit as well. By
+      default the published number, which the file must have.
+    in_chans: channels of the images. If not 3, those of the stem are summed or
+      repeated as in timm.
     input_size: side, or height and width, of the images, by default the
       model's: position embeddings are resized to it. Models with a matrix over
-      all pixels work at the file's size only.
-    head_21k: of a head of ImageNet-21K's 21,841 classes, take those of
+      all pixels only work at the file's size.
+    head_21k: from a head of ImageNet-21K's 21,841 classes, take those of
       ImageNet-1K, as the official tool does; the model must have 1000.
-    rng: key for a last layer that begins anew.
+    rng: key for a re-initialised last layer.
     **overrides: hyper-parameters, as for `create_model`.
 
   Returns:
     {"params": ..., and, if the model has them, "batch_stats" or "frozen"}.
 
   Raises:
-    ValueError: unknown name or hyper-parameter, or a number that cannot be.
-    WeightsError: one line with everything in the file that does not fit.
+    ValueError: unknown name or hyper-parameter, or an invalid number.
+    WeightsError: one line that lists everything in the file that does not fit.
   """
   spec = registry.get_spec(name)
   size = spec.input_size if input_size is None else input_size
   height, width = (size, size) if isinstance(size, int) else size
   if min(height, width, in_chans) < 1 or (num_classes or 0) < 0:
     raise ValueError(
-        "num_classes, in_chans and input_size count what cannot be fewer than "
-        f"none, got {num_classes}, {in_chans} and {input_size}")
+        "num_classes must be at least 0, in_chans and input_size at least 1, "
+        f"got {num_classes}, {in_chans} and {input_size}")
   if head_21k and (num_classes or spec.num_classes) != 1000:
     raise ValueError("head_21k gives 1000 classes: set num_classes=1000 and a "
                      "model without _in21k in its name")
@@ -67,7 +67,7 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
   def make(n):
     return registry.create_model(name, num_classes=n, **overrides)
 
-  # Without a head, those of the file are known by a model that has one.
+  # To omit a head that the file has, its shape must be known.
   whole = make(num_classes or None)
   target = jax.eval_shape(whole.init, jax.random.key(0), image)
   kept = target if num_classes != 0 else jax.eval_shape(
@@ -77,7 +77,7 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
                    head_21k=head_21k)
   missing = layouts.flatten(kept).keys() - layouts.flatten(variables)
   if missing:
-    @jax.jit  # Of the model, only what is missing is computed.
+    @jax.jit  # Only what is missing is computed.
     def fresh(rng):
       found = layouts.flatten(whole.init(rng, image))
       return {name: found[name] for name in missing}
@@ -98,23 +98,19 @@ def read(path: str | pathlib.Path, family: str, target: Mapping[str, Any],
     target: variables of the whole model, or their shapes.
     image_size: (height, width) of the model's images.
     kept: the part of `target` to return; all by default. The rest may be
-      absent in the file.
-    new_head, head_21k: see `adapt.to_shape`. A head that is to begin anew is
-      absent.
+      absent from the file.
+    new_head, head_21k: see `adapt.to_shape`. A head to be re-initialised is
+      absent from the result.
 
   Raises:
     WeightsError: one line that begins with the path.
   """
-  try:
-    path = pathlib.Path(path).expanduser()
-    is_folder = path.is_dir()
-  except (OSError, RuntimeError) as e:  # Too long; the home of nobody.
-    raise errors.WeightsError(f"{path}: cannot be read: {e}") from e
-  if is_folder:
+  path = paths.local("", path, errors.WeightsError)
+  if path.is_dir():
     tensors = layouts.flatten(checkpoints.read_variables(path))
   else:
     tensors = files.read_tensors(path)
-  advice = {}  # In order, each once.
+  advice = {}  # An ordered set.
 
   def to_shape(name, value, shape):
     value = adapt.to_shape(name, value, shape, image_size=image_size,
@@ -133,13 +129,19 @@ def read(path: str | pathlib.Path, family: str, target: Mapping[str, Any],
         "; ".join([f"{path}: {e}", *filter(None, advice)])) from e
 
 
-def warm_start(state: TrainState, weights: Mapping[str, Any]) -> TrainState:
-  """Returns a fresh state that begins with the variables of `read`.
+def merged(variables: Mapping[str, Any], other: Mapping[str, Any],
+           ) -> dict[str, Any]:
+  """The leaves of both; those of `other` where both have one."""
+  return layouts.unflatten(layouts.flatten(variables) | layouts.flatten(other))
 
-  What they lack, a head of another number of classes, stays as it is.
+
+def warm_start(variables: Mapping[str, Any],
+               weights: Mapping[str, Any]) -> dict[str, Any]:
+  """Replaces variables by the weights of `read`, in the same placement.
+
+  What the weights do not have, as a head with another number of classes, stays.
   """
-  found = layouts.flatten(weights)
-  flat = layouts.flatten({"params": state.params, **state.model_state})
+  found, flat = layouts.flatten(weights), layouts.flatten(variables)
 
   def place(name, fresh):
     if name not in found:
@@ -148,8 +150,8 @@ def warm_start(state: TrainState, weights: Mapping[str, Any]) -> TrainState:
     return jax.make_array_from_callback(
         fresh.shape, fresh.sharding, lambda index: value[index])
 
-  started = layouts.unflatten({k: place(k, v) for k, v in flat.items()})
-  if flat.keys() - found:
-    log.info("begins anew: %s", ", ".join(sorted(flat.keys() - found)))
-  params = started.pop("params")
-  return state.replace(params=params, model_state=started).start_average()
+  kept = sorted(flat.keys() - found)
+  if kept:
+    log.info("not in the weights, keeps its initial values: %s",
+             ", ".join(kept))
+  return layouts.unflatten({k: place(k, v) for k, v in flat.items()})

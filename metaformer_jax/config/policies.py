@@ -1,4 +1,4 @@
-"""What `data.auto_augment` can say, as timm's strings; needs no pixels."""
+"""Parses `config.task.auto_augment`, which has timm's notation."""
 
 import dataclasses
 import functools
@@ -18,8 +18,9 @@ class RandAugment:
   """n_ops operations, drawn with replacement, each applied with `prob`.
 
   Attributes:
-    magnitude: how strong, usually in [0, 10].
-    std: of the normal noise on it; infinite: uniform in [0, magnitude].
+    magnitude: strength of the operations, usually in [0, 10].
+    std: of the normal noise added to the magnitude; infinite: the magnitude is
+      uniform in [0, magnitude].
     limit: the noisy magnitude is clipped to [0, limit].
   """
 
@@ -41,7 +42,11 @@ _KEYS = {"m": "magnitude", "n": "n_ops", "p": "prob", "mstd": "std",
 
 @functools.cache
 def parse(text: str) -> RandAugment | ThreeAugment | None:
-  """"rand-m9-mstd0.5-inc1", "3a", or "" for None; ValueError says what not."""
+  """Returns the policy of "rand-m9-mstd0.5-inc1", "3a", or "" for none.
+
+  Raises:
+    ValueError: the text is not a policy; the message continues "the text ...".
+  """
   if not text:
     return None
   if text == "3a":
@@ -57,12 +62,12 @@ def parse(text: str) -> RandAugment | ThreeAugment | None:
                        "p0.5 mstd0.5 mmax10 inc1")
     values[match[1]] = float(match[2])
   if values.pop("inc", 0) != 1:
-    raise ValueError("lacks inc1; only the increasing set is implemented")
+    raise ValueError("has no inc1; only the increasing set is implemented")
   if not 0 <= values.get("p", 0.5) <= 1:
     raise ValueError("has a probability p above 1")
-  for key in ("m", "n", "mmax"):  # Whole in timm too.
+  for key in ("m", "n", "mmax"):  # Integers in timm, too.
     if values.get(key, 1) % 1 or values.get(key) == math.inf:
-      raise ValueError(f"has a {key} that is not whole")
+      raise ValueError(f"has a {key} that is not an integer")
   if values.get("mstd", 0) > 100:
     values["mstd"] = math.inf
   values = {_KEYS[key]: value for key, value in values.items()}

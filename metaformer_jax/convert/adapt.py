@@ -1,7 +1,7 @@
-"""What may differ between a file and the model that it is loaded into.
+"""Adapts weights to a model that differs from the file's.
 
-The classifier's classes, the images' channels and their size; whatever is
-adapted is told in the log.
+The number of classes, the image channels and the image size may differ. Each
+adaptation is logged.
 """
 
 import logging
@@ -26,14 +26,14 @@ _TIED = re.compile(  # Over all pixels or patches.
 
 
 def is_head(name: str) -> bool:
-  """Whether a flat name is of the layer that puts out the classes."""
+  """Whether a flat name belongs to the layer that outputs the classes."""
   return _HEAD.fullmatch(name) is not None
 
 
 def head_from_21k(value: np.ndarray) -> np.ndarray:
-  """[..., 21841] -> [..., 1000]: the classes of ImageNet-1K that 21k has.
+  """[..., 21841] -> [..., 1000]: the classes of ImageNet-1K that are in 21K.
 
-  The one that it has not begins as the mean of all (official
+  The one that is not is initialised to the mean over all classes (official
   misc/process_21k_ckpt_before_1k_finetuning.py).
   """
   made = value[..., np.maximum(imagenet_21k.TO_1K, 0)]
@@ -45,8 +45,8 @@ def head_from_21k(value: np.ndarray) -> np.ndarray:
 def channels(kernel: np.ndarray, n: int) -> np.ndarray:
   """The stem's kernel [H, W, 3, C] for images of n channels, as in timm.
 
-  One channel takes the sum of the three; others repeat them, scaled by 3 / n
-  so that the sum over the channels is as before.
+  One channel gets the sum of the three; more channels repeat the three, scaled
+  by 3 / n to keep the sum over the channels.
   """
   if n == 1:
     return kernel.sum(2, keepdims=True)
@@ -59,14 +59,14 @@ def sequence(value: np.ndarray, n: int, image_size: tuple[int, int],
   """Resizes the position embedding of a sequence for images of another size.
 
   Args:
-    value: [1, P + N, C]: those of P class tokens, at most 2, then those of the
-      N patches of a square image.
-    n: P + N of the new one.
-    image_size: (height, width) that it is for.
+    value: [1, P + N, C]: P <= 2 class tokens, then the N patches of a square
+      image.
+    n: P + N of the result.
+    image_size: (height, width) of the model's images.
     **how: as for `positions.resize`.
 
   Raises:
-    ValueError: N is no square, or the image has no n patches.
+    ValueError: N is not a square number, or no patch size gives n patches.
   """
   for n_tokens in range(3):
     side = math.isqrt(value.shape[1] - n_tokens)
@@ -77,12 +77,15 @@ def sequence(value: np.ndarray, n: int, image_size: tuple[int, int],
                                  width, **how)
       return np.concatenate(
           [tokens, np.asarray(resized).reshape(1, -1, value.shape[2])], 1)
-  raise ValueError("the patches are of no square")
+  raise ValueError("the number of patches is not a square number")
 
 
 def _grid(n: int, image_size: tuple[int, int]) -> tuple[int, int]:
-  """Rows and columns of n patches: a square's, as the models take it, or the
-  image's by whatever size of patches gives n."""
+  """Rows and columns of n patches.
+
+  Those of a square, as the models assume; if n is not a square number, those of
+  the image with the patch size that gives n.
+  """
   side = math.isqrt(n)
   if side**2 == n:
     return side, side
@@ -99,15 +102,15 @@ def to_shape(name: str, value: np.ndarray, shape: tuple[int, ...], *,
   """Adapts one converted array to the shape that the model has.
 
   Args:
-    name: its flat name.
-    value: as in the file.
-    shape: the model's.
+    name: the flat name.
+    value: the array of the file.
+    shape: the shape in the model.
     image_size: (height, width) of the model's images.
-    new_head: leave out a head of another number of classes.
-    head_21k: of a head of 21,841 classes, keep those of ImageNet-1K.
+    new_head: omit a head with another number of classes.
+    head_21k: from a head with 21,841 classes, take those of ImageNet-1K.
 
   Returns:
-    The array; as it was, where nothing applies; None to leave it out.
+    The adapted array, the same array if nothing applies, or None to omit it.
   """
   if value.shape == shape or value.ndim != len(shape):
     return value
@@ -116,12 +119,12 @@ def to_shape(name: str, value: np.ndarray, shape: tuple[int, ...], *,
       log.info("%s: 1000 of 21841 classes", name)
       return head_from_21k(value)
     if new_head:
-      log.info("%s: %d classes, begins anew with %d", name, value.shape[-1],
-               shape[-1])
+      log.info("%s: %d classes, re-initialised with %d", name,
+               value.shape[-1], shape[-1])
       return None
   if _STEM.fullmatch(name) and value.shape[2] == 3 and (
       value.shape[:2] + value.shape[3:] == shape[:2] + shape[3:]):
-    log.info("%s: of 3 channels, made for %d", name, shape[2])
+    log.info("%s: adapted from 3 channels to %d", name, shape[2])
     return channels(value, shape[2])
   found = _POSITIONS.fullmatch(name)
   if found and value.shape[-1] == shape[-1]:
@@ -129,7 +132,7 @@ def to_shape(name: str, value: np.ndarray, shape: tuple[int, ...], *,
     stage, on_grid = found.groups()
     if on_grid:
       return np.asarray(positions.resize(value, *shape[:2]))
-    # PVT's as in its code; else as timm's vision transformers.
+    # PVT like its own code, other models like timm's vision transformers.
     how = {"method": "linear", "antialias": False} if stage else {}
     try:
       return sequence(value, shape[1], image_size, **how)
@@ -139,12 +142,12 @@ def to_shape(name: str, value: np.ndarray, shape: tuple[int, ...], *,
 
 
 def advice(name: str, value: np.ndarray, shape: tuple[int, ...]) -> str:
-  """What to do about an array that is of another shape; may be empty."""
+  """What to do about an array with the wrong shape; may be empty."""
   if is_head(name) and value.shape[:-1] == shape[:-1]:
-    return "num_classes sets the classes of the model's head"
+    return "num_classes sets the number of classes of the model's head"
   if _TIED.fullmatch(name):
-    return ("a matrix over all pixels ties a model to its image size: give the "
-            "file's as input_size (config.data.image_size in a run)")
+    return ("a matrix over all pixels only works at its image size: set "
+            "input_size (config.task.image_size in a run) to the file's")
   if _POSITIONS.fullmatch(name):
-    return "positions are resized from those of square images only"
+    return "position embeddings can only be resized from square images"
   return ""

@@ -1,4 +1,4 @@
-"""Files of weights: read whatever they are, write safetensors."""
+"""Reads files of weights in any format, and writes safetensors."""
 
 import json
 import logging
@@ -16,13 +16,13 @@ from metaformer_jax.convert.pickles import one_line
 
 _LOG = logging.getLogger(__name__)
 
-# Where training scripts keep the weights; the first that holds tensors is
-# read, so the moving average before the last step's (as in timm).
+# Keys under which training scripts save the weights. The first that has tensors
+# is read: the moving average comes before the last step's weights, as in timm.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-# What DistributedDataParallel and torch.compile put before every name.
+# Prefixes that DistributedDataParallel and torch.compile add to every name.
 _PREFIXES = ("module.", "_orig_mod.")
 
-# What people have in place of weights, by the first bytes.
+# Files that are mistaken for weights, by their first bytes.
 _MISTAKEN = {
     b"<": "is a web page, not weights: the download failed; open the address "
           "in a browser",
@@ -39,14 +39,14 @@ _MISTAKEN = {
 def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   """Returns the named tensors of a safetensors file or PyTorch checkpoint.
 
-  The content tells the kind, not the suffix. Of a checkpoint that holds more
-  than weights, the weights are taken, the moving average first; a prefix that
-  wrappers of modules put before all names is left out. All floating values
-  become float32; the others keep their dtype.
+  The content decides the format, not the suffix. From a checkpoint that holds
+  more than weights, the weights are taken, preferably the moving average.
+  Prefixes that module wrappers add to all names are removed. Floating-point
+  values become float32; others keep their dtype.
 
   Raises:
-    WeightsError: one line that says what to do, or all that is wrong with the
-      tensors: of a type that is not read, NaN or infinite, beyond float32.
+    WeightsError: one line that says what to do, or lists what is wrong with the
+      tensors: unsupported dtypes, NaN or infinite values, overflow of float32.
   """
   path = pathlib.Path(path)
   tensors = _strip(_unwrap(path, _read(path)))
@@ -65,18 +65,18 @@ def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 def write_safetensors(path: str | pathlib.Path,
                       tensors: Mapping[str, np.ndarray],
                       metadata: Mapping[str, str]) -> None:
-  """Writes a file that is either complete or not there.
+  """Writes a file atomically: it is complete or absent.
 
   The same tensors and metadata, in any order, give the same bytes.
 
   Raises:
-    WeightsError: the file cannot be written; one that was there is as before.
+    WeightsError: the file cannot be written; an existing one is unchanged.
   """
   path = pathlib.Path(path)
   encoded = memoryview(safetensors.numpy.save(
       {name: np.array(value, order="C") for name, value in tensors.items()},
       dict(metadata)))
-  # The library writes metadata in an order that differs from run to run.
+  # The library writes metadata in an order that varies between runs.
   size = int.from_bytes(encoded[:8], "little")
   fields = json.loads(bytes(encoded[8:8 + size]))
   fields["__metadata__"] = dict(sorted(metadata.items()))
@@ -100,13 +100,13 @@ def write_safetensors(path: str | pathlib.Path,
 
 
 def _read(path: pathlib.Path) -> Any:
-  """Returns what the file holds, after a look at what it is."""
+  """Returns the file's content, by the format of its first bytes."""
   try:
     if path.is_dir():
       raise errors.WeightsError(one_line(
           path, "is a folder; name a file of weights"
           + errors.did_you_mean(path.name, _names(path))))
-    if path.exists() and not path.is_file():  # A pipe would be waited for.
+    if path.exists() and not path.is_file():  # Reading a pipe would block.
       raise errors.WeightsError(one_line(path, "is a pipe or a device"))
     with open(path, "rb") as file:
       head = file.read(512)
@@ -121,7 +121,8 @@ def _read(path: pathlib.Path) -> Any:
   if not head:
     raise errors.WeightsError(one_line(
         path, "is empty; download or save it again"))
-  # First, as it may begin with any byte: the header's length, at most 100 MB.
+  # Checked first, as the first bytes are the header's length: any value up to
+  # 100 MB.
   if head[4:9] == b"\0\0\0\0{":
     return _read_safetensors(path)
   for start, message in _MISTAKEN.items():
@@ -147,14 +148,14 @@ def _names(folder: pathlib.Path) -> list[str]:
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     return safetensors.numpy.load_file(path)
-  except Exception as error:  # The library's errors have no common class.
+  except Exception as error:  # The library's errors have no common base.
     raise errors.WeightsError(one_line(
         path, "is a damaged safetensors file: download or save it again "
         f"({type(error).__name__}: {error})")) from error
 
 
 def _unwrap(path: pathlib.Path, content: Any) -> dict[Any, Any]:
-  """Returns the state dict, be it the content itself or an item of it."""
+  """Returns the state dict: the content itself or one of its items."""
   if not isinstance(content, dict):
     raise errors.WeightsError(one_line(
         path, f"holds a {_type(content)}, not a state dict; save its "
@@ -166,7 +167,7 @@ def _unwrap(path: pathlib.Path, content: Any) -> dict[Any, Any]:
   if _is_state_dict(content):
     return content
   raise errors.WeightsError(one_line(
-      path, "holds no state dict at the top, nor as one of "
+      path, "has no state dict at the top level or under the keys "
       f"{', '.join(_WRAPPERS)}; its keys: "
       f"{', '.join(map(_shown, content)) or 'none'}"))
 
@@ -177,7 +178,7 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _strip(tensors: dict[Any, Any]) -> dict[Any, Any]:
-  """Returns the tensors without a prefix that all of their names have."""
+  """Removes prefixes that all names have."""
   tensors = {k: v for k, v in tensors.items() if k != "_metadata"}
   while tensors and (prefix := next((p for p in _PREFIXES if all(
       isinstance(k, str) and k.startswith(p) for k in tensors)), None)):
@@ -186,7 +187,7 @@ def _strip(tensors: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _checked(name: Any, value: Any) -> np.ndarray:
-  """Returns a tensor as the conversion takes it; ValueError: why it cannot."""
+  """Returns a tensor for the conversion; ValueError says why it is unusable."""
   if not isinstance(name, str):
     raise ValueError("(names must be strings)")
   if type(value) is int and name.endswith("num_batches_tracked"):
@@ -196,7 +197,7 @@ def _checked(name: Any, value: Any) -> np.ndarray:
   if value.dtype.kind in "biu":
     return value
   if value.dtype.name not in ("float32", "float64", "float16", "bfloat16"):
-    raise ValueError(f"(of dtype {value.dtype}, which is not read)")
+    raise ValueError(f"(dtype {value.dtype} is not supported)")
   bad = np.count_nonzero(~np.isfinite(value))
   if bad:
     raise ValueError(f"({bad} of {value.size} values NaN or infinite)")
@@ -209,7 +210,7 @@ def _checked(name: Any, value: Any) -> np.ndarray:
 
 
 def _type(value: Any) -> str:
-  """What a value is, for the user: Inert objects by their own name."""
+  """The type of a value, for messages; `Inert` objects by their own name."""
   is_inert = isinstance(value, pickles.Inert)
   return value.name if is_inert else type(value).__name__
 

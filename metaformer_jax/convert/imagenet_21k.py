@@ -1,11 +1,11 @@
-"""Which of ImageNet-21K's 21,841 classes are those of ImageNet-1K: a table.
+"""A table of the ImageNet-1K classes among ImageNet-21K's 21,841.
 
-Both count the classes by ascending WordNet id, so the numbers ascend too.
+Both number the classes by ascending WordNet id, so the table ascends too.
 Source: github.com/sail-sg/metaformer, misc/in21k_to_1k_class_map.json.
 """
 
-# For each class of ImageNet-1K its number in 21K; -1 for the one, 850, that is
-# not in it.
+# For each class of ImageNet-1K its number in 21K; -1 for class 850, which 21K
+# does not have.
 TO_1K = (
     359, 368, 460, 475, 486, 492, 496, 514, 516, 525, 547, 548, 556, 563, 575,
     641, 648, 723, 733, 765, 801, 826, 852, 858, 878, 896, 900, 905, 908, 910,

@@ -1,7 +1,7 @@
-"""PyTorch tensors <-> Flax variables, by the rules of `rules`.
+"""Converts PyTorch tensors to Flax variables and back, by `rules`.
 
-Flat names on our side are "params/stage1/block1/norm1/scale": the collection,
-then the module's path.
+Our flat names are like "params/stage1/block1/norm1/scale": the collection, then
+the path of the module and its leaf.
 """
 
 import re
@@ -15,19 +15,19 @@ from metaformer_jax import errors
 from metaformer_jax.convert import rules
 
 Tensors = Mapping[str, np.ndarray]
-# Of an array of the flat name, another that fits the shape; None leaves it out.
+# (flat name, array, shape of the target) -> adapted array, or None to omit it.
 Adapt = Callable[[str, np.ndarray, tuple[int, ...]], np.ndarray | None]
 
 
 class Laying(NamedTuple):
-  """How a leaf lies in PyTorch; both directions are inverse to each other."""
+  """How the axes of a leaf differ in PyTorch; the functions are inverses."""
 
   to_flax: Callable[[np.ndarray], np.ndarray]
   to_torch: Callable[[np.ndarray], np.ndarray]
 
 
 def _matrix(x: np.ndarray) -> np.ndarray:
-  """[out, in], also where it is a 1 x 1 convolution, -> [in, out]."""
+  """[out, in], or [out, in, 1, 1] of a convolution, -> [in, out]."""
   return x.reshape(x.shape[:2]).T if x.shape[2:] == (1, 1) else x.T
 
 
@@ -45,7 +45,7 @@ LAYINGS: dict[str, Laying] = {
 
 
 class Entry(NamedTuple):
-  """Where one of our leaves is in a layout."""
+  """Name and axes of one of our leaves in a layout."""
 
   key: str
   laying: str
@@ -62,7 +62,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def entries(family: str, layout: str, names: Iterable[str]) -> dict[str, Entry]:
-  """Where the layout has each of our flat names; without those it has not."""
+  """The layout's entry for each of our flat names that it has."""
   paths = {name: name.partition("/")[2] for name in names}
   embedded = _stages_with("pos_embed", paths.values())
   attention = _stages_with(r"block1/token_mixer/qkv", paths.values())
@@ -92,11 +92,11 @@ def _stages_with(what: str, paths: Iterable[str]) -> set[int]:
 
 
 def _derived(numbers: dict[str, int], embedded: set[int]) -> dict[str, int]:
-  """What a key may use: s, b, i as they are, and from 0 as s0 and b0.
+  """The numbers that a key may use: s, b, i, and s0, b0 counted from 0.
 
-  In the official PoolFormer's list `network` stage s has its position
-  embedding at `embed`, if it has one, its blocks at `blocks`, and the
-  downsampling before it at `down`.
+  In the official PoolFormer's list `network`, `embed` is the index of stage s's
+  position embedding, if it has one, `blocks` that of its blocks, and `down`
+  that of the downsampling before it.
   """
   derived = dict(numbers)
   if "b" in numbers:
@@ -114,7 +114,7 @@ def recognize(family: str, keys: Iterable[str], names: Iterable[str]) -> str:
   """The layout that has most of the keys; "flax" for our own flat names.
 
   Raises:
-    WeightsError: none has any.
+    WeightsError: no layout has any of the keys.
   """
   keys, names = set(keys), list(names)
   shared = {"flax": len(keys.intersection(names))}
@@ -125,7 +125,7 @@ def recognize(family: str, keys: Iterable[str], names: Iterable[str]) -> str:
   if not shared[best]:
     shown = ", ".join(sorted(keys)[:3])
     raise errors.WeightsError(
-        f"no tensor has a name of this model's; the layouts known for it are "
+        f"no tensor has a name that this model uses; its layouts are "
         f"{', '.join(sorted(shared))}, the file has {shown}, ...")
   return best
 
@@ -137,19 +137,19 @@ def to_flax(family: str, tensors: Tensors, target: Mapping[str, Any],
 
   Args:
     family: `ModelSpec.family`.
-    tensors: by the names of any layout of the family.
+    tensors: named as in any layout of the family.
     target: variables of the model, or their shapes and dtypes.
-    adapt: called with every flat name, converted array and the shape that the
-      target has. What it leaves out is absent in the result.
-    unwanted: flat names of the target that the tensors may have, but the result
-      has not.
+    adapt: called with each flat name, converted array and shape in the target.
+      If it returns None, the result omits the array.
+    unwanted: flat names of the target that the result omits; the tensors may
+      have them.
 
   Returns:
     Variables of numpy arrays.
 
   Raises:
-    WeightsError: one line that lists every tensor that is missing, has no
-      place or is of another shape or type.
+    WeightsError: one line that lists every tensor that is missing, unknown, or
+      of another shape or type.
   """
   target = flatten(target)
   layout = recognize(family, tensors, target)
@@ -157,10 +157,10 @@ def to_flax(family: str, tensors: Tensors, target: Mapping[str, Any],
     where = {name: Entry(name, "same") for name in target}
   else:
     where = entries(family, layout, target)
-  lacking = target.keys() - where
-  if lacking:
+  unnamed = target.keys() - where
+  if unnamed:
     raise errors.WeightsError(
-        f"the {layout} layout has no place for {', '.join(sorted(lacking))}")
+        f"the {layout} layout has no name for {', '.join(sorted(unnamed))}")
   used = {entry.key for entry in where.values()}
   unused = [f"{key} has no place" for key in sorted(tensors.keys() - used)]
   problems, made = [], {}
@@ -169,7 +169,7 @@ def to_flax(family: str, tensors: Tensors, target: Mapping[str, Any],
     if name in unwanted:
       continue
     if key not in tensors:
-      if laying == "count":  # Files of before PyTorch 0.4.1.
+      if laying == "count":  # PyTorch before 0.4.1 did not save it.
         made[name] = np.zeros(want.shape, want.dtype)
       else:
         problems.append(f"{key} is missing")
@@ -181,7 +181,7 @@ def to_flax(family: str, tensors: Tensors, target: Mapping[str, Any],
     try:
       value = adapt(name, laying.to_flax(tensor), want.shape)
       fits = value is None or value.shape == want.shape
-    except ValueError:  # Of another rank than the laying is for.
+    except ValueError:  # The tensor has another rank.
       fits = False
     if not fits:
       need = laying.to_torch(_placeholder(want)).shape
@@ -209,7 +209,7 @@ def to_torch(family: str, variables: Mapping[str, Any], layout: str,
   """Inverse of `to_flax`: tensors by the names of a layout.
 
   Raises:
-    WeightsError: the family has no such layout, or the layout no place for
+    WeightsError: the family has no such layout, or the layout has no name for
       some of the variables.
   """
   flat = flatten(variables)
@@ -217,10 +217,10 @@ def to_torch(family: str, variables: Mapping[str, Any], layout: str,
     return {name: np.asarray(value) for name, value in flat.items()}
   check_layout(family, layout)
   where = entries(family, layout, flat)
-  lacking = flat.keys() - where
-  if lacking:
+  unnamed = flat.keys() - where
+  if unnamed:
     raise errors.WeightsError(
-        f"the {layout} layout has no place for {', '.join(sorted(lacking))}")
+        f"the {layout} layout has no name for {', '.join(sorted(unnamed))}")
   return {
       where[name].key: np.asarray(
           LAYINGS[where[name].laying].to_torch(np.asarray(value)), order="C")
@@ -228,5 +228,5 @@ def to_torch(family: str, variables: Mapping[str, Any], layout: str,
 
 
 def _placeholder(like) -> np.ndarray:
-  """An array of the shape that takes no memory."""
+  """An array with this shape that needs no memory."""
   return np.broadcast_to(np.zeros((), like.dtype), like.shape)

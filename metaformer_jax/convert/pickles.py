@@ -1,10 +1,10 @@
-"""A reader of PyTorch checkpoints that needs no PyTorch and runs nothing.
+"""Reads PyTorch checkpoints without PyTorch and without running their code.
 
-A pickle is a program. `pickle.Unpickler` can be told which globals it may look
-up, but it still calls them with whatever arguments the file has, sets their
-attributes, and reads copyreg's registry. So this is an interpreter of its own:
-the opcodes that build plain data, and a global is a name that is looked up in
-a table, never imported. What a file can do is what `_Machine` does.
+A pickle is a program. `pickle.Unpickler` can restrict the globals that it looks
+up, but still calls them with any arguments that the file has, sets their
+attributes, and reads copyreg's registry. So this module interprets only the
+opcodes that build plain data; globals are names in a table and are never
+imported. A file can do no more than `_Machine` does.
 """
 
 import dataclasses
@@ -40,14 +40,14 @@ _DTYPES = {
 }
 _TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
 _PARAMETER = "torch._utils._rebuild_parameter"
-# Kept beside the weights; they are read as `Inert`, whatever their arguments.
+# Saved besides the weights; read as `Inert` and their arguments ignored.
 _INERT = ("argparse.Namespace", "torch.device", "numpy.dtype",
           "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-          "_codecs.encode")  # How protocol 2 writes the bytes of a scalar.
+          "_codecs.encode")  # In protocol 2, for the bytes of a scalar.
 _ALLOWED = {*_DTYPES, *_TENSORS, *_INERT, _PARAMETER, "torch.Size",
             "collections.OrderedDict"}
 
-# The opcodes whose argument is the value.
+# Opcodes whose argument is the value.
 _PLAIN = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4",
           "FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE",
           "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES",
@@ -55,15 +55,15 @@ _PLAIN = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4",
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
-# Tensors may share a storage, so a small file could ask for any amount of
-# memory; this many times its size is more than tied weights and copies need.
+# Limit of memory over the file's size. Tensors may share a storage, so a small
+# file could need any amount of memory; tied weights and copies need less.
 _MAX_EXPANSION = 16
 _MAX_NDIM = 64  # NumPy's.
 
 
 @dataclasses.dataclass(frozen=True)
 class Inert:
-  """Stands for a Python object that was not made."""
+  """A placeholder for a Python object that was not created."""
 
   name: str
 
@@ -71,9 +71,9 @@ class Inert:
 def read(path: str | pathlib.Path) -> Any:
   """Returns what `torch.save` was given, in its zip or its legacy format.
 
-  Containers are dicts, lists and tuples; tensors and parameters are C-ordered
-  arrays that own their memory, of the dtype they were saved in; the few other
-  objects that checkpoints hold are `Inert`.
+  Containers are dicts, lists and tuples. Tensors and parameters are C-ordered
+  arrays that own their memory, in the saved dtype. The few other objects that
+  checkpoints may have are `Inert`.
 
   Raises:
     WeightsError: the file is damaged, of another kind, or holds anything else.
@@ -88,16 +88,16 @@ def read(path: str | pathlib.Path) -> Any:
     raise errors.WeightsError(one_line(
         path, f"cannot be read: {error.strerror or error}")) from error
   except Exception as error:
-    # What zipfile, pickletools and NumPy raise for damaged bytes, MemoryError
-    # and RecursionError among it, is no closed set.
+    # For damaged bytes, zipfile, pickletools and NumPy raise exceptions of many
+    # types, MemoryError and RecursionError among them.
     raise errors.WeightsError(one_line(
-        path, "is damaged, or no PyTorch checkpoint: download or save it again "
-        f"({type(error).__name__}: {error})")) from error
+        path, "is damaged or not a PyTorch checkpoint: download or save it "
+        f"again ({type(error).__name__}: {error})")) from error
 
 
 def one_line(path: str | pathlib.Path, message: Any) -> str:
-  """Returns 'path: message' as one printable line, whatever a file's names."""
-  return "".join(c if c.isprintable() else "?" for c in f"{path}: {message}")
+  """Returns 'path: message' on one line."""
+  return errors.one_line(f"{path}: {message}")
 
 
 def _read_zip(file: BinaryIO) -> Any:
@@ -132,10 +132,10 @@ def _read_zip(file: BinaryIO) -> Any:
 
 
 def _read_legacy(file: BinaryIO) -> Any:
-  # Mapped, as a read of more bytes than there are then allocates nothing.
+  # Mapped, so that reading more bytes than the file has allocates nothing.
   with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
-    # Little-endian whatever the third pickle, `sys_info`, says of the machine:
-    # torch.load does not look at it either.
+    # Little-endian whatever the third pickle, `sys_info`, says: torch.load
+    # ignores it, too.
     machine = _Machine(len(stream), "little")
     if machine.run(stream) != _MAGIC:
       raise errors.WeightsError(
@@ -146,21 +146,21 @@ def _read_legacy(file: BinaryIO) -> Any:
     machine.run(stream)
     result = machine.run(stream)
     keys = machine.run(stream)
-    # Strings first: to compare what else a pickle builds may never end.
+    # Strings only: comparing other objects of a pickle may never end.
     if (not all(isinstance(key, str) for key in keys)
         or sorted(keys) != sorted(machine.storages)):
-      raise ValueError("the storages are not those that the tensors name")
+      raise ValueError("the storages are not those that the tensors use")
     for key in keys:
       dtype, size = machine.storages[key]
       if int.from_bytes(stream.read(8), "little", signed=True) != size:
-        raise ValueError(f"storage {key} is not of the size that is declared")
+        raise ValueError(f"storage {key} does not have the declared size")
       machine.fill(key, stream.read(size * dtype.itemsize))
   return result
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-  """`size` values from `start` on of the storage saved under `key`."""
+  """`size` values, from `start`, of the storage saved under `key`."""
 
   key: str
   start: int
@@ -168,7 +168,7 @@ class _Storage:
 
 
 class _Machine:
-  """Runs pickles: makes their containers, and arrays that `fill` then fills."""
+  """Runs pickles: creates their containers, and arrays that `fill` fills."""
 
   def __init__(self, file_size: int, byte_order: str):
     self._file_size = file_size
@@ -178,7 +178,7 @@ class _Machine:
     self.storages: dict[str, tuple[np.dtype, int]] = {}  # Key -> dtype, size.
 
   def run(self, stream: Any) -> Any:
-    """Returns the object of the one pickle that the stream is at."""
+    """Returns the object of the pickle at the stream's position."""
     stack: list = []
     marked: list[list] = []  # The stacks below each mark.
     memo: dict[int, Any] = {}
@@ -310,8 +310,8 @@ class _Machine:
     """Copies a storage's values to the arrays that view it."""
     dtype, size = self.storages[key]
     if len(data) != size * dtype.itemsize:
-      raise ValueError(f"storage {key} is not of the size that is declared")
-    # Through integers, as bfloat16 knows no byte order.
+      raise ValueError(f"storage {key} does not have the declared size")
+    # Through integers, as bfloat16 has no byte order.
     values = np.frombuffer(data, f"u{dtype.itemsize}")
     values = (values.byteswap() if self._swap else values).view(dtype)
     for array, start, strides in self._views.get(key, ()):
@@ -334,15 +334,15 @@ def _refusal(what: str) -> str:
 
 def _extend(target: Any, items: list) -> None:
   if type(target) is not list:
-    raise ValueError("items of something that is no list")
+    raise ValueError("items of something that is not a list")
   target.extend(items)
 
 
 def _set_items(target: Any, items: list) -> None:
   if type(target) is not dict or len(items) % 2:
-    raise ValueError("items of something that is no dictionary")
+    raise ValueError("items of something that is not a dictionary")
   for key in items[::2]:
-    # A hash is computed by recursion in C: deep tuples end the process.
+    # Hashing recurses in C: deeply nested tuples would crash the process.
     if not isinstance(key, (str, bytes, int, float, type(None))):
       raise errors.WeightsError(
           f"holds a dictionary with a {type(key).__name__} as a key, which "

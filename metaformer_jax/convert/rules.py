@@ -1,9 +1,9 @@
-"""What each weight is called in PyTorch, for every family and layout: data.
+"""The name of each weight in PyTorch, for every family and layout, as data.
 
-A rule is (our path, their key, kind). Paths have the form of
-"stage{s}/block{b}/norm1"; what stands in braces is a number, and their key may
-use the numbers that `layouts.Numbers` derives from them. A kind is a module's,
-and names its leaves; or a single leaf's, and names how it is laid out.
+A rule is (our path, their key, kind). Paths are like "stage{s}/block{b}/norm1",
+with numbers in braces; keys may use the numbers that `layouts` derives from
+them. A kind is that of a module, which has named leaves (`KINDS`), or that of a
+single leaf, which says how its axes differ (`layouts.LAYINGS`).
 """
 
 from typing import NamedTuple
@@ -13,8 +13,8 @@ class Rule(NamedTuple):
   """One module or leaf.
 
   Attributes:
-    path: of ours, without the collection.
-    key: theirs.
+    path: our path, without the collection.
+    key: the name in PyTorch.
     kind: a name in `KINDS` or in `layouts.LAYINGS`.
     where: "attention" for stages whose mixer is attention, "other" for the
       rest, None for all.
@@ -26,11 +26,11 @@ class Rule(NamedTuple):
   where: str | None = None
 
 
-# Our leaf, their leaf, and how it is laid out in PyTorch.
+# Our leaf, their leaf, and how its axes differ in PyTorch.
 KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "conv": (("kernel", "weight", "oihw"), ("bias", "bias", "same")),
     "dense": (("kernel", "weight", "oi"), ("bias", "bias", "same")),
-    # A Dense that is a 1 x 1 convolution there.
+    # A Dense here, a 1 x 1 convolution in PyTorch.
     "pointwise": (("kernel", "weight", "oi11"), ("bias", "bias", "same")),
     "norm": (("scale", "weight", "same"), ("bias", "bias", "same"),
              ("mean", "running_mean", "same"), ("var", "running_var", "same"),
@@ -111,7 +111,7 @@ _BASELINES = (
 _TIMM = "stages.{s0}.blocks.{b0}"
 
 # timm: models/metaformer.py, for both papers. Dense layers are 1 x 1
-# convolutions but in the stages of attention.
+# convolutions, except in stages with attention.
 _METAFORMER_TIMM = (
     Rule("stage1/downsample/conv", "stem.conv", "conv"),
     Rule("stage1/downsample/norm", "stem.norm", "norm"),

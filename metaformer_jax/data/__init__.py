@@ -1,1 +1,1 @@
-"""Sources, transforms and the loader; the only place that decodes an image."""
+"""Sources, transforms and the loader: from files to batches, without jax."""

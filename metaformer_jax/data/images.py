@@ -1,12 +1,12 @@
 """Decoding images; nothing else in the package does it.
 
-A file is what its first bytes say, whatever its name. Its pixels become those
-that `Image.open(file).convert("RGB")` of Pillow gives, as timm and torchvision
-read it: transparency is dropped, not blended; CMYK is Adobe's in JPEGs; of
-several frames the first is taken; EXIF's orientation is not applied, as the
-published accuracies were measured without (Pillow itself applies a TIFF's).
-Only where that would cut off values this module differs: 16-bit gray keeps its
-high bytes, and what has no fixed white is refused.
+The first bytes of a file decide its format, not its name. The pixels are those
+of Pillow's `Image.open(file).convert("RGB")`, as timm and torchvision read it:
+transparency is dropped, not blended; CMYK in JPEGs is Adobe's; only the first
+of several frames is used; EXIF's orientation is not applied, because the
+published accuracies were measured without it (Pillow itself applies a TIFF's).
+This module differs only where `convert` would clip values: 16-bit gray keeps
+its high bytes, and pixels without a defined white are refused.
 """
 
 import io
@@ -15,36 +15,37 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from metaformer_jax.config.schema import Data
+from metaformer_jax.config import schema
 
-# No others: Pillow's EPS, for one, starts a program.
+# No others: Pillow's EPS decoder, for example, runs a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
 
-# Pillow warns of metadata that nothing here reads. Of pixels it warns too, and
-# from twice its limit on refuses: what lies between is refused here.
+# Pillow warns about metadata that nothing here reads, and about images above
+# its limit of pixels. It refuses those above twice the limit; `decode` refuses
+# by a limit of its own.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode(image: bytes | np.ndarray,
-           max_pixels: int = Data.max_pixels) -> Image.Image:
+           max_pixels: int = schema.Data.max_pixels) -> Image.Image:
   """An image as an RGB picture.
 
   Args:
     image: encoded, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of
       uint8, or [H, W] of uint16.
-    max_pixels: an encoded image of more is refused by its header, before
-      memory is taken for its pixels.
+    max_pixels: an encoded image with more is refused, by its header, before
+      memory is allocated for its pixels.
 
   Raises:
-    Exception: of many types, as Pillow's are. The image is cut off, damaged, of
-      another format, or too large; its metadata expands to too much; or its
-      pixels are floats or 32-bit integers, whose white nothing tells.
+    Exception: of many types, like Pillow's. The image is truncated, damaged, in
+      another format or too large; its metadata decompresses to too much; or its
+      pixels are floats or 32-bit integers, for which white is not defined.
   """
   if not isinstance(image, bytes):
     if image.ndim == 3 and image.shape[-1] == 1:
       image = image[..., 0]
     return _rgb(Image.fromarray(image))
-  # Holds for a GIF's frame and a TIFF's tile, which may exceed the picture.
+  # Also limits a GIF's frame and a TIFF's tile, which can exceed the picture.
   Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
   try:
     picture = Image.open(io.BytesIO(image), formats=FORMATS)
@@ -63,15 +64,15 @@ def decode(image: bytes | np.ndarray,
 
 def _rgb(picture: Image.Image) -> Image.Image:
   if picture.mode == "RGB":
-    return picture  # Converted, it would be copied.
-  # A PGM of more than 8 bits is scaled to 16 by Pillow, as mode I.
+    return picture  # convert() would copy it.
+  # Pillow scales a PGM with more than 8 bits to 16, in mode I.
   if picture.mode.startswith("I;16") or (
       picture.mode == "I" and picture.format in ("PNG", "PPM")):
     picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
   elif picture.mode in ("I", "F"):
     kind = "floats" if picture.mode == "F" else "32-bit integers"
-    raise ValueError(f"its pixels are {kind}, whose white nothing tells; "
+    raise ValueError(f"its pixels are {kind}, for which white is not defined; "
                      "convert it to 8 or 16 bits")
-  # convert() would warn of it, or search for its colour.
+  # convert() would warn about it, or search for its colour.
   picture.info.pop("transparency", None)
   return picture.convert("RGB")

@@ -1,20 +1,22 @@
-"""Batches in an order that depends on nothing but (seed, epoch, index).
+"""Batches whose order depends on (seed, epoch, index) only.
 
 Training images form one endless stream: epoch after epoch, each a permutation
-of the data set. Step s takes the positions [s B, (s + 1) B) of it, and each
-process its own contiguous part of them. The position in the data is therefore
-one integer, whatever the number of processes, workers and threads; resuming
-there is exact. Reading ahead, threads and worker processes are grain's.
+of the data set. Step s takes the positions [s B, (s + 1) B) of the stream, and
+each process its own contiguous part of them. The position in the data is
+therefore one integer, whatever the number of processes, workers and threads,
+and a run resumes there exactly. Grain provides threads, worker processes and
+reading ahead.
 
-An example that cannot be read or transformed is bad. To train, another takes
-its place, drawn from (seed, epoch, index) too; evaluation leaves it out, as
-another would bias the measure. Nothing else moves.
+An example that cannot be read or transformed is bad. In training it is replaced
+by another, also drawn from (seed, epoch, index); evaluation leaves it out,
+because a replacement would bias the measure. No other example moves.
 """
 
 import dataclasses
 import functools
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -27,47 +29,49 @@ import numpy as np
 from absl import flags
 
 from metaformer_jax import errors
-from metaformer_jax.data.sources.folders import Source
+from metaformer_jax.config import schema
+from metaformer_jax.data.sources import base
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
-# Domains of the seeds, so that no two uses draw the same numbers.
+# Part of each seed, so that no two uses draw the same numbers.
 _ORDER, _AUGMENT, _REPLACE = 0, 1, 2
 
-# How many examples are tried in the place of a bad one.
+# Examples that are tried as the replacement of a bad one.
 _TRIES = 20
 
-# How many bad examples a loader names in the log.
+# Bad examples that a loader reports one by one.
 _NAMED = 10
 
-# The most examples of a batch that are prepared in one go.
+# The most examples that are prepared as one part of a batch.
 _CHUNK = 64
 
-# More batches than any run takes: the stream has no end of its own.
+# More batches than any run takes; grain needs the length of a stream.
 _ENDLESS = 2**40
 
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-  """Where batches come from.
+  """Batches of a data set.
 
   Attributes:
     source: the data set.
-    transform: `(record, rng) -> example`, a dict of arrays of equal shapes.
+    transform: `(record, rng) -> example`, a dict of arrays, which have the same
+      shapes for all records.
     batch_size: over all processes.
     seed: of the order and the augmentation.
     process_index, process_count: this process's part of each batch.
-    workers: processes that prepare batches; 0 for none, -1 for one a core.
+    workers: processes that prepare batches; 0 for none, -1 for one per core.
     threads: reading threads of each process.
-    repeats: how often an example comes in a row of the training stream. An
-      epoch still has n_examples positions, which the first n_examples / repeats
-      of its permutation fill (repeated augmentation, arXiv 1901.09335, as
-      DeiT's and timm's samplers do it).
+    repeats: how often in a row each example comes in the training stream. An
+      epoch still has n_examples positions, filled by the first n_examples /
+      repeats of its permutation (repeated augmentation, arXiv 1901.09335, as in
+      DeiT's and timm's samplers).
   """
 
-  source: Source
+  source: base.Source
   transform: Callable[..., dict[str, Any]]
   batch_size: int
   seed: int = 0
@@ -92,42 +96,51 @@ class Loader:
   def n_eval_batches(self) -> int:
     return -(-self.n_examples // self.batch_size)
 
+  def check(self) -> None:
+    """Reads and transforms the first example, in this process.
+
+    Raises:
+      DataError: why it cannot be used.
+    """
+    _, reason = _try(self.source, self.transform, 0, np.random.default_rng(0))
+    if reason:
+      raise errors.DataError(reason)
+
   def train_batches(self, position: int) -> Iterator[Batch]:
-    """Endless batches of this process, from `position` images into the stream.
+    """Endless batches of this process, starting `position` images in.
 
     Yields:
       The transform's arrays, stacked: {"image": [b, ...], "label": [b], ...}
       with b = batch_size / process_count; and "replaced": bool [b], true where
-      an example is bad and another in its place.
+      another example replaces a bad one.
 
     Raises:
-      DataError: a bad example, and all that were tried in its place.
+      DataError: an example and all of its replacements are bad.
     """
     stream = _TrainStream(self.source, self.transform, self.seed, self.repeats)
     yield from self._read(_Part(stream, self, position, _ENDLESS),
-                          "another takes its place")
+                          "another example replaces it")
 
   def eval_batches(self) -> Iterator[Batch]:
-    """The whole data set in order, once; the last batch is filled up.
+    """The whole data set in order, once; the last batch is padded.
 
     Yields:
-      As `train_batches`, with "mask": bool [b], false for what fills up and for
-      the bad examples. These are all zeros, and "replaced" is true for them
-      only.
+      As `train_batches`, and "mask": bool [b], false for padding and for bad
+      examples. A bad example is all zeros, and only there "replaced" is true.
 
     Raises:
-      DataError: a bad example, and all whose shape it could have taken.
+      DataError: an example is bad, and so are all that could give its shape.
     """
     stream = _Part(_EvalStream(self.source, self.transform), self, 0,
                    self.n_eval_batches)
-    yield from self._read(stream, "it is not measured")
+    yield from self._read(stream, "evaluation leaves it out")
 
   def _read(self, stream: "_Part", fate: str) -> Iterator[Batch]:
-    if not flags.FLAGS.is_parsed():  # grain's options are absl flags.
+    if not flags.FLAGS.is_parsed():  # Grain reads absl flags.
       flags.FLAGS.mark_as_parsed()
     local = self.batch_size // self.process_count
-    # Batches are prepared in chunks: all workers share in each batch, and what
-    # is read ahead is about one batch, however many workers there are.
+    # Batches are prepared in chunks, so that all workers share each batch and
+    # about one batch is read ahead, whatever the number of workers.
     chunk = max(n for n in range(1, min(local, _CHUNK) + 1) if local % n == 0)
     n_chunks = local // chunk
     workers = (os.cpu_count() or 1) if self.workers == -1 else self.workers
@@ -144,8 +157,8 @@ class Loader:
     iterator = iter(chunks)
     try:
       while parts := list(itertools.islice(iterator, n_chunks)):
-        # A copy in any case: workers hand over shared memory, which jax would
-        # hold on to.
+        # Always a copy: workers return shared memory, and jax may keep a
+        # reference to a batch.
         batch = {name: np.concatenate([part[name] for part in parts])
                  for name in parts[0]}
         bad = batch.pop("bad")
@@ -153,30 +166,57 @@ class Loader:
           self._name(index, fate)
         yield {**batch, "replaced": bad >= 0}
     except errors.DataError as e:
-      # grain adds lines about itself.
+      # Grain appends lines of its own.
       raise errors.DataError(str(e).splitlines()[0]) from e
     finally:
       iterator.close()
 
   def _name(self, index: int, fate: str) -> None:
-    """Logs a bad example and what is wrong with it; the first few, once."""
+    """Logs what is wrong with a bad example; once, and only the first few."""
     if index in self._named or len(self._named) > _NAMED:
       return
     self._named.add(index)
     if len(self._named) > _NAMED:
-      log.warning("further bad examples are counted, but not named")
+      log.warning("further bad examples are counted but not logged")
       return
     _, reason = _try(self.source, self.transform, index,
                      np.random.default_rng(0))
     log.warning("%s; %s", reason or f"example {index} could not be used at "
-                "first, but can now: is the storage reliable?", fate)
+                "first, but now it can: is the storage reliable?", fate)
+
+
+def create(cfg: schema.Experiment, split: str, source: base.Source,
+           transform: Callable[..., dict[str, Any]], *, n_devices: int,
+           process_index: int, process_count: int, repeats: int = 1) -> Loader:
+  """Makes the loader of an experiment's "train" or "eval" split.
+
+  Args:
+    cfg: the experiment: batch sizes, mesh, seed, workers and threads.
+    split: "train" or "eval".
+    source: the data set of the split.
+    transform: as in `Loader`.
+    n_devices: of all processes together.
+    process_index, process_count: this process, and how many there are.
+    repeats: as in `Loader`.
+  """
+  batch_size = cfg.train.batch_size
+  if split != "train":
+    # Rounded up so that every device of the mesh gets the same number of
+    # images. An axis of -1 takes the remaining devices, so the mesh has all.
+    axes = (cfg.mesh.data, cfg.mesh.fsdp)
+    n = n_devices if -1 in axes else math.prod(axes)
+    batch_size = -(-cfg.eval.batch_size // n) * n
+  return Loader(
+      source, transform, batch_size, seed=cfg.seed,
+      process_index=process_index, process_count=process_count,
+      workers=cfg.data.workers, threads=cfg.data.threads, repeats=repeats)
 
 
 def _follow_parent(index: int, count: int) -> None:
-  """Makes a worker end when its parent does, however that is, and not before.
+  """Makes a worker exit when its parent does, for any reason, not earlier.
 
-  Schedulers and Ctrl-C tell all processes to end; the parent has steps to make
-  until then, and a state to save.
+  Schedulers and Ctrl-C signal all processes, but the parent still has to finish
+  its step and save.
   """
   del index, count
   for number in (signal.SIGTERM, signal.SIGINT):
@@ -193,7 +233,7 @@ def _follow_parent(index: int, count: int) -> None:
 class _TrainStream:
   """The endless stream: position -> augmented example."""
 
-  source: Source
+  source: base.Source
   transform: Callable[..., dict[str, Any]]
   seed: int
   repeats: int
@@ -210,9 +250,9 @@ class _TrainStream:
 
 
 def _example(source, transform, index, rng, others) -> dict[str, Any]:
-  """An example, or the first that can be used of `others`, if it is bad.
+  """An example or, if it is bad, the first usable one of `others`.
 
-  Its "bad" is then the index, and -1 otherwise. DataError: all are bad.
+  "bad" is the index of a bad example, else -1. DataError if all are bad.
   """
   example, reason = _try(source, transform, index, rng)
   if not reason:
@@ -221,25 +261,25 @@ def _example(source, transform, index, rng, others) -> dict[str, Any]:
     example, failed = _try(source, transform, other, other_rng)
     if not failed:
       return {**example, "bad": np.int64(index)}
-  raise errors.DataError(f"{reason}; nor could any other that was tried")
+  raise errors.DataError(
+      f"{reason}; all examples tried in its place are bad, too")
 
 
 def _try(source, transform, index, rng) -> tuple[dict[str, Any], str]:
-  """Reads and transforms an example; returns it, and why it is bad or ""."""
+  """Reads and transforms an example; returns it, and why it is bad, or ""."""
   record = {}
   try:
     record = source[index]
     return transform(record, rng), ""
   except Exception as e:
-    reason = (f"example {index} {record.get('path', '')} cannot be used: "
-              f"{type(e).__name__}: {e}")
-    # Names are of others: none controls the terminal.
-    return {}, "".join(c if c.isprintable() else ascii(c)[1:-1]
-                       for c in " ".join(reason.split()).rstrip(": "))
+    path = repr(record.get("path", ""))[1:-1]  # Escaped, to identify the file.
+    return {}, errors.one_line(
+        f"example {index} {path} cannot be used: {type(e).__name__}: {e}"
+    ).rstrip(": ")
 
 
 def _others(key: tuple[int, int, int, int], n: int, repeat: int):
-  """Draws which of n examples to try in the place of key's, and their rngs."""
+  """Draws replacements for key's example out of n: (index, rng), ..."""
   if n == 1:
     return
   steps = np.random.default_rng(key).integers(1, n, _TRIES)
@@ -249,15 +289,15 @@ def _others(key: tuple[int, int, int, int], n: int, repeat: int):
 
 @functools.lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-  """The order of an epoch; two are kept, as batches lie across epochs."""
+  """The order of an epoch; two are cached, as batches can span epochs."""
   return np.random.default_rng((seed, _ORDER, epoch)).permutation(n)
 
 
 @dataclasses.dataclass(frozen=True)
 class _EvalStream:
-  """The data set in its own order, then filling; "mask" tells them apart."""
+  """The data set in its own order, then padding, for which "mask" is false."""
 
-  source: Source
+  source: base.Source
   transform: Callable[..., dict[str, Any]]
 
   def __getitem__(self, position: int) -> dict[str, Any]:

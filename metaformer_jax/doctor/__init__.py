@@ -1,1 +1,1 @@
-"""What a machine has, and whether it goes together; `tools.doctor` tells."""
+"""Checks of a machine and its installation; for tools.doctor."""

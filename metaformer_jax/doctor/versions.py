@@ -1,7 +1,7 @@
-"""What is installed, and whether it goes together; for `tools.doctor`.
+"""Checks of the installed packages and their versions; for tools.doctor.
 
-Bounds are read from the metadata of this package and of those that it requires:
-nothing is written twice. What metadata does not tell is in `PAIRS`.
+Bounds are read from the metadata of this package and of those that it requires;
+conflicts that metadata does not describe are in `PAIRS`.
 """
 
 import collections
@@ -17,7 +17,7 @@ OWN = "metaformer-jax"
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """A finding, and the exit code that it asks for where it FAILs."""
+  """A result, and the exit code if its state is FAIL."""
 
   name: str
   state: str
@@ -27,7 +27,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-  """An installed distribution: its version, and what it requires."""
+  """An installed distribution: its version and its requirements."""
 
   version: str
   requires: tuple[str, ...] = ()
@@ -35,15 +35,16 @@ class Package:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """Two distributions that are bad together.
+  """Two distributions that do not work together.
 
   Attributes:
     first, second: their names.
-    rule: "together": always; "equal": if their versions differ; "requires" or
-      "extra NAME": if `second` is not as the metadata of `first` requires it.
+    rule: when they conflict. "together": always; "equal": if their versions
+      differ; "requires" or "extra NAME": if `second` does not meet the
+      requirements in the metadata of `first`.
     state: WARN or FAIL.
-    effect: what comes of it.
-    source: who says so; "": the metadata itself.
+    effect: what goes wrong, and what to do.
+    source: where this is documented; "" for the metadata itself.
   """
 
   first: str
@@ -60,42 +61,43 @@ PAIRS = (
          "jax/_src/lib/__init__.py"),
     Pair("numba", "numpy", "requires", FAIL, "numba refuses to start",
          "numba/__init__.py"),
-    # Programs for a TPU can be compiled with others; training was not tried.
-    Pair("jax", "libtpu", "extra tpu", WARN, "untested by jax: the TPU may not "
+    # Other versions can compile for a TPU; training with them is untested.
+    Pair("jax", "libtpu", "extra tpu", WARN, "untested by jax; the TPU may not "
          "start; pip install 'metaformer-jax[tpu]'"),
-    Pair("libtpu", "libtpu-nightly", "together", FAIL, "both are the module "
-         "libtpu; uninstall both, then install libtpu",
+    Pair("libtpu", "libtpu-nightly", "together", FAIL, "both provide the "
+         "module libtpu; uninstall both, then install libtpu",
          "AI-Hypercomputer/maxdiffusion#471"),
-    Pair("jax", "tensorflow-tpu", "together", FAIL, "its libtpu is not jax's: "
-         "jax finds no TPU; use tensorflow-cpu", "jax-ml/jax#29989"),
-    Pair("libtpu", "torch-xla", "together", WARN, "it needs a libtpu of its "
-         "own; one environment for each",
+    Pair("jax", "tensorflow-tpu", "together", FAIL, "it brings another "
+         "libtpu, with which jax finds no TPU; use tensorflow-cpu",
+         "jax-ml/jax#29989"),
+    Pair("libtpu", "torch-xla", "together", WARN, "they need different "
+         "versions of libtpu; use a separate environment for each",
          "pytorch/xla#6885, jax-ml/jax#20148"),
-    Pair("tensorflow", "tensorflow-cpu", "together", WARN, "both are the "
+    Pair("tensorflow", "tensorflow-cpu", "together", WARN, "both provide the "
          "module tensorflow; uninstall both, then install tensorflow-cpu",
          "tensorflow/tensor2tensor#1317"),
     Pair("jax-cuda12-plugin", "jax-cuda13-plugin", "together", WARN,
-         "both are jax's platform cuda; uninstall one, and its pjrt",
+         "both provide jax's platform cuda; uninstall one, and its pjrt",
          "jax_plugins/xla_cuda12/__init__.py, xla_cuda13/__init__.py"),
-    *(Pair("jaxlib", f"jax-cuda{v}-plugin", "equal", FAIL, "jax leaves out the "
-           "GPU's libraries, or crashes, even on a CPU",
+    *(Pair("jaxlib", f"jax-cuda{v}-plugin", "equal", FAIL, "jax does not load "
+           "the GPU's libraries, or crashes, even on a CPU",
            "jaxlib/plugin_support.py, jax-ml/jax#24901") for v in _CUDA),
     *(Pair(f"jax-cuda{v}-plugin", f"jax-cuda{v}-pjrt", "requires", FAIL,
            "the GPU may not start") for v in _CUDA),
     *(Pair(f"jax-cuda{v}-plugin", "tensorflow", "together", WARN, "it may load "
-           "another cuBLAS before jax does; use tensorflow-cpu",
+           "another cuBLAS first; use tensorflow-cpu",
            "trueagi-io/FabricPC#45") for v in _CUDA),
-    *(Pair(f"jax-cuda{v}-plugin", "libtpu", "together", WARN, "each start of "
-           "jax looks for a TPU too; uninstall one",
+    *(Pair(f"jax-cuda{v}-plugin", "libtpu", "together", WARN, "jax looks for "
+           "a TPU at each start; uninstall one",
            "jax/_src/xla_bridge.py") for v in _CUDA),
 )
 
 
 def installed() -> dict[str, Package]:
-  """What Python finds, by normalised name."""
+  """The installed distributions by normalised name."""
   found = {}
   for dist in metadata.distributions():
-    name = dist.metadata["Name"]  # None if an installation was cut short.
+    name = dist.metadata["Name"]  # None after an interrupted installation.
     if name:
       found.setdefault(_normal(name), Package(
           str(dist.version), tuple(dist.requires or ())))
@@ -107,7 +109,7 @@ def _normal(name: str) -> str:
 
 
 def required(package: Package, extra: str = "") -> dict[str, Any]:
-  """What it requires here, {name: SpecifierSet}; with an extra, all of both."""
+  """{name: SpecifierSet} of the requirements here, including an extra's."""
   from packaging import requirements, specifiers  # noqa: PLC0415
 
   found = collections.defaultdict(specifiers.SpecifierSet)
@@ -123,11 +125,11 @@ def _fits(version: str, bound) -> bool:
 
 
 def bounds(packages: Mapping[str, Package]) -> Iterator[Line]:
-  """Whether all that this package requires is there, within its bounds."""
+  """Whether this package's requirements are installed, within their bounds."""
   own = packages.get(OWN)
   if own is None:
-    yield Line("packages", FAIL, f"{OWN} is not installed, so what it requires "
-               "is not known; pip install .")
+    yield Line("packages", FAIL, f"{OWN} is not installed, so its requirements "
+               "are not known; pip install .")
     return
   base = required(own)
   good = [f"{OWN} {own.version}"]
@@ -154,7 +156,7 @@ def bounds(packages: Mapping[str, Package]) -> Iterator[Line]:
 
 
 def pairs(packages: Mapping[str, Package]) -> Iterator[Line]:
-  """The pairs of `PAIRS`, and whatever else our requirements require."""
+  """Conflicts of `PAIRS`, and unmet requirements of our requirements."""
   rows = list(PAIRS)
   known = {(row.first, row.second) for row in PAIRS}
   for first in required(packages[OWN]) if OWN in packages else ():
@@ -170,7 +172,7 @@ def pairs(packages: Mapping[str, Package]) -> Iterator[Line]:
       yield Line("pair", row.state,
                  text + (f" ({row.source})" if row.source else ""))
   if not n_bad:
-    yield Line("pairs", OK, f"none of {len(rows)} is known to be bad")
+    yield Line("pairs", OK, f"{len(rows)} checked, no conflict")
 
 
 def _problem(pair: Pair, packages: Mapping[str, Package]) -> str | None:
@@ -180,7 +182,7 @@ def _problem(pair: Pair, packages: Mapping[str, Package]) -> str | None:
   name = f"{pair.first} {first.version}"
   if pair.rule in ("together", "equal"):
     bad = pair.rule == "together" or first.version != second.version
-    return f"{name} beside {pair.second} {second.version}" if bad else None
+    return f"{name} with {pair.second} {second.version}" if bad else None
   extra = pair.rule.removeprefix("extra ") if pair.rule != "requires" else ""
   bound = required(first, extra).get(pair.second)
   if bound is None or (second and _fits(second.version, bound)):

@@ -9,15 +9,18 @@ import optax
 class TopK:
   """Fractions of examples whose label is the first, or among the first five.
 
-  Of equal logits the lower class ranks first. With fewer than five classes
+  Among equal logits the lower class ranks first. With fewer than five classes
   "top5" counts all of them. The loss is plain cross-entropy.
 
-  With "labels", int [B, L] and -1 behind the last, any of an example's labels
-  is right, and one without labels is left out (ImageNet-ReaL); the loss stays
+  With "labels", int [B, L] padded by -1, any of an example's labels is correct,
+  and examples without labels are omitted (ImageNet-ReaL); the loss is still
   that of "label".
   """
 
   def __init__(self):
+    self.reset()
+
+  def reset(self) -> None:
     self._sums = {"top1": 0.0, "top5": 0.0, "loss": 0.0, "n_examples": 0.0}
 
   def statistics(self, outputs: jax.Array, batch) -> dict[str, jax.Array]:
@@ -28,7 +31,7 @@ class TopK:
     mask = valid.astype(jnp.float32)
     _, ranked = jax.lax.top_k(outputs, min(5, outputs.shape[-1]))
     hits = (ranked[:, :, None] == labels[:, None, :]).any(-1)
-    # where: an example that only fills up may have any loss.
+    # where: the loss of a padding example may be anything.
     loss = jnp.where(
         valid,
         optax.softmax_cross_entropy_with_integer_labels(outputs, label), 0)

@@ -1,4 +1,4 @@
-"""Activations, each a module: `activation(name=...)(x)`, any shape."""
+"""Activations as modules: `activation(name=...)(x)`, for x of any shape."""
 
 import functools
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from metaformer_jax.models import norms
 def gelu(x: jax.Array) -> jax.Array:
   """Exact GELU, x * Phi(x), as in PyTorch; not the tanh approximation.
 
-  The gradient is computed from x alone, where automatic differentiation keeps
-  a second array of x's size: the largest in the model.
+  The gradient is computed from x alone. Automatic differentiation would keep a
+  second array of x's size, the largest size in the model.
   """
   return jax.nn.gelu(x, approximate=False)
 
@@ -53,7 +53,7 @@ squared_relu.defvjp(_squared_relu_fwd, _squared_relu_bwd)
 
 
 class Elementwise(nn.Module):
-  """A function without parameters as a module."""
+  """A module that applies a function without parameters."""
 
   fn: Callable[[jax.Array], jax.Array]
 
@@ -64,8 +64,8 @@ class Elementwise(nn.Module):
 class StarReLU(nn.Module):
   """s relu(x)^2 + b with one learned s and b (arXiv 2210.13452, eq. 7).
 
-  They begin at 1 and 0, as in the official code; the paper's 0.8944 and
-  -0.4472 only derive why a scale and a bias help.
+  They are initialised to 1 and 0, as in the official code; the paper's 0.8944
+  and -0.4472 only motivate the scale and the bias.
   """
 
   @nn.compact

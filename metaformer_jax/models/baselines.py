@@ -5,10 +5,11 @@ hyper-parameters, MACs and top-1: github.com/sail-sg/metaformer (README and
 metaformer_baselines.py); parameters counted from that code.
 """
 
-from metaformer_jax.models import poolformer
+from metaformer_jax.models import poolformer, settings
 from metaformer_jax.models.spec import ModelSpec
 
-_COMMON = poolformer.COMMON | {
+# Where these models differ from PoolFormer.
+_COMMON = {
     "conv_kernel_size": 7,
     "attention_proj_bias": False,
     "norm_eps": 1e-6,
@@ -22,7 +23,7 @@ _COMMON = poolformer.COMMON | {
     "head_norm_first": False,
 }
 
-# Parameters, which the three basic families share.
+# Parameters; the three basic families have equally many.
 _BASIC_PARAMS = {"s12": 11_891_712, "s24": 21_341_464, "s36": 30_791_216,
                  "m36": 56_077_168, "m48": 73_346_056}
 
@@ -79,24 +80,25 @@ def _basic():
       depths = poolformer.SIZES[size]["depths"]
       yield _spec(
           family, size, gmacs=gmacs, top1=top1, n_params=_BASIC_PARAMS[size],
-          # One matrix a block over the 14 x 14 and 7 x 7 pixels of a 224 image.
+          # A matrix per block over the 14 x 14 and 7 x 7 pixels of a 224 image.
           n_frozen=(depths[2] * 14**4 + depths[3] * 7**4
                     if "random" in token_mixers else 0),
-          hparams={**_COMMON, **poolformer.SIZES[size],
-                   "token_mixers": token_mixers})
+          settings=settings.MetaFormer(
+              **_COMMON, **poolformer.SIZES[size], token_mixers=token_mixers))
 
 
 def _mlp_head():
   for family, (token_mixers, rows) in _MLP_HEAD.items():
     for size, (n_1k, n_21k, gmacs, gmacs_384, *top1) in rows.items():
-      hparams = {**_COMMON, **_SEP_CONV[size], "token_mixers": token_mixers,
-                 "norm": "layer_norm", "head": "mlp"}
+      model = settings.MetaFormer(
+          **_COMMON, **_SEP_CONV[size], token_mixers=token_mixers,
+          norm="layer_norm", head="mlp")
       for suffix, image_size, published in zip(
           ("", "_384", "_in21ft1k", "_384_in21ft1k"), (224, 384) * 2, top1):
-        yield _spec(family, size, suffix, hparams=hparams, n_params=n_1k,
+        yield _spec(family, size, suffix, settings=model, n_params=n_1k,
                     gmacs=gmacs if image_size == 224 else gmacs_384,
                     top1=published, input_size=image_size)
-      yield _spec(family, size, "_in21k", hparams=hparams, n_params=n_21k,
+      yield _spec(family, size, "_in21k", settings=model, n_params=n_21k,
                   gmacs=None, top1=None, num_classes=21_841)
 
 

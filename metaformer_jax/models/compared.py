@@ -1,11 +1,12 @@
 """ViT, DeiT, MLP-Mixer and ResMLP: models that PoolFormer is compared with.
 
-MACs and top-1 are published where `source` says; the evaluation is that of the
-named weights in timm. Two of these are not the weights of the published top-1:
-ViT-B's are of another training on ImageNet-1K, Mixer-B's were pretrained on
-ImageNet-21K.
+`source` says where MACs and top-1 are published. The evaluation settings are
+timm's for the named weights. Two of those are not the weights of the published
+top-1: ViT-B's come from another training on ImageNet-1K, Mixer-B's were
+pretrained on ImageNet-21K.
 """
 
+from metaformer_jax.models import settings
 from metaformer_jax.models.spec import ModelSpec
 
 _PAPER = "arXiv 2111.11418, table 2"
@@ -22,17 +23,18 @@ def _spec(family, class_name, name, weights, n_params, gmacs, top1, **fields):
 
 
 def _vit(name, *row, dim, n_heads, distilled=False, source=_PAPER, **fields):
-  return _spec("vit", "VisionTransformer", name, *row, source=source, hparams={
-      "patch_size": 16, "dim": dim, "depth": 12, "n_heads": n_heads,
-      "mlp_ratio": 4.0, "norm_eps": 1e-6, "distilled": distilled}, **fields)
+  return _spec("vit", "VisionTransformer", name, *row, source=source,
+               settings=settings.VisionTransformer(
+                   dim=dim, depth=12, n_heads=n_heads, distilled=distilled),
+               **fields)
 
 
 def _resmlp(name, *row, depth, layer_scale_init, patch_size=16, dim=384,
             source=_PAPER, weights="fb_in1k"):
   return _spec("resmlp", "ResMLP", name, weights, *row, source=source,
-               crop_pct=0.875, hparams={
-                   "patch_size": patch_size, "dim": dim, "depth": depth,
-                   "mlp_ratio": 4.0, "layer_scale_init": layer_scale_init})
+               crop_pct=0.875, settings=settings.ResMLP(
+                   patch_size=patch_size, dim=dim, depth=depth,
+                   layer_scale_init=layer_scale_init))
 
 
 _SMALL = {"dim": 384, "n_heads": 6}
@@ -50,14 +52,13 @@ MODELS = {spec.name: spec for spec in (
     _vit("deit_base_distilled_patch16_224", "fb_in1k", 87_338_192, None, 83.4,
          **_BASE, **_DISTILLED),
     _spec("mlp_mixer", "MlpMixer", "mixer_b16_224", "goog_in21k_ft_in1k",
-          59_880_472, 12.7, 76.4, source=_PAPER, crop_pct=0.875, hparams={
-              "patch_size": 16, "dim": 768, "depth": 12,
-              "mlp_ratio": (0.5, 4.0), "norm_eps": 1e-6}, **_HALF),
+          59_880_472, 12.7, 76.4, source=_PAPER, crop_pct=0.875,
+          settings=settings.MlpMixer(dim=768, depth=12), **_HALF),
     _resmlp("resmlp_12_224", 15_350_872, 3.0, 76.6, depth=12,
             layer_scale_init=0.1),
     _resmlp("resmlp_24_224", 30_020_680, 6.0, 79.4, depth=24,
             layer_scale_init=1e-5),
-    # The paper's ResMLP-B24, of which no weights are published.
+    # The paper's ResMLP-B24; its weights are not published.
     _resmlp("resmlp_big_24_patch16_224", 115_736_776, 23.0, 81.0, depth=24,
             layer_scale_init=1e-6, dim=768, weights=None),
     # The published ResMLP-B24 has patches of 8.

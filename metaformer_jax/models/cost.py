@@ -1,4 +1,4 @@
-"""What a model costs, read off the traced program: nothing is computed."""
+"""Parameters and operations of a model, from the traced program."""
 
 import math
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from metaformer_jax.models import norms
 
 
 class Cost(NamedTuple):
-  """Of a model and one image in the forward pass.
+  """Cost of a forward pass of one image.
 
   Attributes:
     n_params: trainable parameters.
-    n_frozen: values of the collection "frozen".
+    n_frozen: values in the collection "frozen".
     macs: multiply-accumulates, as the papers count them.
   """
 
@@ -30,10 +30,9 @@ def of_model(model: nn.Module, image_size: int) -> Cost:
   """Counts a model of [B, image_size, image_size, 3] images.
 
   The multiply-accumulates are those of matrix products and convolutions.
-  fvcore, which the first paper counted with, adds 5 for each value out of
-  PyTorch's GroupNorm and 2 for BatchNorm's, and knows no norm that is written
-  out in the official code: LayerNorm over channels, GroupNorm without a bias.
-  So it is done here.
+  Like fvcore, which the first paper used, this adds 5 for each output value of
+  PyTorch's GroupNorm and 2 for BatchNorm's, and nothing for the norms that the
+  official code writes out: LayerNorm over channels, GroupNorm without a bias.
   """
   normalizing = 0
 
@@ -51,7 +50,7 @@ def of_model(model: nn.Module, image_size: int) -> Cost:
 
   image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
   with nn.intercept_methods(note):
-    # Initialisation is a forward pass, and drawing values multiplies nothing.
+    # Initialisation is a forward pass; drawing values has no products.
     traced, variables = jax.make_jaxpr(model.init, return_shape=True)(
         jax.random.key(0), image)
 
@@ -64,9 +63,9 @@ def of_model(model: nn.Module, image_size: int) -> Cost:
 
 
 def count_macs(fn: Callable[..., Any], *args: Any) -> int:
-  """Multiply-accumulates of the matrix products and convolutions of a function.
+  """Multiply-accumulates of a function's matrix products and convolutions.
 
-  Additions, activations and pooling are not counted. Loops count each turn.
+  Additions, activations and pooling are not counted; loops, each iteration.
 
   Args:
     fn: a function that jax can trace.
@@ -85,8 +84,8 @@ def _jaxpr_macs(jaxpr) -> int:
       total += eqn.outvars[0].aval.size * math.prod(
           lhs[axis] for axis in contracted)
     elif name == "conv_general_dilated":
-      # Kernel: [out, in / groups, *window], in the layout's own order. Of a
-      # dilated input, as the gradient of a stride has, zeros do not count.
+      # Kernel: [out, in / groups, *window], in the layout's own order. Zeros of
+      # a dilated input, as in the gradient of a stride, do not count.
       out_axis = params["dimension_numbers"].rhs_spec[0]
       kernel = eqn.invars[1].aval.shape
       total += eqn.outvars[0].aval.size * (

@@ -1,23 +1,23 @@
 """Layers shared by the models: MLP, scaling, drop path, convolutions, heads.
 
-Everything is channel-last. A `mask` is [B, H, W], 1 where a pixel is image and
-0 where it is padding; layers that look beyond one pixel ignore the padding, so
-that an image gives the same features on any canvas. The image must begin at
-the canvas' top left, or at a multiple of the total stride.
+Everything is channel-last. A `mask` is [B, H, W], 1 for pixels of the image and
+0 for padding; layers that look beyond one pixel ignore the padding, so that an
+image gives the same features on any canvas. The image must start at the top
+left of the canvas, or at a multiple of the total stride.
 """
 
-from collections.abc import Callable
-from typing import Any
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.typing import DTypeLike
 
 from metaformer_jax import errors
-from metaformer_jax.models import activations, norms
-
-Dtype = Any
+from metaformer_jax.models import activations, norms, settings
 
 # timm's trunc_normal_(std=0.02) truncates at +-2, which is 100 standard
 # deviations: a plain normal distribution.
@@ -39,19 +39,37 @@ def torch_conv_bias(fan_in: int) -> nn.initializers.Initializer:
 
 
 def conv_inits(name: str, fan_in: int):
-  """First (kernel, bias): "torch", PyTorch's, or "trunc_normal", 0.02 and 0."""
+  """Initializers of kernel and bias: PyTorch's, or normal(0.02) and zeros."""
   return lookup({
       "torch": (torch_conv_kernel, torch_conv_bias(fan_in)),
       "trunc_normal": (trunc_normal_02, nn.initializers.zeros),
   }, "conv_init", name)
 
 
-def lookup(table, kind: str, name: str):
-  """Returns table[name]; ValueError names the nearest to an unknown."""
+def lookup(table, kind: str, name):
+  """Returns table[name]; anything but a string is returned as it is.
+
+  Raises:
+    ValueError: the name is unknown; the message has the nearest one.
+  """
+  if not isinstance(name, str):
+    return name
   if name not in table:
     raise ValueError(
         f"unknown {kind} {name!r}{errors.did_you_mean(name, table)}")
   return table[name]
+
+
+def activation(name: str | Callable) -> Callable[..., nn.Module]:
+  """The factory with this name in `ACTIVATIONS`; a factory is returned."""
+  return lookup(activations.ACTIVATIONS, "activation", name)
+
+
+def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
+  """For each stage, the rates of its blocks: linear from 0 to `last`."""
+  n_blocks, firsts = sum(depths), itertools.accumulate(depths, initial=0)
+  return [[last * (first + i) / max(n_blocks - 1, 1) for i in range(depth)]
+          for first, depth in zip(firsts, depths)]
 
 
 def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -70,20 +88,24 @@ def global_average_pool(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 class Mlp(nn.Module):
-  """Channel MLP of every pixel: Dense, activation, Dense."""
+  """Channel MLP of every pixel: Dense, activation, Dense.
+
+  Attributes:
+    activation: a name in `activations.ACTIVATIONS`, or a factory.
+  """
 
   hidden_dim: int
-  activation: Callable[..., nn.Module] = activations.ACTIVATIONS["gelu"]
+  activation: str | Callable[..., nn.Module] = "gelu"
   use_bias: bool = True
   drop_rate: float = 0.0
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False):
     dim = x.shape[-1]
     x = nn.Dense(self.hidden_dim, use_bias=self.use_bias, dtype=self.dtype,
                  kernel_init=trunc_normal_02, name="fc1")(x)
-    x = self.activation(name="act")(x)
+    x = activation(self.activation)(name="act")(x)
     x = nn.Dropout(self.drop_rate, name="drop1")(x, deterministic=not train)
     x = nn.Dense(dim, use_bias=self.use_bias, dtype=self.dtype,
                  kernel_init=trunc_normal_02, name="fc2")(x)
@@ -100,7 +122,7 @@ class MlpHead(nn.Module):
   num_classes: int
   ratio: float = 4.0
   drop_rate: float = 0.0
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False):
@@ -116,7 +138,7 @@ class MlpHead(nn.Module):
 class DropPath(nn.Module):
   """Stochastic depth: drops the branch of whole examples, rescales the rest.
 
-  Draws from the "drop_path" key, [B, ...] alike in and out (arXiv 1603.09382).
+  [B, ...] -> [B, ...]; uses the rng "drop_path" (arXiv 1603.09382).
   """
 
   rate: float = 0.0
@@ -131,15 +153,23 @@ class DropPath(nn.Module):
     return x * kept.astype(x.dtype) / keep
 
 
+def drop_paths(rate: float, train: bool) -> tuple[Callable, Callable]:
+  """DropPath of a block's two branches: "drop_path1", "drop_path2"."""
+  first, second = (
+      functools.partial(DropPath(rate, name=name), train=train)
+      for name in ("drop_path1", "drop_path2"))
+  return first, second
+
+
 class Scale(nn.Module):
   """Multiplies by a learned vector over channels.
 
-  On a residual branch it is LayerScale (arXiv 2103.17239), on the shortcut
-  ResScale (arXiv 2110.09456).
+  This is LayerScale on a residual branch (arXiv 2103.17239), and ResScale on
+  the shortcut (arXiv 2110.09456).
   """
 
   init_value: float
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array):
@@ -152,17 +182,17 @@ def downsample_mask(mask: jax.Array | None, height: int, width: int, *,
                     kernel_size: int, stride: int, padding: int):
   """The mask [B, height, width] of a strided window's output; None stays None.
 
-  An output pixel is valid where its window, less the window's own padding,
-  lies inside the image: where the unpadded image would have had that pixel too.
+  An output pixel is valid if its window, without the window's own padding, lies
+  inside the image: if the image without the canvas would have that pixel too.
   """
   if mask is None:
     return None
-  # The unpadded image has output i where its window, which ends at pixel
+  # The image alone has output i if its window, which ends at pixel
   # stride*i + kernel - 1 - padding, ends at most `padding` beyond the image.
   last = kernel_size - 1 - 2 * padding
   mask = mask.astype(bool)
   if last < 0:
-    # Windows that begin on the image may end before it: it grows by those.
+    # With that much padding, windows beside the image give outputs as well.
     around = (-last, -last)
     mask = lax.reduce_window(mask, False, lax.bitwise_or,
                              (1, 1 - last, 1 - last), (1, 1, 1),
@@ -171,15 +201,21 @@ def downsample_mask(mask: jax.Array | None, height: int, width: int, *,
   return mask[:, last::stride, last::stride][:, :height, :width]
 
 
-class Downsample(nn.Module):
+def patch_embed(dim: int, patch_size: int, **kwargs) -> nn.Conv:
+  """Cuts images into patches: [B, H, W, 3] -> [B, H / p, W / p, dim]."""
+  p = patch_size
+  return nn.Conv(dim, (p, p), strides=(p, p), padding="VALID",
+                 name="patch_embed", **kwargs)
+
+
+class Downsample(settings.ConvInit, nn.Module):
   """Strided convolution with PyTorch's padding: the stem and between stages.
 
   [B, H, W, C] -> [B, floor((H + 2 pad - kernel) / stride) + 1, ..., dim].
   Returns the features and their mask, by `downsample_mask`.
 
   Attributes:
-    pre_norm, post_norm: norms of its input and of its output, or None.
-    conv_init: as in `conv_inits`.
+    pre_norm, post_norm: factories of norms of its input and output, or None.
   """
 
   dim: int
@@ -188,8 +224,7 @@ class Downsample(nn.Module):
   padding: int
   pre_norm: Callable[..., nn.Module] | None = None
   post_norm: Callable[..., nn.Module] | None = None
-  conv_init: str = "torch"
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):

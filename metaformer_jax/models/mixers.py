@@ -1,30 +1,29 @@
 """Token mixers: `mixer(x, *, mask=None, train=False) -> x`, [B, H, W, C].
 
-A mixer is made by a factory that takes `dim` (channels), `dtype` and `name`;
-`MIXERS` names the ones of the papers. `RandomMixing` and `SpatialFc` have a
-matrix over all pixels: they work at the size of their first image only.
+A factory of mixers takes `dim` (channels), `dtype` and `name`; `MIXERS` has the
+papers' ones by name. `RandomMixing` and `SpatialFc` have a matrix over all
+pixels: they only work at the image size that they were initialised with.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.typing import DTypeLike
 
-from metaformer_jax.models import activations, layers
+from metaformer_jax.models import layers, settings
 
-Dtype = Any
 MixerFactory = Callable[..., nn.Module]
 
 
 class Identity(nn.Module):
-  """Mixes nothing: IdentityFormer's mixer (arXiv 2210.13452, eq. 4)."""
+  """Returns x: IdentityFormer's mixer (arXiv 2210.13452, eq. 4)."""
 
   dim: int
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
     return x
@@ -32,7 +31,7 @@ class Identity(nn.Module):
 
 def _check_odd(name: str, size: int) -> None:
   if size % 2 == 0:
-    raise ValueError(f"{name} {size} is not odd: its window has no middle")
+    raise ValueError(f"{name} {size} is not odd: its window has no centre")
 
 
 def _window_sum(x: jax.Array, size: int) -> jax.Array:
@@ -43,7 +42,7 @@ def _window_sum(x: jax.Array, size: int) -> jax.Array:
 
 
 def _window_count(height: int, width: int, size: int) -> np.ndarray:
-  """How many pixels of each window lie on the image: [1, H, W, 1]."""
+  """Number of pixels of each window inside the image: [1, H, W, 1]."""
 
   def along(n):
     i = np.arange(n)
@@ -52,19 +51,17 @@ def _window_count(height: int, width: int, size: int) -> np.ndarray:
   return np.outer(along(height), along(width))[None, :, :, None]
 
 
-class Pooling(nn.Module):
+class Pooling(settings.Pooling, nn.Module):
   """PoolFormer's mixer: average pooling minus its input.
 
   Mean over the pool_size x pool_size window around each pixel, borders counted
   by their valid pixels (arXiv 2111.11418, eq. 4 and algorithm 1; PyTorch's
-  AvgPool2d with count_include_pad=False). `subtract_input=False` is the
-  ablation that leaves the input in.
+  AvgPool2d with count_include_pad=False). `pool_subtract=False` is the ablation
+  without the subtraction.
   """
 
   dim: int
-  pool_size: int = 3
-  subtract_input: bool = True
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
     _check_odd("pool_size", self.pool_size)
@@ -73,16 +70,16 @@ class Pooling(nn.Module):
       count = jnp.asarray(
           _window_count(x.shape[1], x.shape[2], self.pool_size), x.dtype)
     else:
-      # An array of the valid pixels; at least 1, for windows of padding only.
+      # Counts valid pixels; at least 1, for windows with only padding.
       valid = mask[..., None].astype(x.dtype)
       count = jnp.maximum(_window_sum(valid, self.pool_size), 1)
     mean = total / count
-    return mean - x if self.subtract_input else mean
+    return mean - x if self.pool_subtract else mean
 
 
 def depthwise_conv(dim: int, kernel_size: int, *, use_bias: bool,
                    conv_init: str, dtype, name) -> nn.Conv:
-  """A convolution of each channel by itself, same size out."""
+  """A convolution of each channel by itself, which keeps height and width."""
   k = kernel_size
   _check_odd("conv_kernel_size", k)
   kernel_init, bias_init = layers.conv_inits(conv_init, k * k)
@@ -91,47 +88,43 @@ def depthwise_conv(dim: int, kernel_size: int, *, use_bias: bool,
                  kernel_init=kernel_init, bias_init=bias_init, name=name)
 
 
-class DepthwiseConv(nn.Module):
+class DepthwiseConv(settings.Convolution, nn.Module):
   """A depthwise convolution: the ablation of arXiv 2111.11418, table 5.
 
-  Its kernel of 3 is the authors' advice (sail-sg/poolformer, issue 18).
+  The authors recommend its kernel of 3 (sail-sg/poolformer, issue 18).
   """
 
   dim: int
-  kernel_size: int = 3
-  conv_init: str = "torch"
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
-    return depthwise_conv(self.dim, self.kernel_size, use_bias=True,
+    return depthwise_conv(self.dim, self.conv_kernel_size, use_bias=True,
                           conv_init=self.conv_init, dtype=self.dtype,
                           name="conv")(layers.apply_mask(x, mask))
 
 
-class SepConv(nn.Module):
+class SepConv(settings.Convolution, settings.Activation, nn.Module):
   """Inverted separable convolution: ConvFormer's mixer (arXiv 2210.13452).
 
   Dense to `expansion` times the channels, activation, depthwise convolution,
-  Dense back; no biases (eq. 8; arXiv 1801.04381).
+  Dense back; no biases (eq. 8; arXiv 1801.04381). ConvFormer has a kernel of 7,
+  StarReLU and trunc_normal. `activation` may be a factory, too.
   """
 
   dim: int
   expansion: float = 2.0
-  kernel_size: int = 7
-  activation: Callable[..., nn.Module] = activations.StarReLU
-  conv_init: str = "trunc_normal"
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
     hidden = int(self.expansion * self.dim)
     x = nn.Dense(hidden, use_bias=False, dtype=self.dtype,
                  kernel_init=layers.trunc_normal_02, name="pwconv1")(x)
-    x = layers.apply_mask(self.activation(name="act1")(x), mask)
-    x = depthwise_conv(hidden, self.kernel_size, use_bias=False,
+    x = layers.activation(self.activation)(name="act1")(x)
+    x = depthwise_conv(hidden, self.conv_kernel_size, use_bias=False,
                        conv_init=self.conv_init, dtype=self.dtype,
-                       name="dwconv")(x)
+                       name="dwconv")(layers.apply_mask(x, mask))
     return nn.Dense(self.dim, use_bias=False, dtype=self.dtype,
                     kernel_init=layers.trunc_normal_02, name="pwconv2")(x)
 
@@ -143,7 +136,7 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, *,
   Args:
     q: [B, queries, heads, D].
     k, v: [B, keys, heads, D].
-    mask: [B, keys], false for keys that no query attends to.
+    mask: [B, keys], false for keys to ignore.
   """
   scale = q.shape[-1] ** -0.5
   logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k,
@@ -155,17 +148,16 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, *,
   return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-class Attention(nn.Module):
+class Attention(settings.Attention, nn.Module):
   """Multi-head self-attention over all pixels; memory grows as (H W)^2.
 
-  Heads of `head_dim` channels, at least one; no bias on queries, keys and
-  values (official code of both papers). Padded pixels are never attended to.
+  Heads have `head_dim` channels, and there is at least one; queries, keys and
+  values have no bias (official code of both papers). Padding is ignored.
   """
 
   dim: int
   head_dim: int = 32
-  proj_bias: bool = True
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
@@ -179,9 +171,9 @@ class Attention(nn.Module):
     y = dot_product_attention(
         qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2],
         mask=None if mask is None else mask.reshape(b, h * w))
-    return nn.Dense(self.dim, use_bias=self.proj_bias, dtype=self.dtype,
-                    kernel_init=layers.trunc_normal_02, name="proj")(
-                        y.reshape(b, h, w, -1))
+    return nn.Dense(self.dim, use_bias=self.attention_proj_bias,
+                    dtype=self.dtype, kernel_init=layers.trunc_normal_02,
+                    name="proj")(y.reshape(b, h, w, -1))
 
 
 def _mix_pixels(matrix: jax.Array, x: jax.Array, mask) -> jax.Array:
@@ -190,11 +182,11 @@ def _mix_pixels(matrix: jax.Array, x: jax.Array, mask) -> jax.Array:
   n = matrix.shape[1]
   if n != h * w:
     raise ValueError(
-        f"a mixing matrix over {n} pixels meets {h} x {w}; it is tied to the "
-        "image size that it was made for: resize the images to that")
+        f"a mixing matrix over {n} pixels cannot mix {h} x {w}; resize the "
+        "images to the size that the model was initialised with")
   if mask is not None:
-    raise ValueError("a mixing matrix over all pixels cannot leave out padding;"
-                     " give images of the model's own size and no mask")
+    raise ValueError("a mixing matrix over all pixels cannot ignore padding; "
+                     "give images of the model's own size and no mask")
   y = jnp.einsum("mn,bnc->bmc", matrix.astype(x.dtype), x.reshape(b, n, c))
   return y.reshape(x.shape)
 
@@ -202,12 +194,12 @@ def _mix_pixels(matrix: jax.Array, x: jax.Array, mask) -> jax.Array:
 class RandomMixing(nn.Module):
   """RandFormer's mixer: a frozen random matrix over all pixels.
 
-  softmax over each row of uniform [0, 1) values, drawn at initialisation and
-  kept in the collection "frozen" (arXiv 2210.13452, eq. 5, read as W X).
+  The softmax over each row of uniform [0, 1) values, drawn at initialisation
+  and kept in the collection "frozen" (arXiv 2210.13452, eq. 5, read as W X).
   """
 
   dim: int
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
@@ -227,13 +219,13 @@ class SpatialFc(nn.Module):
   """
 
   dim: int
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
     n = (x.shape[1] * x.shape[2] if self.is_initializing()
          else self.get_variable("params", "kernel").shape[0])
-    # [in, out], as the kernel of a Dense.
+    # [in, out], like the kernel of a Dense.
     kernel = self.param("kernel", layers.trunc_normal_02, (n, n))
     return _mix_pixels(kernel.T, x, mask)
 

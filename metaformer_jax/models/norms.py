@@ -1,18 +1,16 @@
-"""Norms: `norm(x, mask=None, train=False)`, [B, H, W, C] alike in and out.
+"""Norms: `norm(x, mask=None, train=False)`, [B, H, W, C] -> [B, H, W, C].
 
-Statistics are float32; scale and bias are vectors over channels. A norm is
-made by a factory that takes `eps`, `use_bias`, `dtype` and `name`.
+Statistics are float32; scale and bias are vectors over channels. A factory of
+norms takes `eps`, `use_bias`, `dtype` and `name`.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-
-Dtype = Any
+from jax.typing import DTypeLike
 
 
 def per_channel(vector: jax.Array, x: jax.Array) -> jax.Array:
@@ -20,20 +18,21 @@ def per_channel(vector: jax.Array, x: jax.Array) -> jax.Array:
   return vector.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def spread(vector: jax.Array, x: jax.Array, dtype: Dtype) -> jax.Array:
-  """A vector over channels, or one value, in the shape of x [..., C].
+def spread(vector: jax.Array, x: jax.Array, dtype: DTypeLike) -> jax.Array:
+  """Broadcasts a vector over channels, or one value, to x [..., C].
 
-  Cast last, so that its gradient, a sum over all of x, is a float32 sum: a CPU
-  sums bfloat16 in bfloat16, which ends at 256 times the largest value.
+  The cast comes last, so that the gradient, a sum over all of x, is summed in
+  float32: a CPU sums bfloat16 in bfloat16, which stops growing at 256 times the
+  summand.
   """
   return jnp.broadcast_to(per_channel(vector, x), x.shape).astype(dtype)
 
 
 def _moments(x, axes, weight=None):
-  """Mean, and the mean of the squared differences from it, kept as axes of 1.
+  """Mean and variance over the axes, which are kept with size 1.
 
-  In two passes: the difference of the means, E[x^2] - E[x]^2, cancels where
-  the mean is large. `weight` is 1 for the values that count, else 0.
+  In two passes, as E[x^2] - E[x]^2 loses precision if the mean is large.
+  `weight` is 1 for the values that count, else 0.
   """
   if weight is None:
     mean = x.mean(axes, keepdims=True)
@@ -53,12 +52,12 @@ def _weight(mask):
 
 
 class _Norm(nn.Module):
-  """What every norm has: an epsilon, and a scale and a bias at its end."""
+  """Base of the norms: an epsilon, and a scale and bias at the end."""
 
   eps: float = 1e-5
   use_bias: bool = True
   scale_init: nn.initializers.Initializer = nn.initializers.ones
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   def _affine(self, x: jax.Array) -> jax.Array:
     scale = self.param("scale", self.scale_init, (x.shape[-1],))
@@ -95,10 +94,10 @@ class LayerNorm(_Norm):
 class BatchNorm(_Norm):
   """BatchNorm as in PyTorch: statistics of the global batch, or running ones.
 
-  The running mean and variance, and the number of batches that they saw, are
-  in the collection "batch_stats". In training, where it must be mutable, they
-  move by 1 - momentum towards the batch's, of which the variance is the
-  unbiased one; the batch is normalised by its biased variance.
+  The collection "batch_stats" holds the running mean and variance and the
+  number of batches seen. In training it must be mutable: the running values
+  move by 1 - momentum towards the batch's mean and unbiased variance. The batch
+  itself is normalised with its biased variance.
   """
 
   momentum: float = 0.9
@@ -126,7 +125,7 @@ class BatchNorm(_Norm):
 
 
 class NoNorm(_Norm):
-  """Leaves x as it is: the ablation without a norm."""
+  """Returns x: the ablation without a norm."""
 
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
     return x

@@ -5,35 +5,10 @@ Sources: tables 1 and 5 of the paper (MACs, top-1), the official code
 hyper-parameters, evaluation crop); parameters counted from that code.
 """
 
+from metaformer_jax.models import settings
 from metaformer_jax.models.spec import ModelSpec
 
-# Every setting of a MetaFormer, as PoolFormer has it.
-COMMON = {
-    "token_mixers": ("pooling",) * 4,
-    "pool_size": 3,
-    "pool_subtract": True,
-    "conv_kernel_size": 3,
-    "attention_proj_bias": True,
-    "position_embeddings": (),
-    "norm": "group_norm",
-    "norm_eps": 1e-5,
-    "norm_bias": True,
-    "activation": "gelu",
-    "mlp_ratio": 4.0,
-    "mlp_bias": True,
-    "residual": True,
-    "res_scale_init": (),
-    "in_patch_size": 7,
-    "in_stride": 4,
-    "in_pad": 2,
-    "downsample_norm": False,
-    "conv_init": "torch",
-    "head_norm_first": True,
-    "head": "linear",
-    "head_drop_rate": 0.0,
-}
-
-# Depths and dims of the sizes; the sequel's first families share them.
+# Depths and dims of the sizes; the second paper's basic families share them.
 SIZES = {
     "s12": {"depths": (2, 2, 6, 2), "dims": (64, 128, 320, 512)},
     "s24": {"depths": (4, 4, 12, 4), "dims": (64, 128, 320, 512)},
@@ -68,12 +43,13 @@ _HYBRIDS = {
 }
 
 
-def _spec(name, table, crop_pct, n_params, gmacs, top1, **hparams):
+def _spec(name, table, crop_pct, n_params, gmacs, top1, **overrides):
   return ModelSpec(
       name=name, family="poolformer",
       module="metaformer_jax.models.metaformer:MetaFormer",
-      hparams={**COMMON, **hparams}, n_params=n_params, gmacs=gmacs, top1=top1,
-      crop_pct=crop_pct, source=f"arXiv 2111.11418, table {table}",
+      settings=settings.MetaFormer(**overrides), n_params=n_params,
+      gmacs=gmacs, top1=top1, crop_pct=crop_pct,
+      source=f"arXiv 2111.11418, table {table}",
       checkpoint="https://github.com/sail-sg/poolformer/releases/download/v1.0/"
       f"{name}.pth.tar")
 
@@ -83,8 +59,7 @@ MODELS = {
                                 layer_scale_init=layer_scale_init)
     for size, (layer_scale_init, *row) in _POOLFORMERS.items()
 } | {
-    name: _spec(name, 5, *row, **SIZES["s12"], layer_scale_init=1e-5,
-                token_mixers=token_mixers, position_embeddings=embedded,
-                norm=norm)
+    name: _spec(name, 5, *row, **SIZES["s12"], token_mixers=token_mixers,
+                position_embeddings=embedded, norm=norm)
     for name, (token_mixers, embedded, norm, *row) in _HYBRIDS.items()
 }

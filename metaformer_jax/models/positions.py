@@ -1,12 +1,10 @@
 """Position embeddings on a grid, resized to the image at hand."""
 
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-
-Dtype = Any
+from jax.typing import DTypeLike
 
 
 def resize(grid: jax.Array, height: int, width: int, *, method: str = "cubic",
@@ -24,11 +22,11 @@ def resize(grid: jax.Array, height: int, width: int, *, method: str = "cubic",
 
 def resize_to_mask(grid: jax.Array, mask: jax.Array, *, method: str = "cubic",
                    antialias: bool = True) -> jax.Array:
-  """Resizes the grid to where each image of a canvas is valid.
+  """Resizes the grid to the valid part of each image's canvas.
 
-  [H, W, C] and a mask [B, height, width] of one rectangle an image give
-  [B, height, width, C]: what `resize` gives for the image alone, at its place;
-  zero elsewhere.
+  [H, W, C] and a mask [B, height, width], one rectangle per image, give
+  [B, height, width, C]: the result of `resize` for the image alone, at its
+  place, and zero elsewhere.
   """
   height, width = mask.shape[1:]
 
@@ -50,12 +48,12 @@ def resize_to_mask(grid: jax.Array, mask: jax.Array, *, method: str = "cubic",
 
 
 class PositionEmbedding(nn.Module):
-  """Adds a learned [H, W, C] to x; H and W are those of its first image.
+  """Adds a learned [H, W, C] to x; H and W are those of the first x.
 
-  Other sizes get it resized; with a mask, to the valid part of the canvas.
+  For other sizes it is resized; with a mask, to the valid part of the canvas.
   """
 
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask: jax.Array | None = None):
@@ -66,6 +64,6 @@ class PositionEmbedding(nn.Module):
       added = resize(grid, *x.shape[1:3])[None]
     else:
       added = resize_to_mask(grid, mask)
-    # Cast last, so that the batch's gradients are a float32 sum.
+    # Cast last, so that the gradients are summed over the batch in float32.
     return x + jnp.broadcast_to(added, x.shape).astype(
         self.dtype or jnp.float32)

@@ -11,20 +11,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
-from metaformer_jax.models import layers, mixers, norms, positions
-
-Dtype = Any
+from metaformer_jax.models import layers, mixers, norms, positions, settings
 
 
 class Attention(nn.Module):
   """Attention to an image that a convolution has reduced: eq. 1 to 3.
 
-  [B, N, dim] alike in and out. The last height times width of the N tokens are
-  the grid's pixels; where `sr_ratio` is 1, others may come first.
+  [B, N, dim] -> [B, N, dim]. The last height * width of the N tokens are the
+  grid's pixels; if `sr_ratio` is 1, other tokens may come first.
 
   Attributes:
-    n_heads: which divides dim.
+    n_heads: must divide dim.
     sr_ratio: kernel and stride of the convolution; 1 for none.
     qkv_bias: whether queries, keys and values have a bias.
     drop_rate: of its output.
@@ -34,7 +33,7 @@ class Attention(nn.Module):
   sr_ratio: int = 1
   qkv_bias: bool = True
   drop_rate: float = 0.0
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, grid: tuple[int, int], *, mask=None,
@@ -67,48 +66,46 @@ class Attention(nn.Module):
     y = mixers.dot_product_attention(
         q.reshape(b, n, self.n_heads, -1), kv[:, :, 0], kv[:, :, 1], mask=mask)
     if mask is not None:
-      # On a canvas, an image too small to reduce has no keys: it gets nothing.
+      # An image on a canvas that is too small to reduce has no keys: zeros.
       y = y * mask.any(1).reshape(b, 1, 1, 1).astype(y.dtype)
     y = dense(dim, name="proj")(y.reshape(b, n, dim))
     return nn.Dropout(self.drop_rate, name="drop")(y, deterministic=not train)
 
 
-class Block(nn.Module):
-  """Y = X + Attention(Norm(X));  Z = Y + MLP(Norm(Y)): [B, N, dim]."""
+class Block(settings.NormEps, settings.Dropout, nn.Module):
+  """Y = X + Attention(Norm(X));  Z = Y + MLP(Norm(Y)); [B, N, dim]."""
 
   attention: Callable[..., nn.Module]
-  mlp_ratio: float = 4.0
-  norm_eps: float = 1e-6
-  drop_rate: float = 0.0
+  mlp_ratio: float
   drop_path_rate: float = 0.0
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, grid: tuple[int, int], *, mask=None,
                train: bool = False):
-    def norm(i):
-      return norms.LayerNorm(self.norm_eps, dtype=self.dtype, name=f"norm{i}")
+    norm1, norm2 = (
+        norms.LayerNorm(self.norm_eps, dtype=self.dtype, name=name)
+        for name in ("norm1", "norm2"))
+    attn = functools.partial(
+        self.attention(drop_rate=self.drop_rate, dtype=self.dtype, name="attn"),
+        grid=grid, mask=mask, train=train)
+    mlp = functools.partial(
+        layers.Mlp(int(self.mlp_ratio * x.shape[-1]), drop_rate=self.drop_rate,
+                   dtype=self.dtype, name="mlp"), train=train)
+    drop_path1, drop_path2 = layers.drop_paths(self.drop_path_rate, train)
 
-    def drop_path(i):
-      return layers.DropPath(self.drop_path_rate, name=f"drop_path{i}")
-
-    attention = self.attention(drop_rate=self.drop_rate, dtype=self.dtype,
-                               name="attn")
-    x = x + drop_path(1)(attention(norm(1)(x), grid, mask=mask, train=train),
-                         train=train)
-    mlp = layers.Mlp(int(self.mlp_ratio * x.shape[-1]),
-                     drop_rate=self.drop_rate, dtype=self.dtype, name="mlp")
-    return x + drop_path(2)(mlp(norm(2)(x), train=train), train=train)
+    x = x + drop_path1(attn(norm1(x)))
+    return x + drop_path2(mlp(norm2(x)))
 
 
 def on_grid(embedding: jax.Array, height: int, width: int, mask=None):
-  """Embeddings of a square's pixels, bilinearly resized to an image's.
+  """Position embeddings of a square, bilinearly resized to an image's size.
 
-  [N, C] -> [1, height, width, C], or with a mask [B, height, width] of one
-  rectangle an image [B, height, width, C], zero elsewhere; float32.
+  [N, C] -> [1, height, width, C]; with a mask [B, height, width], one rectangle
+  per image, [B, height, width, C] and zero elsewhere; float32.
 
   Raises:
-    ValueError: N is neither a square nor the image's number of pixels.
+    ValueError: N is neither a square number nor the image's number of pixels.
   """
   n, dim = embedding.shape
   side = math.isqrt(n)
@@ -118,9 +115,9 @@ def on_grid(embedding: jax.Array, height: int, width: int, mask=None):
     grid = embedding.reshape(height, width, dim)
   else:
     raise ValueError(
-        f"position embeddings of {n} patches, which is no square, cannot be "
+        f"position embeddings of {n} patches, not a square number, cannot be "
         f"resized to {height} x {width}: initialise with square images")
-  # As PyTorch's F.interpolate by default.
+  # PyTorch's F.interpolate by default.
   if mask is None:
     return positions.resize(grid, height, width, method="linear",
                             antialias=False)[None]
@@ -131,7 +128,7 @@ class Stage(nn.Module):
   """Patches with their positions, then blocks.
 
   [B, H, W, C] -> [B, H / patch_size, W / patch_size, dim], sides rounded down,
-  with its mask and the class token [B, 1, dim], [B, 0, dim] where none is.
+  its mask, and the class token [B, 1, dim], or [B, 0, dim] without one.
   """
 
   dim: int
@@ -139,7 +136,7 @@ class Stage(nn.Module):
   blocks: Sequence[Callable[..., nn.Module]]
   class_token: bool = False
   drop_rate: float = 0.0
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
@@ -168,56 +165,30 @@ class Stage(nn.Module):
     return x[:, first:].reshape(b, h, w, dim), mask, x[:, :first]
 
 
-class PyramidVisionTransformer(nn.Module):
-  """Stages of transformer blocks on ever fewer tokens; a class token's head.
+class PyramidVisionTransformer(settings.PyramidVisionTransformer, nn.Module):
+  """Stages of transformer blocks, each on fewer tokens; a class token's head.
+
+  `settings.PyramidVisionTransformer` declares the hyper-parameters.
 
   Attributes:
-    depths, dims, n_heads, mlp_ratios: of each stage.
-    sr_ratios: of each stage, by how much keys and values are reduced; 1 in the
-      last, which has the class token.
+    sr_ratios: how much each stage reduces keys and values; 1 in the last, which
+      has the class token.
     patch_size: of the first stage; it is 2 in the others.
-    qkv_bias: whether queries, keys and values have a bias.
     norm_eps: of the blocks' norms and the last; the others have 1e-5.
-    num_classes: outputs of the head; 0 for the normed class token.
     drop_rate: dropout of the tokens with their positions, in the attention's
       output and in the MLPs.
     drop_path_rate: of the last block; linear from 0 at the first.
+    num_classes: outputs of the head; 0 for the normed class token.
     dtype: of the computation; None is float32. Parameters are float32.
   """
 
-  depths: Sequence[int]
-  dims: Sequence[int]
-  n_heads: Sequence[int]
-  mlp_ratios: Sequence[float]
-  sr_ratios: Sequence[int]
-  patch_size: int = 4
-  qkv_bias: bool = True
-  norm_eps: float = 1e-6
   num_classes: int = 1000
-  drop_rate: float = 0.0
-  drop_path_rate: float = 0.0
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   def setup(self):
-    self._check()
-    n_blocks, n_stages = sum(self.depths), len(self.depths)
-    stages = []
-    first = 0  # Number of blocks before the stage.
-    for i, (depth, dim) in enumerate(zip(self.depths, self.dims)):
-      block = functools.partial(
-          Block, functools.partial(
-              Attention, self.n_heads[i], self.sr_ratios[i], self.qkv_bias),
-          self.mlp_ratios[i], self.norm_eps, self.drop_rate, dtype=self.dtype)
-      stages.append(Stage(
-          dim, patch_size=2 if i else self.patch_size,
-          blocks=[
-              functools.partial(block, drop_path_rate=self.drop_path_rate
-                                * (first + j) / max(n_blocks - 1, 1))
-              for j in range(depth)],
-          class_token=i + 1 == n_stages, drop_rate=self.drop_rate,
-          dtype=self.dtype, name=f"stage{i + 1}"))
-      first += depth
-    self.stages = stages
+    self.require_structure()
+    rates = layers.drop_path_rates(self.drop_path_rate, self.depths)
+    self.stages = [self._stage(i, rates[i]) for i in range(len(self.depths))]
     self.final_norm = norms.LayerNorm(self.norm_eps, dtype=self.dtype,
                                       name="norm")
     if self.num_classes:
@@ -225,15 +196,18 @@ class PyramidVisionTransformer(nn.Module):
                                  kernel_init=layers.trunc_normal_02,
                                  name="head")
 
-  def _check(self):
-    of_stages = (self.depths, self.dims, self.n_heads, self.mlp_ratios,
-                 self.sr_ratios)
-    if len({len(values) for values in of_stages}) != 1:
-      raise ValueError("depths, dims, n_heads, mlp_ratios and sr_ratios must "
-                       f"name the same stages, got {of_stages}")
-    if self.sr_ratios[-1] != 1:
-      raise ValueError("sr_ratios must end with 1, got "
-                       f"{self.sr_ratios}: a class token is on no grid")
+  def _stage(self, i: int, drop_path_rates: Sequence[float]) -> Stage:
+    attention = functools.partial(
+        Attention, self.n_heads[i], self.sr_ratios[i], self.qkv_bias)
+    return Stage(
+        self.dims[i], patch_size=2 if i else self.patch_size,
+        blocks=[
+            functools.partial(
+                Block, attention, self.mlp_ratios[i], rate, dtype=self.dtype,
+                norm_eps=self.norm_eps, drop_rate=self.drop_rate)
+            for rate in drop_path_rates],
+        class_token=i + 1 == len(self.depths), drop_rate=self.drop_rate,
+        dtype=self.dtype, name=f"stage{i + 1}")
 
   def _stages(self, x, mask, train) -> Iterator[tuple[jax.Array, Any, Any]]:
     for stage in self.stages:
@@ -247,8 +221,8 @@ class PyramidVisionTransformer(nn.Module):
     Args:
       x: normalised images [B, H, W, 3], of at least 32 x 32 for the published
         sizes.
-      mask: [B, H, W], true where a pixel is image and not padding; None where
-        all are. See `layers`.
+      mask: [B, H, W], true for pixels of the image, false for padding; None if
+        there is no padding. See `layers`.
       train: whether dropout and drop path are on.
 
     Returns:

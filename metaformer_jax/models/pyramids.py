@@ -1,11 +1,12 @@
 """The pyramids that PoolFormer is compared with: ResNet and PVT.
 
 Source of MACs and top-1: arXiv 2111.11418, table 2, in which "RSB-ResNet" is a
-ResNet trained by the recipe A2 of arXiv 2110.00476. The rest is of timm
-(resnet.py, its default_cfgs of the tag a2_in1k) and of the official PVT
+ResNet trained by the recipe A2 of arXiv 2110.00476. The rest comes from timm
+(resnet.py, its default_cfgs of the tag a2_in1k) and from the official PVT
 (github.com/whai362/PVT, classification: pvt.py, datasets.py, README).
 """
 
+from metaformer_jax.models import settings
 from metaformer_jax.models.spec import ModelSpec
 
 _SOURCE = "arXiv 2111.11418, table 2"
@@ -17,16 +18,6 @@ _RESNETS = {
     "resnet50": ("bottleneck", (3, 4, 6, 3), 25_557_032, 4.1, 79.8),
     "resnet101": ("bottleneck", (3, 4, 23, 3), 44_549_160, 7.9, 81.3),
     "resnet152": ("bottleneck", (3, 8, 36, 3), 60_192_808, 11.6, 81.8),
-}
-
-_PVT = {
-    "dims": (64, 128, 320, 512),
-    "n_heads": (1, 2, 5, 8),
-    "mlp_ratios": (8, 8, 4, 4),
-    "sr_ratios": (8, 4, 2, 1),
-    "patch_size": 4,
-    "qkv_bias": True,
-    "norm_eps": 1e-6,
 }
 
 # Depths, parameters, GMACs, top-1
@@ -41,8 +32,7 @@ MODELS = {
     name: ModelSpec(
         name=name, family="resnet",
         module="metaformer_jax.models.resnet:ResNet",
-        hparams={"block": block, "depths": depths,
-                 "widths": (64, 128, 256, 512)},
+        settings=settings.ResNet(block=block, depths=depths),
         n_params=n_params, gmacs=gmacs, top1=top1, source=_SOURCE,
         checkpoint=f"timm/{name}.a2_in1k", crop_pct=0.95)
     for name, (block, depths, n_params, gmacs, top1) in _RESNETS.items()
@@ -50,8 +40,9 @@ MODELS = {
     name: ModelSpec(
         name=name, family="pvt",
         module="metaformer_jax.models.pvt:PyramidVisionTransformer",
-        hparams={**_PVT, "depths": depths}, n_params=n_params, gmacs=gmacs,
-        top1=top1, source=_SOURCE, crop_pct=0.875,
+        settings=settings.PyramidVisionTransformer(depths=depths),
+        n_params=n_params, gmacs=gmacs, top1=top1, source=_SOURCE,
+        crop_pct=0.875,
         checkpoint="https://github.com/whai362/PVT/releases/download/v2/"
         f"{name}.pth")
     for name, (depths, n_params, gmacs, top1) in _PVTS.items()

@@ -1,4 +1,4 @@
-"""The model table: names to specs to modules. Imports jax on creation only."""
+"""The model table: names to specs to modules. Only `create_model` needs jax."""
 
 import fnmatch
 from typing import Any
@@ -18,7 +18,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def get_spec(name: str) -> spec_lib.ModelSpec:
-  """Returns the table's row; ValueError names the nearest to an unknown."""
+  """Returns the table's row; ValueError names the nearest if it is unknown."""
   if name not in _MODELS:
     raise ValueError(
         f"unknown model {name!r}{errors.did_you_mean(name, _MODELS)}")
@@ -26,20 +26,18 @@ def get_spec(name: str) -> spec_lib.ModelSpec:
 
 
 def create_model(name: str, *, num_classes: int | None = None,
-                 drop_path_rate: float = 0.0, dtype: Any = None,
-                 **overrides: Any):
+                 dtype: Any = None, **overrides: Any):
   """Builds the Linen module of a named model.
 
   Args:
     name: one of `list_models()`.
     num_classes: outputs of the head, by default as published; 0 builds no
       head, and the model returns the pooled features.
-    drop_path_rate: stochastic depth of the last block, growing linearly from
-      0 at the first (arXiv 1603.09382).
     dtype: of the computation, e.g. `jnp.bfloat16`; None is float32.
       Parameters are float32 either way.
-    **overrides: hyper-parameters of the table's row to set otherwise, e.g.
-      `pool_size=5` or `token_mixers=("pooling",) * 3 + ("attention",)`.
+    **overrides: hyper-parameters that differ from the table's row, e.g.
+      `drop_path_rate=0.1`, `pool_size=5` or
+      `token_mixers=("pooling",) * 3 + ("attention",)`; see `models.settings`.
 
   Returns:
     An unbound module: `model.init(rng, images)`,
@@ -49,12 +47,8 @@ def create_model(name: str, *, num_classes: int | None = None,
     ValueError: unknown name or hyper-parameter.
   """
   spec = get_spec(name)
-  for key in overrides:
-    if key not in spec.hparams:
-      raise ValueError(f"{name} has no hyper-parameter {key!r}"
-                       f"{errors.did_you_mean(key, spec.hparams)}")
+  settings = spec.override(**overrides)
   if num_classes is None:
     num_classes = spec.num_classes
   return spec.load_class()(
-      **{**spec.hparams, **overrides}, num_classes=num_classes,
-      drop_path_rate=drop_path_rate, dtype=dtype)
+      **vars(settings), num_classes=num_classes, dtype=dtype)

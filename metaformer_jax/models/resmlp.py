@@ -1,20 +1,19 @@
 """ResMLP (arXiv 2105.03404; github.com/facebookresearch/deit)."""
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
-from metaformer_jax.models import layers, mlp_mixer, norms
-
-Dtype = Any
+from metaformer_jax.models import layers, mlp_mixer, norms, settings
 
 
 class Affine(nn.Module):
-  """alpha x + beta over channels, [..., C]: in place of a norm (eq. 1)."""
+  """alpha x + beta over channels, [..., C], instead of a norm (eq. 1)."""
 
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array):
@@ -27,56 +26,50 @@ class Affine(nn.Module):
 class ResMLPBlock(nn.Module):
   """Y = X + s1 (A Aff(X) + a); Z = Y + s2 MLP(Aff(Y)): eq. 2 and 3.
 
-  [B, N, C] alike in and out; A is one matrix over the patches.
+  [B, N, C] -> [B, N, C]; A is one matrix over the patches.
   """
 
-  mlp_ratio: float = 4.0
-  layer_scale_init: float = 1e-4
-  drop_rate: float = 0.0
-  drop_path_rate: float = 0.0
-  dtype: Dtype | None = None
+  mlp_ratio: float
+  layer_scale_init: float
+  drop_rate: float
+  drop_path_rate: float
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False):
-    def add(i, x, y):
-      y = layers.Scale(self.layer_scale_init, dtype=self.dtype,
-                       name=f"ls{i}")(y)
-      return x + layers.DropPath(self.drop_path_rate, name=f"drop_path{i}")(
-          y, train=train)
+    norm1, norm2 = (Affine(dtype=self.dtype, name=name)
+                    for name in ("norm1", "norm2"))
+    linear_tokens = functools.partial(
+        mlp_mixer.over_patches,
+        nn.Dense(x.shape[1], dtype=self.dtype,
+                 kernel_init=layers.trunc_normal_02, name="linear_tokens"))
+    mlp_channels = functools.partial(
+        layers.Mlp(int(x.shape[-1] * self.mlp_ratio), drop_rate=self.drop_rate,
+                   dtype=self.dtype, name="mlp_channels"), train=train)
+    scale1, scale2 = (
+        layers.Scale(self.layer_scale_init, dtype=self.dtype, name=name)
+        for name in ("ls1", "ls2"))
+    drop_path1, drop_path2 = layers.drop_paths(self.drop_path_rate, train)
 
-    linear_tokens = nn.Dense(
-        x.shape[1], dtype=self.dtype, kernel_init=layers.trunc_normal_02,
-        name="linear_tokens")
-    mlp_channels = layers.Mlp(
-        int(x.shape[-1] * self.mlp_ratio), drop_rate=self.drop_rate,
-        dtype=self.dtype, name="mlp_channels")
-    x = add(1, x, mlp_mixer.over_patches(
-        linear_tokens, Affine(dtype=self.dtype, name="norm1")(x)))
-    return add(2, x, mlp_channels(
-        Affine(dtype=self.dtype, name="norm2")(x), train=train))
+    x = x + drop_path1(scale1(linear_tokens(norm1(x))))
+    return x + drop_path2(scale2(mlp_channels(norm2(x))))
 
 
-class ResMLP(mlp_mixer.PatchMlp):
-  """ResMLP; see `mlp_mixer.PatchMlp`. First values as in the official code.
+class ResMLP(settings.ResMLP, mlp_mixer.PatchMlp):
+  """ResMLP; see `mlp_mixer.PatchMlp`. Initial values as in the official code.
+
+  `settings.ResMLP` declares the hyper-parameters.
 
   Attributes:
-    patch_size: side of a patch in pixels.
-    dim: channels.
-    depth: number of blocks.
-    mlp_ratio: hidden over outer channels of the MLPs.
-    layer_scale_init: LayerScale's first value.
-    num_classes: outputs of the head; 0 for the pooled features.
     drop_rate: dropout in the MLPs.
-    drop_path_rate: of every block alike, as in the official code.
+    drop_path_rate: of all blocks, as in the official code.
+    num_classes: outputs of the head; 0 for the pooled features.
     dtype: of the computation; None is float32. Parameters are float32.
   """
 
-  mlp_ratio: float = 4.0
-  layer_scale_init: float = 1e-4
-  drop_rate: float = 0.0
-
   def setup(self):
-    self.stem = self._conv(
+    self.stem = layers.patch_embed(
+        self.dim, self.patch_size, dtype=self.dtype,
         kernel_init=layers.torch_conv_kernel,
         bias_init=layers.torch_conv_bias(3 * self.patch_size**2))
     self.blocks = [

@@ -1,7 +1,7 @@
 """ResNet (arXiv 1512.03385), the "v1.5" of torchvision and timm.
 
 A strided bottleneck has its stride in the 3x3 convolution, not in the first
-1x1. First weights are those of timm's resnet.py, by which the weights of
+1x1. Initial weights are those of timm's resnet.py, with which the weights of
 arXiv 2110.00476, "ResNet strikes back", were trained.
 """
 
@@ -12,33 +12,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
-from metaformer_jax.models import layers, norms
-
-Dtype = Any
-
-# Of a block's convolutions: kernel sizes, channels in units of the stage's
-# width, and which one has the stride.
-BLOCKS = {
-    "basic": ((3, 3), (1, 1), 1),
-    "bottleneck": ((1, 3, 1), (1, 1, 4), 2),
-}
+from metaformer_jax.models import layers, norms, settings
 
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
-
-# Begins its block as the shortcut alone.
+# With this as the last norm, a block is initialised to its shortcut.
 ZeroBatchNorm = functools.partial(norms.BatchNorm,
                                   scale_init=nn.initializers.zeros)
 
 
 def conv_norm(x: jax.Array, mask, dim: int, kernel_size: int, stride: int = 1,
-              *, norm=norms.BatchNorm, dtype: Dtype | None, train: bool,
+              *, norm=norms.BatchNorm, dtype: DTypeLike | None, train: bool,
               suffix: str | int = ""):
   """Convolution, padded by half its kernel, and BatchNorm; with the new mask.
 
-  [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), dim]. Makes "conv" and
-  "norm", with the suffix, in the module that calls it.
+  [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), dim]. Adds "conv" and
+  "norm", with the suffix, to the module that calls it.
   """
   k, s, p = kernel_size, stride, kernel_size // 2
   x = nn.Conv(dim, (k, k), strides=(s, s), padding=((p, p), (p, p)),
@@ -51,7 +42,7 @@ def conv_norm(x: jax.Array, mask, dim: int, kernel_size: int, stride: int = 1,
 
 
 def max_pool(x: jax.Array, mask):
-  """Maxima of 3x3 windows at stride 2, less what lies outside; and the mask.
+  """Maxima of 3x3 windows at stride 2, without the padding; and the mask.
 
   [B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C], zero in the padding.
   """
@@ -60,7 +51,7 @@ def max_pool(x: jax.Array, mask):
   x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
   mask = layers.downsample_mask(mask, *x.shape[1:3], kernel_size=3, stride=2,
                                 padding=1)
-  if mask is not None:  # No product: 0 times infinity is not a number.
+  if mask is not None:  # Not a product: 0 * infinity is NaN.
     x = jnp.where(mask[..., None].astype(bool), x, 0)
   return x, mask
 
@@ -69,7 +60,7 @@ class Stem(nn.Module):
   """A 7x7 convolution, then max pooling: [B, H, W, 3] -> stride 4, mask."""
 
   dim: int
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
@@ -82,7 +73,7 @@ class Projection(nn.Module):
 
   dim: int
   stride: int
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
@@ -93,24 +84,25 @@ class Projection(nn.Module):
 class Block(nn.Module):
   """relu(Shortcut(X) + Norm(Conv(... relu(Norm(Conv(X)))))), and its mask.
 
-  [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), C'], of which C' is
-  `width` or four times that.
+  [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), C']; C' is `width`, or
+  four times that for a bottleneck.
 
   Attributes:
-    kind: of `BLOCKS`.
+    kind: a name in `settings.RESNET_BLOCKS`.
     width: channels of its 3x3 convolutions.
-    drop_path_rate: at which all but the shortcut is dropped.
+    drop_path_rate: probability of dropping all but the shortcut.
   """
 
   kind: str
   width: int
   stride: int = 1
   drop_path_rate: float = 0.0
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
-    kernel_sizes, widths, strided = layers.lookup(BLOCKS, "block", self.kind)
+    kernel_sizes, widths, strided = layers.lookup(
+        settings.RESNET_BLOCKS, "block", self.kind)
     y, y_mask = x, mask
     for i, (kernel_size, width) in enumerate(zip(kernel_sizes, widths), 1):
       last = i == len(widths)
@@ -128,7 +120,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-  """Blocks, of which the first has the stride: [B, H, W, C], mask alike."""
+  """Blocks in turn, each with the mask of the one before."""
 
   blocks: Sequence[Callable[..., nn.Module]]
 
@@ -139,45 +131,28 @@ class Stage(nn.Module):
     return x, mask
 
 
-class ResNet(nn.Module):
+class ResNet(settings.ResNet, nn.Module):
   """A stem, stages of residual blocks, mean over the pixels, a linear head.
 
+  `settings.ResNet` declares the hyper-parameters.
+
   Attributes:
-    block: a name in `BLOCKS`.
-    depths: blocks of each stage.
-    widths: channels of the 3x3 convolutions of each stage.
-    num_classes: outputs of the head; 0 for the pooled features.
     drop_rate: dropout before the head.
     drop_path_rate: of the last block; linear from 0 at the first.
+    num_classes: outputs of the head; 0 for the pooled features.
     dtype: of the computation; None is float32. Parameters are float32.
   """
 
-  block: str
-  depths: Sequence[int]
-  widths: Sequence[int] = (64, 128, 256, 512)
   num_classes: int = 1000
-  drop_rate: float = 0.0
-  drop_path_rate: float = 0.0
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   def setup(self):
-    if len(self.depths) != len(self.widths):
-      raise ValueError("depths and widths must name the same stages, got "
-                       f"{self.depths}, {self.widths}")
-    _, (*_, expansion), _ = layers.lookup(BLOCKS, "block", self.block)
+    self.require_structure()
+    _, (*_, expansion), _ = layers.lookup(
+        settings.RESNET_BLOCKS, "block", self.block)
     self.stem = Stem(self.widths[0], dtype=self.dtype, name="stem")
-    n_blocks = sum(self.depths)
-    stages = []
-    first = 0  # Number of blocks before the stage.
-    for i, (depth, width) in enumerate(zip(self.depths, self.widths)):
-      stages.append(Stage([
-          functools.partial(
-              Block, self.block, width, stride=2 if i and not j else 1,
-              drop_path_rate=self.drop_path_rate * (first + j)
-              / max(n_blocks - 1, 1), dtype=self.dtype)
-          for j in range(depth)], name=f"stage{i + 1}"))
-      first += depth
-    self.stages = stages
+    rates = layers.drop_path_rates(self.drop_path_rate, self.depths)
+    self.stages = [self._stage(i, rates[i]) for i in range(len(self.depths))]
     self.dropout = nn.Dropout(self.drop_rate, name="drop")
     if self.num_classes:
       fan_in = self.widths[-1] * expansion
@@ -185,6 +160,13 @@ class ResNet(nn.Module):
           self.num_classes, kernel_init=layers.torch_conv_kernel,
           bias_init=layers.torch_conv_bias(fan_in), dtype=self.dtype,
           name="head")
+
+  def _stage(self, i: int, drop_path_rates: Sequence[float]) -> Stage:
+    return Stage([
+        functools.partial(
+            Block, self.block, self.widths[i], stride=2 if i and not j else 1,
+            drop_path_rate=rate, dtype=self.dtype)
+        for j, rate in enumerate(drop_path_rates)], name=f"stage{i + 1}")
 
   def _stages(self, x, mask, train) -> Iterator[tuple[jax.Array, Any]]:
     x, mask = self.stem(x, mask=mask, train=train)
@@ -198,8 +180,8 @@ class ResNet(nn.Module):
 
     Args:
       x: normalised images [B, H, W, 3].
-      mask: [B, H, W], true where a pixel is image and not padding; None where
-        all are. See `layers`.
+      mask: [B, H, W], true for pixels of the image, false for padding; None if
+        there is no padding. See `layers`.
       train: whether dropout and drop path are on, and BatchNorm uses the
         batch's statistics; "batch_stats" must then be mutable.
 

@@ -1,31 +1,30 @@
 """ViT and DeiT: a MetaFormer of one stage whose mixer is attention.
 
 Sources: arXiv 2010.11929; arXiv 2012.12877 and its code
-(github.com/facebookresearch/deit, models.py), from which are the first values.
+(github.com/facebookresearch/deit, models.py), also for the initial values.
 """
 
+import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 
-from metaformer_jax.models import layers, mixers, norms, positions
-
-Dtype = Any
+from metaformer_jax.models import layers, mixers, norms, positions, settings
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention with biases, [B, N, C] alike in and out.
+  """Multi-head self-attention with biases, [B, N, C] -> [B, N, C].
 
-  Tokens that are false in `mask` [B, N] are never attended to.
+  Tokens that are false in `mask` [B, N] are ignored.
   """
 
   n_heads: int
   drop_rate: float = 0.0
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
@@ -44,38 +43,39 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-  """Y = X + Attention(Norm(X)); Z = Y + MLP(Norm(Y)): [B, N, C] to the same."""
+  """Y = X + Attention(Norm(X));  Z = Y + MLP(Norm(Y)); [B, N, C]."""
 
   n_heads: int
-  mlp_ratio: float = 4.0
-  norm_eps: float = 1e-6
-  drop_rate: float = 0.0
-  drop_path_rate: float = 0.0
-  dtype: Dtype | None = None
+  mlp_ratio: float
+  norm_eps: float
+  drop_rate: float
+  drop_path_rate: float
+  dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
-    def norm(i):
-      return norms.LayerNorm(self.norm_eps, dtype=self.dtype, name=f"norm{i}")
+    norm1, norm2 = (
+        norms.LayerNorm(self.norm_eps, dtype=self.dtype, name=name)
+        for name in ("norm1", "norm2"))
+    attn = functools.partial(
+        Attention(self.n_heads, self.drop_rate, dtype=self.dtype, name="attn"),
+        mask=mask, train=train)
+    mlp = functools.partial(
+        layers.Mlp(int(x.shape[-1] * self.mlp_ratio), drop_rate=self.drop_rate,
+                   dtype=self.dtype, name="mlp"), train=train)
+    drop_path1, drop_path2 = layers.drop_paths(self.drop_path_rate, train)
 
-    def drop_path(i):
-      return layers.DropPath(self.drop_path_rate, name=f"drop_path{i}")
-
-    attn = Attention(self.n_heads, self.drop_rate, dtype=self.dtype,
-                     name="attn")
-    mlp = layers.Mlp(int(x.shape[-1] * self.mlp_ratio),
-                     drop_rate=self.drop_rate, dtype=self.dtype, name="mlp")
-    x = x + drop_path(1)(attn(norm(1)(x), mask=mask, train=train), train=train)
-    return x + drop_path(2)(mlp(norm(2)(x), train=train), train=train)
+    x = x + drop_path1(attn(norm1(x)))
+    return x + drop_path2(mlp(norm2(x)))
 
 
 def position_grid(embedding: jax.Array, height: int, width: int) -> jax.Array:
   """[N, C] -> [H, W, C]: the grid that the positions were learned on.
 
-  It is square where N is a square; else it is that of the image at hand.
+  It is square if N is a square number, else height x width.
 
   Raises:
-    ValueError: N is no square, nor is it height * width.
+    ValueError: N is neither a square number nor height * width.
   """
   n, dim = embedding.shape
   side = math.isqrt(n)
@@ -83,52 +83,37 @@ def position_grid(embedding: jax.Array, height: int, width: int) -> jax.Array:
     height = width = side
   elif height * width != n:
     raise ValueError(
-        f"a position embedding of {n} patches, which is no square, cannot be "
+        f"a position embedding of {n} patches, not a square number, cannot be "
         f"resized to {height} x {width}; resize the images to its own size")
   return embedding.reshape(height, width, dim)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(settings.VisionTransformer, nn.Module):
   """Patches, class token, positions, pre-norm blocks, norm, head.
 
-  Images of any size: the position embedding, of the size of the first image,
-  is resized as timm does with `dynamic_img_size`. Pixels beyond the last whole
-  patch are not seen; timm refuses images that have such.
+  `settings.VisionTransformer` declares the hyper-parameters. Images can have
+  any size: the position embedding, of the size of the first image, is resized
+  as timm does with `dynamic_img_size`. Pixels beyond the last whole patch are
+  ignored; timm refuses such images.
 
   Attributes:
-    patch_size: side of a patch in pixels.
-    dim: channels.
-    depth: number of blocks.
-    n_heads: of the attention.
-    mlp_ratio: hidden over outer channels of the MLPs.
-    norm_eps: of every LayerNorm.
-    distilled: whether there is a distillation token with a head of its own. The
-      logits, or without heads the tokens, are the mean of both, in training
-      too.
-    num_classes: outputs of the head; 0 for the normed class token.
+    distilled: adds a distillation token with a head of its own. The logits, or
+      without heads the tokens, are the mean of both, in training too.
     drop_rate: dropout after positions, attention and in the MLPs.
     drop_path_rate: of the last block; linear from 0 at the first.
+    num_classes: outputs of the head; 0 for the normed class token.
     dtype: of the computation; None is float32. Parameters are float32.
   """
 
-  patch_size: int
-  dim: int
-  depth: int
-  n_heads: int
-  mlp_ratio: float = 4.0
-  norm_eps: float = 1e-6
-  distilled: bool = False
   num_classes: int = 1000
-  drop_rate: float = 0.0
-  drop_path_rate: float = 0.0
-  dtype: Dtype | None = None
+  dtype: DTypeLike | None = None
 
   def setup(self):
-    p = self.patch_size
-    self.stem = nn.Conv(
-        self.dim, (p, p), strides=(p, p), padding="VALID", dtype=self.dtype,
+    self.require_structure()
+    self.stem = layers.patch_embed(
+        self.dim, self.patch_size, dtype=self.dtype,
         kernel_init=layers.torch_conv_kernel,
-        bias_init=layers.torch_conv_bias(3 * p * p), name="patch_embed")
+        bias_init=layers.torch_conv_bias(3 * self.patch_size**2))
     self.drop = nn.Dropout(self.drop_rate, name="drop")
     self.blocks = [
         Block(self.n_heads, self.mlp_ratio, self.norm_eps, self.drop_rate,
@@ -166,7 +151,7 @@ class VisionTransformer(nn.Module):
         x.reshape(b, h * w, dim)], axis=1)
 
   def _tokens(self, x, mask, train):
-    """Prefix [B, 1 or 2, C], patches [B, H, W, C], their mask; all unnormed."""
+    """Prefix [B, 1 or 2, C], patches [B, H, W, C] and mask, before the norm."""
     x = self.stem(layers.apply_mask(x, mask))
     b, h, w, dim = x.shape
     mask = layers.downsample_mask(
@@ -188,8 +173,8 @@ class VisionTransformer(nn.Module):
 
     Args:
       x: normalised images [B, H, W, 3].
-      mask: [B, H, W], true where a pixel is image and not padding; None where
-        all are. See `layers`.
+      mask: [B, H, W], true for pixels of the image, false for padding; None if
+        there is no padding. See `layers`.
       train: whether dropout and drop path are on.
 
     Returns:

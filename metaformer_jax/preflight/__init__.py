@@ -1,1 +1,1 @@
-"""What the TPU's compiler says of a training step; `tools.preflight` tells."""
+"""Compiles a training step for a TPU that is not here; for tools.preflight."""

@@ -1,6 +1,8 @@
-"""What the compiler says of a training step: whether it fits, what it costs."""
+"""Lowers and compiles a training step: does it fit, and what does it cost?"""
 
 import dataclasses
+import hashlib
+import pathlib
 import re
 import threading
 import time
@@ -16,11 +18,11 @@ from metaformer_jax.models import cost
 from metaformer_jax.preflight import hlo
 from metaformer_jax.runtime import sharding
 from metaformer_jax.tasks import base
-from metaformer_jax.training import program as program_lib
+from metaformer_jax.training import step as step_lib
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# As libtpu has it when a program is too large as a whole, and when it cannot be
-# laid out.
+# libtpu's messages for a program that is too large as a whole, and for one
+# whose buffers cannot be placed in memory.
 _TOO_LARGE = (
     re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM "
                r"\(([\d.]+)([KMGT]?)\)"),
@@ -28,24 +30,52 @@ _TOO_LARGE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-  """A step as compiled for a device of a slice; sizes in bytes.
+class Lowered:
+  """A step as it is handed to the compiler.
 
   Attributes:
-    fits: whether the compiler could lay it out in memory.
-    needed: memory that it needs at its peak, at most `available` where it
-      fits.
-    available: memory that programs can have.
-    seconds: how long the compiler took.
-    flops: of the matrix products and convolutions of a device in a step,
-      counted on the traced program.
-    state: what a device holds of the state between steps.
-    checkpoint: the whole state, as it is saved.
-    code: of the program; of one that does not fit, this and what follows is
-      None.
-    accessed: what a device reads and writes in a step, as the compiler counts:
-      each operand of each operation once, wherever it lies.
-    collectives: what a device exchanges in a step.
+    name: of the step, for messages.
+    program: the run's program, of which this is the step.
+    mesh: the devices to compile for.
+    arguments: shapes, dtypes and shardings of the step's arguments.
+    step: the lowered step.
+  """
+
+  name: str
+  program: step_lib.Program
+  mesh: Mesh
+  arguments: tuple[Any, ...]
+  step: jax.stages.Lowered
+
+  def fingerprint(self) -> str:
+    """A digest of the program's text, and of the code that reads the result.
+
+    Debug locations are left out: where the source lies changes nothing.
+    """
+    digest = hashlib.sha256(self.step.as_text(debug_info=False).encode())
+    for path in (__file__, hlo.__file__):
+      digest.update(pathlib.Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What is known of a compiled step, per device; sizes in bytes.
+
+  Attributes:
+    fits: whether the compiler could place it in memory.
+    needed: peak memory; at most `available` if it fits.
+    available: memory that a program can use.
+    seconds: compile time.
+    flops: of the matrix products and convolutions in a step, counted on the
+      traced program.
+    state: the device's part of the training state.
+    checkpoint: the whole state, as saved.
+    code: size of the program. This and the following are None if it does not
+      fit.
+    accessed: bytes read and written in a step, as the compiler counts: each
+      operand of each operation once, wherever it is stored.
+    collectives: communication with other devices in a step.
   """
 
   fits: bool
@@ -73,40 +103,54 @@ class Compiled:
     return cls(**values | {"collectives": collectives})
 
 
-def compile_step(cfg: Experiment, task: base.Task, mesh: Mesh,
-                 n_examples: int,
-                 say: Callable[[str], None] = lambda line: None) -> Compiled:
-  """Compiles the step that a run of the experiment would run on the mesh.
+def lower_steps(cfg: Experiment, task: base.Task, mesh: Mesh,
+                n_examples: int) -> list[Lowered]:
+  """Lowers the step that a run would compile: one for each shape of a batch.
+
+  Takes seconds; the data is not opened.
 
   Args:
-    cfg: the experiment; its data is not opened.
-    task: what it learns.
-    mesh: of the devices to compile for.
-    n_examples: of the training split; the learning rate depends on it.
-    say: told what goes on, every half minute.
+    cfg: the experiment.
+    task: of the experiment.
+    mesh: the devices to compile for.
+    n_examples: size of the training split; the learning rate depends on it.
 
   Raises:
-    ConfigError: the settings do not fit each other or the mesh.
+    ConfigError: the settings do not fit together, or do not fit the mesh.
   """
-  program = program_lib.build(cfg, task, mesh, n_examples)
-  arguments = program_lib.abstract_arguments(cfg, task, mesh, program)
-  flops = 2 * cost.count_macs(program.step, *arguments) / mesh.size
-  lowered = program.step.lower(*arguments)
+  program = step_lib.build(cfg, task, mesh, n_examples)
+  return [Lowered(f"a step of {cfg.train.batch_size} images on {mesh.size} "
+                  "devices", program, mesh, arguments,
+                  program.step.lower(*arguments))
+          for arguments in step_lib.abstract_arguments(cfg, task, mesh,
+                                                       program)]
+
+
+def compile_step(lowered: Lowered,
+                 say: Callable[[str], None] = lambda line: None) -> Compiled:
+  """Compiles a step, which may take minutes.
+
+  Args:
+    lowered: the step.
+    say: is called with a progress message every half minute.
+  """
+  mesh, program = lowered.mesh, lowered.program
   start = time.monotonic()
-  with _Ticker(f"compiling a step of {cfg.train.batch_size} images for "
-               f"{mesh.size} devices", say):
-    compiled, needed = _compile(lowered)
+  with _Ticker(f"compiling {lowered.name}", say):
+    compiled, needed = _compile(lowered.step)
   common = {
       "seconds": time.monotonic() - start, "available": available(mesh),
-      "flops": flops, "state": state_on_device(program),
+      "flops":
+          2 * cost.count_macs(program.step, *lowered.arguments) / mesh.size,
+      "state": state_on_device(program),
       "checkpoint": sharding.n_bytes(program.shapes)}
   if compiled is None:
     return Compiled(fits=False, needed=needed, **common)
   memory = compiled.memory_analysis()
   module = hlo.Module(compiled.as_text())
   counted = compiled.cost_analysis()["bytes accessed"]
-  # Not the sum of arguments, results and temporaries, which may be more than a
-  # device has: of these, some take the place of others.
+  # The sum of arguments, results and temporaries would be too large: some of
+  # them share memory.
   return Compiled(
       fits=True, needed=memory.peak_memory_in_bytes,
       code=memory.generated_code_size_in_bytes,
@@ -114,15 +158,15 @@ def compile_step(cfg: Experiment, task: base.Task, mesh: Mesh,
       collectives=tuple(module.collectives(mesh.size)), **common)
 
 
-def state_on_device(program: program_lib.Program) -> int:
-  """Bytes that a device holds of the state."""
+def state_on_device(program: step_lib.Program) -> int:
+  """Bytes of the training state on one device."""
   return sharding.n_bytes(jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(s.shard_shape(x.shape), x.dtype),
       program.shapes, program.shardings))
 
 
 def available(mesh: Mesh) -> int:
-  """Memory that the compiler lets a program have, by asking for too much."""
+  """Memory that the compiler allows a program, found by asking for too much."""
   everywhere = NamedSharding(mesh, sharding.REPLICATED)
   huge = jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32, sharding=everywhere)
   try:
@@ -133,7 +177,7 @@ def available(mesh: Mesh) -> int:
 
 
 def read_too_large(message: str) -> tuple[int, int] | None:
-  """(needed, available) bytes of the compiler's error; None: it is another."""
+  """(needed, available) bytes from libtpu's error; None for other errors."""
   for pattern in _TOO_LARGE:
     if match := pattern.search(message):
       return (int(float(match[1]) * _UNITS[match[2]]),
@@ -141,8 +185,8 @@ def read_too_large(message: str) -> tuple[int, int] | None:
   return None
 
 
-def _compile(lowered) -> tuple[Any, int]:
-  """(the program, 0), or (None, bytes that it needs) where it does not fit."""
+def _compile(lowered: jax.stages.Lowered) -> tuple[Any, int]:
+  """(compiled program, 0), or (None, bytes needed) if it does not fit."""
   try:
     return lowered.compile(), 0
   except jax.errors.JaxRuntimeError as e:
@@ -153,7 +197,7 @@ def _compile(lowered) -> tuple[Any, int]:
 
 
 class _Ticker:
-  """Says every half minute how long something has taken, while it does."""
+  """Reports every half minute how long the block has been running."""
 
   def __init__(self, what: str, say: Callable[[str], None],
                seconds: float = 30):

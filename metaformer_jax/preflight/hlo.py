@@ -1,7 +1,7 @@
-"""Reads the text of a compiled program: its loops, and what chips exchange.
+"""Reads loops and collectives from the text of a compiled program.
 
-The compiler's own counts take the body of a loop once, however often it runs;
-the text tells how often, and it alone tells what is sent.
+The compiler's own counts include the body of a loop only once, and say nothing
+about communication; the text has the trip counts and the collectives.
 """
 
 import math
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Bits of a value of each type.
+# Bits per value.
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64,
          "c128": 128, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
@@ -19,13 +19,13 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|condition|body|true_computation|"
                      r"branch_computations=\{([^}]*)\}")
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute",
                 "ragged-all-to-all", "reduce-scatter")
-# What moves nothing by itself.
+# Instructions that move no data themselves.
 _FREE = {"after-all", "bitcast", "call", "conditional", "constant",
          "get-tuple-element", "parameter", "tuple", "while"}
 
 
 class Instruction(NamedTuple):
-  """One line: name = type opcode(operands), attributes."""
+  """One line of the text: name = type opcode(operands), attributes."""
 
   name: str
   type: str
@@ -36,14 +36,14 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-  """What a chip exchanges with others, in all runs of it in a step.
+  """A collective operation, with the number of times it runs in a step.
 
   Attributes:
     kind: "all-reduce", ...
-    dtype: of the largest part.
-    count: how often it runs.
-    n_bytes: that a chip puts in, each time.
-    group: chips that take part together.
+    dtype: of most of its bytes.
+    count: how often it runs in a step.
+    n_bytes: size of a chip's operands in one run.
+    group: number of chips that communicate with each other.
   """
 
   kind: str
@@ -54,7 +54,7 @@ class Collective(NamedTuple):
 
   @property
   def sent_bytes(self) -> float:
-    """The least that a chip has to send, in all runs."""
+    """A lower bound on the bytes that a chip sends in a step."""
     others = (self.group - 1) / self.group
     factor = {"all-gather": self.group - 1, "all-reduce": 2 * others,
               "collective-permute": 1.0}.get(self.kind, others)
@@ -68,10 +68,10 @@ class Module:
     self._computations, self._entry = _parse(text)
 
   def loop_factor(self) -> float:
-    """Bytes that a step reads and writes over the same with each loop once.
+    """Ratio of the bytes accessed in a step to those with each loop run once.
 
-    Both are counted from the types in the text, operands and results of what is
-    not within a fusion. A loop whose end depends on values counts once.
+    Both are counted from the types of operands and results in the text, outside
+    of fusions. A loop without a constant trip count counts once.
     """
     def n_bytes(computation):
       types = {i.name: type_bytes(i.type) for i in computation}
@@ -86,7 +86,7 @@ class Module:
     return every / once if once else 1.0
 
   def collectives(self, n_devices: int) -> list[Collective]:
-    """All that is exchanged; what is alike and as large is one entry."""
+    """All collectives; those of the same kind and size are one entry."""
     found = {}
     for name, turns in self._runs(within_fusions=True):
       computation = self._computations[name]
@@ -103,7 +103,7 @@ class Module:
                   for (kind, dtype, n_bytes, group), count in found.items())
 
   def _runs(self, within_fusions: bool) -> Iterator[tuple[str, int]]:
-    """(computation, how often a step runs it), once for each place of call."""
+    """(computation, how often it runs in a step), once for each call site."""
     waiting = [(self._entry, 1)]
     while waiting:
       name, turns = waiting.pop()
@@ -118,7 +118,7 @@ class Module:
             waiting.append((called, inner))
 
   def _trip_count(self, loop: Instruction) -> int:
-    """Turns of a `while` that counts to a constant; of others, 1."""
+    """Trip count of a `while` that counts to a constant; 1 for others."""
     condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
     lines = {i.name: i for i in self._computations.get(
         condition[1] if condition else "", ())}
@@ -135,7 +135,7 @@ class Module:
 
 
 def type_bytes(text: str) -> int:
-  """Size of a type, or of several: "(f32[8,4]{1,0}, s32[])" has 132 bytes."""
+  """Size of one or several types: "(f32[8,4]{1,0}, s32[])" has 132 bytes."""
   total = 0
   for kind, shape in _ARRAY.findall(text):
     bits = _BITS.get(kind)
@@ -147,7 +147,7 @@ def type_bytes(text: str) -> int:
 
 
 def _widest_dtype(types: str) -> str:
-  """The dtype that has most of the bytes."""
+  """The dtype with most of the bytes."""
   amounts = {}
   for kind, shape in _ARRAY.findall(types):
     amounts[kind] = amounts.get(kind, 0) + type_bytes(f"{kind}[{shape}]")
@@ -155,7 +155,7 @@ def _widest_dtype(types: str) -> str:
 
 
 def _group_size(line: str, n_devices: int) -> int:
-  """Devices of a group, in each of the ways that the text has for them."""
+  """Devices per group, in any of the three notations."""
   if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
     return match[1].count(",") + 1
   if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
@@ -174,7 +174,7 @@ def _called(i: Instruction) -> Iterator[str]:
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-  """Returns the computations by name, and the name of the first to run."""
+  """Returns the computations by name, and the name of the entry computation."""
   computations, entry, current = {}, "", None
   for line in text.splitlines():
     header = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
@@ -200,7 +200,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-  """Where the parenthesis closes with which a text begins."""
+  """Index of the parenthesis that closes the one at the start of the text."""
   depth = 0
   for match in re.finditer(r"[()]", text):
     depth += 1 if match[0] == "(" else -1

@@ -1,4 +1,4 @@
-"""What a preflight tells: verdict, bounds, warnings; as lines and as JSON."""
+"""The report of a preflight: verdict, bounds, warnings; as text or JSON."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,29 +9,30 @@ from metaformer_jax.preflight import search, topologies
 from metaformer_jax.preflight.compilation import Compiled
 
 _GIB = 2**30
-# Of the memory of a device: the evaluation's program and what is between two
-# allocations need some, too.
+# Warn above this fraction of a device's memory: evaluation and fragmentation
+# need some too.
 _TIGHT = 0.9
-# A state of less than this part of the memory is better copied than shared.
+# A state that is a smaller fraction of the memory than this is better copied to
+# each device than split.
 _SMALL = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """What was looked at.
+  """The experiment and the slice that a report is about.
 
   Attributes:
     cfg: the experiment.
     target: the slice.
-    n_params: of the model.
-    n_devices: jax devices of the mesh.
-    n_hosts: processes of the run.
-    mesh: devices along each axis.
-    n_steps: of the whole run.
-    n_examples: of the training split.
-    examples_are: where that number is from.
-    batch_bytes: of a batch of all hosts.
-    versions: of what compiled.
+    n_params: number of the model's parameters.
+    n_devices: number of jax devices in the mesh.
+    n_hosts: number of processes of the run.
+    mesh: number of devices along each axis.
+    n_steps: length of the whole run.
+    n_examples: size of the training split.
+    examples_are: where that number comes from.
+    batch_bytes: size of a global batch.
+    versions: of jax and libtpu.
   """
 
   cfg: Experiment
@@ -48,18 +49,18 @@ class Subject:
 
   @property
   def at_once(self) -> int:
-    """Images of a device in a micro-batch."""
+    """Images per device in a micro-batch."""
     train = self.cfg.train
     return train.batch_size // (self.n_devices * train.accumulate)
 
 
 def bounds(subject: Subject, compiled: Compiled) -> dict[str, float]:
-  """Seconds that a step takes at least, by what may hold it up.
+  """Lower bounds on the seconds of a step, by the resource that limits it.
 
-  "compute": matrix products at the published rate; "memory": all that the
-  compiler counts, at the published bandwidth; "links": what must leave a chip.
-  What is counted as memory may in part stay on the chip, so that only "compute"
-  and "links" are bounds for certain.
+  "compute": matrix products at the published rate; "memory": the bytes that the
+  compiler counts, at the published bandwidth; "links": the bytes that a chip
+  must send. Some of the bytes counted as "memory" may stay on the chip, so only
+  "compute" and "links" are strict bounds.
   """
   chip = topologies.GENERATIONS[subject.target.generation]
   sent = sum(c.sent_bytes for c in compiled.collectives)
@@ -70,12 +71,12 @@ def bounds(subject: Subject, compiled: Compiled) -> dict[str, float]:
 
 def to_json(subject: Subject, compiled: Compiled,
             tried: dict[int, Compiled]) -> dict[str, Any]:
-  """All of the report; sizes in bytes, times in seconds, of one chip.
+  """The whole report; sizes in bytes and times in seconds, per chip.
 
   Args:
-    subject: what was looked at.
-    compiled: its step.
-    tried: what `search.largest_batch` returned; empty: it was not asked.
+    subject: the experiment and the slice.
+    compiled: the compiled step.
+    tried: the result of `search.largest_batch`; empty if it was not run.
   """
   train, target = subject.cfg.train, subject.target
   chip = topologies.GENERATIONS[target.generation]
@@ -130,47 +131,47 @@ def to_json(subject: Subject, compiled: Compiled,
 
 
 def host_memory(subject: Subject, compiled: Compiled) -> int:
-  """Bytes that the arrays of a run take on its first host, at the most.
+  """Upper bound on the bytes of arrays in the first host's memory.
 
-  The copy of the state that a save writes; a batch that is put together, what
-  is read ahead of it, and the one on its way to the devices. The program itself
-  and each of its workers come to that.
+  These are the copy of the state that is being saved, and three batches: one
+  being assembled, one read ahead, one on its way to the devices. The program
+  and its worker processes are not included.
   """
   return compiled.checkpoint + 3 * subject.batch_bytes // subject.n_hosts
 
 
 def warnings(subject: Subject, compiled: Compiled) -> Iterator[str]:
-  """What would work, but costs."""
+  """What would work, but slowly or with little to spare."""
   cfg, n = subject.cfg, subject.at_once
   if n % search.LANES:
-    yield (f"{n} images of a device at once are not a multiple of "
-           f"{search.LANES}, to which a TPU fills them up")
+    yield (f"{n} images per device at once are not a multiple of "
+           f"{search.LANES}; a TPU pads them to one")
   if cfg.model.dtype == "float32":
-    yield ("config.model.dtype is float32: bfloat16 moves half the bytes and "
+    yield ("config.model.dtype is float32; bfloat16 moves half the bytes and "
            "multiplies faster")
   if not compiled.fits:
     return
   if compiled.needed > _TIGHT * compiled.available:
     yield (f"{compiled.needed / compiled.available:.0%} of the memory is used; "
-           "evaluation and fragments need some, too")
+           "evaluation and fragmentation need some too")
   reduced = [c for c in compiled.collectives
              if c.kind in ("all-reduce", "reduce-scatter")]
   rounded = sum(c.count * c.n_bytes for c in reduced if c.dtype == "bf16")
-  if rounded > subject.n_params:  # Half of the gradient or more.
+  if rounded > subject.n_params:  # At least half of the gradients.
     whole = cfg.train.accumulate == 1 and subject.mesh["fsdp"] == 1
-    yield (f"gradients are summed over {subject.n_devices} devices in "
-           f"bfloat16, {rounded / 1e6:.1f} MB of them" + (
-               "; in float32 with config.train.accumulate above 1"
+    yield (f"{rounded / 1e6:.1f} MB of gradients are summed over "
+           f"{subject.n_devices} devices in bfloat16" + (
+               "; config.train.accumulate above 1 sums in float32"
                if whole else ""))
   if (subject.mesh["fsdp"] > 1
       and compiled.checkpoint < _SMALL * compiled.available):
-    yield (f"config.mesh.fsdp is {subject.mesh['fsdp']}, though a copy of the "
-           f"state takes {_size(compiled.checkpoint)} only; 1 needs no "
-           "gathering")
+    yield (f"config.mesh.fsdp is {subject.mesh['fsdp']}, but the whole state "
+           f"is only {_size(compiled.checkpoint)}; with 1, parameters are not "
+           "gathered")
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
-  """The report of `to_json` for people."""
+  """The report of `to_json` as text."""
   r, where = report, report["topology"]
   memory, run = r["memory"], r["run"]
   n = r["images_at_once"]
@@ -178,44 +179,45 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
   hosts = "host" if where["hosts"] == 1 else "hosts"
   device = "chip" if where["devices"] <= where["chips"] else "core"
   yield _line("config", f"{r['model']}, {r['n_params']:,} parameters, "
-              f"{r['dtype']}, {r['optimizer']}; {r['batch_size']} images a step"
-              + (f" in {r['accumulate']} parts" if r["accumulate"] > 1 else ""))
+              f"{r['dtype']}, {r['optimizer']}; {r['batch_size']} images per "
+              "step" + (f" in {r['accumulate']} micro-batches"
+                        if r["accumulate"] > 1 else ""))
   yield _line("target", f"{where['name']}: {where['chips']} {chips} on "
               f"{where['hosts']} {hosts}, mesh " + " x ".join(
                   f"{axis} {size}" for axis, size in where["mesh"].items())
-              + f"; {n} images of a {device} at once")
+              + f"; {n} images per {device} at once")
   yield _line("verdict", ("FITS: " if r["fits"] else "DOES NOT FIT: ")
               + f"needs {_size(memory['needed'])} of "
-              f"{_size(memory['available'])} a {device}"
+              f"{_size(memory['available'])} per {device}"
               + (f" ({memory['needed'] / memory['available']:.0%}), "
-                 f"{_size(memory['state'])} of it the state"
+                 f"{_size(memory['state'])} of it for the state"
                  if r["fits"] else ""))
   if "search" in r:
     yield _line("largest", _largest(r))
   elif not r["fits"]:
-    yield _line("largest", "--find_batch looks for what fits; or use more "
-                "chips, or cut the batch by --config.train.accumulate")
+    yield _line("largest", "--find_batch finds the largest batch that fits; or "
+                "use more chips, or split the batch: --config.train.accumulate")
   work = f"{r['flops_per_image'] / 1e9:.3g} GFLOP"
   if r["fits"]:
     work += f" and {r['bytes_per_image'] / 1e6:.3g} MB"
-  yield _line("work", f"{work} an image")
+  yield _line("work", f"{work} per image")
   if r["fits"]:
     bound = r["bound"]
     yield _line("bound", f"{bound['images_per_second_per_chip']:,.0f} images/s "
-                f"a chip, held up by {bound['by']} (" + ", ".join(
+                f"per chip, limited by {bound['by']} (" + ", ".join(
                     f"{name} {1e3 * s:.3g}" for name, s in
                     bound["seconds"].items())
-                + " ms a step); a bound, not a measurement")
-    yield _line("run", f"{run['steps']:,} steps, {run['examples']:,} images an "
-                f"epoch ({run['examples_are']}): "
+                + " ms per step); a bound, not a measurement")
+    yield _line("run", f"{run['steps']:,} steps, {run['examples']:,} images "
+                f"per epoch ({run['examples_are']}): "
                 f"{_duration(bound['hours'])} or more")
     yield _line("exchange", "; ".join(_exchange(r["collectives"])) or "none")
     yield _line("input", f"{bound['images_per_second_per_host']:,.0f} images/s "
-                "a host to keep up with the bound; tools.benchmark_input "
-                "measures what a core prepares")
-  yield _line("checkpoint", f"{r['checkpoint'] / 1e6:,.0f} MB; arrays on the "
-              f"first host: {_size(r['host_memory'])}")
-  yield _line("compiled", f"in {r['compile_seconds']:.0f} s by " + ", ".join(
+                "per host to keep up with the bound; tools.benchmark_input "
+                "measures how many a core prepares")
+  yield _line("checkpoint", f"{r['checkpoint'] / 1e6:,.0f} MB; arrays in the "
+              f"first host's memory: {_size(r['host_memory'])}")
+  yield _line("compiled", f"in {r['compile_seconds']:.0f} s with " + ", ".join(
       f"{name} {version}" for name, version in r["versions"].items()))
   for warning in r["warnings"]:
     yield _line("warning", warning)
@@ -235,7 +237,7 @@ def _duration(hours: float) -> str:
 
 
 def _largest(r: dict[str, Any]) -> str:
-  """What the search found, and how the batch can be cut to it."""
+  """The largest batch found, and how to split the experiment's to fit it."""
   found = r["search"]["largest_images_at_once"]
   if not found:
     return "not even one image fits"
@@ -247,16 +249,16 @@ def _largest(r: dict[str, Any]) -> str:
     return text
   parts = next(k for k in range(1, share + 1)
                if share % k == 0 and share // k <= found)
-  return f"{text}; cut the batch by --config.train.accumulate={parts}"
+  return f"{text}; split the batch: --config.train.accumulate={parts}"
 
 
 def _exchange(collectives: list[dict[str, Any]]) -> Iterator[str]:
-  """By kind and dtype: how many in a step, and the bytes of a device."""
+  """By kind and dtype: the number per step, and the bytes of a device."""
   total = {}
   for c in collectives:
     key = f"{c['kind']} {c['dtype']}"
     count, n_bytes = total.get(key, (0, 0))
     total[key] = count + c["count"], n_bytes + c["count"] * c["n_bytes"]
   for key, (count, n_bytes) in sorted(total.items()):
-    if n_bytes >= 1e3:  # Flags and counters are not worth a word.
+    if n_bytes >= 1e3:  # Leave out flags and counters.
       yield f"{key} x {count}, {n_bytes / 1e6:.1f} MB"

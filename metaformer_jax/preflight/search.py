@@ -1,32 +1,32 @@
-"""The largest batch that fits, by asking the compiler as seldom as can be."""
+"""Finds the largest batch that fits, with as few compilations as possible."""
 
 import math
 from collections.abc import Callable
 
 from metaformer_jax.preflight.compilation import Compiled
 
-# A batch off a multiple of this is padded to one in every activation.
+# A TPU pads the batch to a multiple of this in every activation.
 LANES = 128
 
-# The batches that are tried, in their order: 1, 2, 4, ..., 128, 256, 384, ...
+# Candidate batches are numbered: 1, 2, 4, ..., 128, 256, 384, ...
 _DOUBLINGS = int(math.log2(LANES))
 
 
 def largest_batch(compile_batch: Callable[[int], Compiled], first: int,
                   ) -> dict[int, Compiled]:
-  """Finds the largest batch of a device that fits, and the next that does not.
+  """Finds the largest batch per device that fits, and the next one up.
 
-  Batches are powers of two up to `LANES`, and its multiples. Memory is taken to
-  be a line in the batch for guesses only: where it is short, the compiler
-  computes values again instead of keeping them, and needs far less than that.
+  Candidates are the powers of two up to `LANES`, and its multiples. That memory
+  is linear in the batch is assumed only to choose the next candidate: when
+  memory is short, the compiler recomputes values and needs far less.
 
   Args:
-    compile_batch: compiles for that many images of a device at once.
-    first: where to begin; rounded down.
+    compile_batch: compiles for a number of images per device.
+    first: the batch to start from; rounded down to a candidate.
 
   Returns:
-    All that was compiled. Of those that fit the last is the largest that does;
-    none fits where not even one image does.
+    All results by batch, in ascending order. None fits if not even one image
+    does.
   """
   tried = {}
   fits, fails = -1, math.inf
@@ -38,7 +38,7 @@ def largest_batch(compile_batch: Callable[[int], Compiled], first: int,
       fits = place
     else:
       fails = place
-    # Of a batch of none, the state is known.
+    # A batch of 0 would need the state's memory.
     at, needed = before or (0, found.state)
     an_image = (found.needed - needed) / (batch - at)
     guess = math.inf
@@ -48,21 +48,21 @@ def largest_batch(compile_batch: Callable[[int], Compiled], first: int,
     if fails == math.inf:
       place = min(max(guess, fits + 1), _place(4 * batch))
     else:
-      # A quarter of what is left lies on either side.
+      # Leave at least a quarter of the interval on either side.
       margin = (fails - fits - 2) // 4
       place = min(max(guess, fits + 1 + margin), fails - 1 - margin)
   return dict(sorted(tried.items()))
 
 
 def _batch(place: int) -> int:
-  """The batch at a place, counted from 0."""
+  """The candidate with this number, from 0."""
   if place <= _DOUBLINGS:
     return 2 ** place
   return LANES * (place - _DOUBLINGS + 1)
 
 
 def _place(batch: float) -> int:
-  """The place of the largest batch that is not above this one."""
+  """The number of the largest candidate that is at most `batch`."""
   if batch >= LANES:
     return _DOUBLINGS - 1 + int(batch // LANES)
   return int(math.log2(max(1, batch)))

@@ -1,4 +1,4 @@
-"""TPU slices by the names that users know, and what their chips can do."""
+"""TPU slices by the names that users know, and the rates of their chips."""
 
 import math
 import re
@@ -9,17 +9,19 @@ from metaformer_jax import errors
 
 
 class Generation(NamedTuple):
-  """A kind of TPU; rates are of a chip, as Google publishes them.
+  """A kind of TPU; rates are per chip, as Google publishes them.
 
   Attributes:
-    flops: of bfloat16 matrix products, 1/s; float32 ones are made of these.
-    hbm: between memory and chip, bytes/s.
-    links: out of the chip over all its links to others, bytes/s.
-    n_axes: of the grid that the chips form.
-    n_devices: jax devices of a chip.
-    counts_cores: whether the number in a name counts cores, two a chip.
-    most: chips of the largest slice.
-    chip_config: what libtpu calls the way the cores are used.
+    flops: peak of bfloat16 matrix products, 1/s; float32 products are computed
+      from several of these.
+    hbm: memory bandwidth, bytes/s.
+    links: bandwidth out of the chip over all links to other chips, bytes/s.
+    n_axes: number of axes of the grid of chips.
+    n_devices: jax devices per chip.
+    counts_cores: whether the number in a slice's name counts cores, two per
+      chip.
+    most: number of chips of the largest slice.
+    chip_config: libtpu's name for how a chip's cores are used.
   """
 
   flops: float
@@ -32,8 +34,8 @@ class Generation(NamedTuple):
   chip_config: str
 
 
-# cloud.google.com/tpu/docs/v2, v3, v4, v5e, v5p, v6e, tpu7x; links of v2 and
-# v3: doi.org/10.1145/3360307, table 3.
+# Sources: cloud.google.com/tpu/docs/v2, v3, v4, v5e, v5p, v6e, tpu7x; links of
+# v2 and v3: doi.org/10.1145/3360307, table 3.
 GENERATIONS = {
     "v2": Generation(46e12, 700e9, 248e9, 2, 2, True, 256, "default"),
     "v3": Generation(123e12, 900e9, 328e9, 2, 2, True, 1024, "default"),
@@ -43,14 +45,14 @@ GENERATIONS = {
     "v6e": Generation(918e12, 1640e9, 448e9, 2, 1, False, 256, "default"),
     "tpu7x": Generation(2307e12, 7380e9, 600e9, 3, 2, True, 9216, "default"),
 }
-# Other names of the same.
+# Other names for the same generations.
 _SYNONYMS = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x"}
 
-# Numbers that are powers of two, of which there is no slice.
+# Powers of two for which there is no slice.
 _ABSENT = {"v2": (16, 64), "v3": (16,)}
 
-# Keeps jax from using a TPU, and libtpu from looking for one and from waiting
-# for its lock. To be set before jax is imported.
+# Keeps jax from using a TPU, and libtpu from looking for one or waiting for its
+# lock. Must be set before jax is imported.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1",
@@ -58,12 +60,12 @@ ENVIRONMENT = {
 
 
 class Slice(NamedTuple):
-  """Chips that are connected.
+  """A TPU slice.
 
   Attributes:
-    name: as the user gave it.
+    name: as given by the user.
     generation: a key of `GENERATIONS`.
-    shape: chips along each axis of the grid.
+    shape: number of chips along each axis of the grid.
   """
 
   name: str
@@ -72,7 +74,7 @@ class Slice(NamedTuple):
 
   @property
   def topology(self) -> str:
-    """What libtpu calls it: "v5e:2x4"."""
+    """libtpu's name for it: "v5e:2x4"."""
     return f"{self.generation}:{'x'.join(map(str, self.shape))}"
 
   @property
@@ -81,17 +83,17 @@ class Slice(NamedTuple):
 
   @property
   def host_shape(self) -> tuple[int, int, int]:
-    """Chips of a host along three axes."""
+    """Chips per host along three axes."""
     if self.generation in ("v5e", "v6e") and self.n_chips in (1, 8):
       return (*self.shape, 1)
     return (2, 2, 1)
 
 
 def parse(name: str) -> Slice:
-  """The slice of a name: "v5litepod-8", "v5e-1", "v4-32", "v5p:4x4x12".
+  """Parses a name: "v5litepod-8", "v5e-1", "v4-32", "v5p:4x4x12".
 
-  Behind a hyphen stands the number of chips, of v2 to v4, v5p and tpu7x that of
-  cores; behind a colon the shape.
+  After a hyphen comes the number of chips (of cores for v2 to v4, v5p and
+  tpu7x), after a colon the shape.
 
   Raises:
     ConfigError: there is no such slice.
@@ -105,8 +107,9 @@ def parse(name: str) -> Slice:
   kind, number, shape = match.groups()
   kind = _SYNONYMS.get(kind, kind)
   if kind not in GENERATIONS:
-    raise errors.ConfigError(f"--topology: {name!r} is of no known kind"
-                             f"{errors.did_you_mean(kind, GENERATIONS)}")
+    raise errors.ConfigError(
+        f"--topology: {name!r} is not a known generation of TPU"
+        f"{errors.did_you_mean(kind, GENERATIONS)}")
   if number:
     shape = _shape(name, kind, int(number))
   else:
@@ -117,14 +120,14 @@ def parse(name: str) -> Slice:
       0 < found.n_chips <= generation.most) or any(
           side % part for side, part in zip(shape, found.host_shape)):
     raise errors.ConfigError(
-        f"--topology: there is no {name}: {kind} has slices of up to "
-        f"{generation.most} chips on {generation.n_axes} axes, made of hosts "
-        f"of {'x'.join(map(str, found.host_shape))}")
+        f"--topology: there is no {name}: a {kind} slice has up to "
+        f"{generation.most} chips on {generation.n_axes} axes, and hosts of "
+        f"{'x'.join(map(str, found.host_shape))} chips")
   return found
 
 
 def _shape(name: str, kind: str, number: int) -> tuple[int, ...]:
-  """The shape of the slice with a number in its name."""
+  """The shape of the slice named by a number of chips or cores."""
   generation = GENERATIONS[kind]
   cores = 2 if generation.counts_cores else 1
   valid = [n for n in (2**i for i in range(2, 15))
@@ -136,12 +139,12 @@ def _shape(name: str, kind: str, number: int) -> tuple[int, ...]:
     nearest = min(valid, key=lambda n: abs(math.log((number or 1) / n)))
     raise errors.ConfigError(
         f"--topology: there is no {name}; nearest: "
-        f"{name.rpartition('-')[0]}-{nearest}, or give a shape, "
+        f"{name.rpartition('-')[0]}-{nearest}; or give a shape, e.g. "
         f"{kind}:{'x'.join('4' * generation.n_axes)}")
   n_chips = number // cores
   if n_chips == 1:
     return (1, 1)
-  # Grown from a host by doubling the shortest side; the last one first.
+  # Start from one host and double the shortest side; of equals, the last.
   shape = [2, 2, 1][:generation.n_axes]
   while math.prod(shape) < n_chips:
     least = min(shape)
@@ -150,18 +153,18 @@ def _shape(name: str, kind: str, number: int) -> tuple[int, ...]:
 
 
 def devices(found: Slice) -> list:
-  """The jax devices of a slice, to compile for; nothing can run on them.
+  """The jax devices of a slice: programs can be compiled for them, not run.
 
-  Under `ENVIRONMENT` libtpu is quiet about there being no TPU.
+  With `ENVIRONMENT` set, libtpu does not complain that there is no TPU.
 
   Raises:
     ConfigError: libtpu is not installed, or does not know the slice.
   """
   if util.find_spec("libtpu") is None:
     raise errors.ConfigError(
-        "--topology: needs the TPU's compiler, libtpu; pip install "
-        "'metaformer-jax[tpu]' brings it")
-  import jax  # noqa: PLC0415  Names need no jax.
+        "--topology: the TPU's compiler, libtpu, is not installed; pip install "
+        "'metaformer-jax[tpu]'")
+  import jax  # noqa: PLC0415  Parsing names works without jax.
   from jax.experimental import topologies  # noqa: PLC0415
 
   generation = GENERATIONS[found.generation]
@@ -172,5 +175,5 @@ def devices(found: Slice) -> list:
         chips_per_host_bounds=found.host_shape)
   except jax.errors.JaxRuntimeError as e:
     raise errors.ConfigError(
-        f"--topology: libtpu refuses {found.topology}: {e}") from e
+        f"--topology: libtpu does not accept {found.topology}: {e}") from e
   return list(description.devices)

@@ -1,8 +1,8 @@
-"""The processes of a run: one on each host, or one for each device.
+"""The processes of a run: one per host, or one per device.
 
-Every process runs the same program on its part of each batch. A failure that
-only one of them sees would leave the others waiting: what can fail at the start
-is agreed upon, and later a process that fails alone ends at once.
+Every process runs the same program on its part of each batch. A failure in only
+one of them would leave the others waiting: failures at the start are shared
+with all, and later a process that fails alone ends at once.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from metaformer_jax import errors
 
 log = logging.getLogger(__name__)
 
-# How much a process tells the others of itself, in bytes.
+# Length of the messages between processes in bytes.
 _MESSAGE = 1024
 
 
@@ -34,17 +34,17 @@ def start(coordinator: str | None, count: int | None, index: int | None,
   """Joins the other processes of the run, if there are any.
 
   Args:
-    coordinator: "HOST:PORT" of process 0; None: as the environment tells, which
-      is SLURM, Open MPI, or that of a Cloud TPU.
-    count: of processes; 1: there are no others, whatever the environment
-      tells; None: from the environment.
+    coordinator: "HOST:PORT" of process 0; None: from the environment (SLURM,
+      Open MPI or a Cloud TPU).
+    count: of processes; 1: there are no others, whatever the environment says;
+      None: from the environment.
     index: of this process; None: from the environment.
-    heartbeat_seconds: a process that is silent for so long is taken for dead,
+    heartbeat_seconds: a process that is silent for longer is considered dead,
       and the others end.
 
   Raises:
-    ConfigError: the arguments do not fit, or the environment tells too little.
-    WorkerLostError: a process did not come, or another is in this one's place.
+    ConfigError: the arguments are wrong, or the environment is incomplete.
+    WorkerLostError: a process did not start, or there is another process 0.
   """
   found = arguments(os.environ, coordinator, count, index)
   if jax.distributed.is_initialized() or count == 1 or (
@@ -52,7 +52,7 @@ def start(coordinator: str | None, count: int | None, index: int | None,
     return
   if found and coordinator and not found["process_id"]:
     _check_free(coordinator)
-  # jax would take SIGTERM for itself; signals.py has the run's own agreement.
+  # jax would handle SIGTERM itself; `signals` does that for the run.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
@@ -60,14 +60,14 @@ def start(coordinator: str | None, count: int | None, index: int | None,
         shutdown_timeout_seconds=heartbeat_seconds)
   except RuntimeError as e:
     raise errors.WorkerLostError(
-        f"the processes of the run did not meet: {e}; see that all have "
-        "started and reach process 0") from e
+        f"the processes of the run could not connect: {e}; check that all have "
+        "started and can reach process 0") from e
   except ValueError as e:
     if found:
       raise errors.ConfigError(f"--coordinator: {e}") from e
-    log.info("this TPU knows of no other hosts (%s)", e)
+    log.info("this TPU has no other hosts (%s)", e)
     return
-  if jax.process_index():  # The first speaks for all; of faults, each.
+  if jax.process_index():  # Only the first one logs progress.
     logging.getLogger("metaformer_jax").setLevel(logging.WARNING)
   me = f"{socket.gethostname()}, pid {os.getpid()}"
   for i, other in enumerate(_exchange(me)):
@@ -76,10 +76,10 @@ def start(coordinator: str | None, count: int | None, index: int | None,
 
 def arguments(env: Mapping[str, str], coordinator: str | None,
               count: int | None, index: int | None) -> dict[str, Any] | None:
-  """Arguments of `jax.distributed.initialize`; None: nothing tells of others.
+  """Arguments of `jax.distributed.initialize`; None: there are no others.
 
-  What is not given is taken from SLURM or Open MPI. The address of process 0 is
-  then left to jax, which knows how each of them tells it.
+  Missing ones are taken from SLURM or Open MPI. The address of process 0 is
+  then left to jax, which knows how to find it.
 
   Raises:
     ConfigError: as `start`.
@@ -99,11 +99,11 @@ def arguments(env: Mapping[str, str], coordinator: str | None,
   if count is None or index is None:
     raise errors.ConfigError(
         "--coordinator: needs --process_count and --process_index beside it, "
-        "as neither SLURM nor Open MPI tells them")
+        "as this process was started by neither SLURM nor Open MPI")
   if not 0 <= index < count:
     raise errors.ConfigError(
-        f"--process_index: there is no {index} among {count} processes; they "
-        "count from 0")
+        f"--process_index: {index} is not one of {count} processes, counted "
+        "from 0")
   found = {"num_processes": count, "process_id": index}
   if coordinator is not None:
     host, _, port = coordinator.rpartition(":")
@@ -115,18 +115,18 @@ def arguments(env: Mapping[str, str], coordinator: str | None,
       found["cluster_detection_method"] = "deactivate"
   elif "SLURM_PROCID" not in env and "OMPI_MCA_orte_hnp_uri" not in env:
     raise errors.ConfigError(
-        "--coordinator: is missing; Open MPI 5 does not tell where process 0 "
-        "is; give its HOST:PORT")
+        "--coordinator: is missing; Open MPI 5 does not provide the address of "
+        "process 0; give its HOST:PORT")
   elif alone and env.get("SLURM_GPUS_ON_NODE", "").isdecimal():
-    # jax gives a process that SLURM started one device.
+    # jax assigns one device to each process that SLURM starts.
     found["local_device_ids"] = list(range(int(env["SLURM_GPUS_ON_NODE"])))
   return found
 
 
 def _launched(env: Mapping[str, str]) -> tuple[int, int, bool] | None:
-  """(processes, index, alone on its host) of a launcher's process, if several.
+  """(processes, index, alone on its host) if a launcher started several.
 
-  Shells that SLURM opens know of a job, but are no step of it.
+  A shell within a SLURM job has the job's variables, but is not a step of it.
   """
   if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
     count, index = _number(env, "SLURM_NTASKS"), _number(env, "SLURM_PROCID")
@@ -143,13 +143,13 @@ def _launched(env: Mapping[str, str]) -> tuple[int, int, bool] | None:
 def _number(env: Mapping[str, str], name: str) -> int:
   if not env.get(name, "").isdecimal():
     raise errors.ConfigError(
-        f"{name}: the environment's {env.get(name)!r} is no number; give "
+        f"{name}: the environment's {env.get(name)!r} is not a number; give "
         "--process_count=1 to run alone")
   return int(env[name])
 
 
 def _check_free(coordinator: str) -> None:
-  """Process 0 listens at a port; of two there, each would wait for others."""
+  """Raises WorkerLostError if another process 0 listens at the port."""
   port = int(coordinator.rpartition(":")[2])
   with socket.socket() as probe:
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -162,7 +162,7 @@ def _check_free(coordinator: str) -> None:
 
 
 def on_tpu() -> bool:
-  """Whether jax will find a TPU, which may be a part of a larger one."""
+  """Whether jax will find a TPU, possibly a part of a larger slice."""
   if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
     return False
   chips = [*pathlib.Path("/dev").glob("accel*"),
@@ -171,7 +171,7 @@ def on_tpu() -> bool:
 
 
 def _exchange(message: str) -> list[str]:
-  """What each process says, in their order; all must call it."""
+  """Returns the messages of all processes in order; all must call it."""
   data = message.encode()[:_MESSAGE]
   padded = np.frombuffer(data.ljust(_MESSAGE, b"\0"), np.uint8)
   said = multihost_utils.process_allgather(padded).reshape(-1, _MESSAGE)
@@ -180,10 +180,10 @@ def _exchange(message: str) -> list[str]:
 
 @contextlib.contextmanager
 def agreeing() -> Iterator[None]:
-  """What fails for one process within fails for all, with the same error.
+  """An error in the block on one process is raised on all of them.
 
-  All processes must come to it. An error in one that is not the user's is a
-  `WorkerLostError` in the others.
+  All processes must enter it. An error that is not a `UserError` becomes a
+  `WorkerLostError` on the others.
   """
   if jax.process_count() == 1:
     yield
@@ -206,11 +206,11 @@ def agreeing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving(heartbeat_seconds: int) -> Iterator[None]:
-  """Ends this process at once where it fails alone, so that the others notice.
+  """Ends this process at once if it fails alone, so that the others notice.
 
-  What all of them raise at the same step passes. Whatever else is raised is
-  this process's own: to leave in order would be to wait for the others, which
-  wait for it.
+  Errors that all processes raise at the same step pass through. With any other
+  one, an orderly exit would wait for the other processes, which wait for this
+  one.
   """
   try:
     yield
@@ -225,9 +225,9 @@ def leaving(heartbeat_seconds: int) -> Iterator[None]:
     elif isinstance(e, jax.errors.JaxRuntimeError) and not str(e).startswith(
         ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")):
       reason = str(e).splitlines()[0]
-      print(f"WorkerLostError: {reason}; when another process is gone, jax "
-            "names it below as an unhealthy task, once its heartbeat is missed;"
-            " the same command goes on from the last checkpoint",
+      print(f"WorkerLostError: {reason}; if another process has died, jax "
+            "names it below as an unhealthy task once its heartbeat is missed; "
+            "the same command continues from the last checkpoint",
             file=sys.stderr, flush=True)
       time.sleep(heartbeat_seconds + 5)  # jax ends the process.
     else:

@@ -1,7 +1,8 @@
-"""What the user sees of a run: the plan at its start, progress as it goes."""
+"""What the user sees of a run: the plan at its start, then its progress."""
 
 import logging
 import sys
+from collections.abc import Sequence
 
 import jax
 from clu import parameter_overview
@@ -15,16 +16,17 @@ log = logging.getLogger(__name__)
 
 def plan(cfg: Experiment, abstract_state, mesh, n_train: int, n_eval: int,
          total_steps: int) -> str:
-  """The parameter table, and what the run is about to do."""
+  """The parameter table, and a summary of the run."""
   n_params = sum(x.size for x in jax.tree.leaves(abstract_state.params))
   table = parameter_overview.get_parameter_overview(
       abstract_state.params, include_stats=False)
   train = cfg.train
   device = mesh.devices.flat[0]
+  size = cfg.task.input_size
   rows = {
       "model": f"{cfg.model.name}, {n_params:,} parameters, {cfg.model.dtype}",
       "data": f"{cfg.data.source}: {n_train:,} to train, {n_eval:,} to "
-              f"evaluate, {cfg.data.image_size}x{cfg.data.image_size}",
+              "evaluate" + (f", {size[0]}x{size[1]}" if size else ""),
       "steps": f"{total_steps:,} of {train.batch_size} images"
                + (f" in {train.accumulate} micro-batches"
                   if train.accumulate > 1 else "")
@@ -34,7 +36,7 @@ def plan(cfg: Experiment, abstract_state, mesh, n_train: int, n_eval: int,
                  + " x ".join(f"{k}={v}" for k, v in mesh.shape.items()),
       "state": f"{sharding.n_bytes(abstract_state) / 2**20:,.1f} MiB in all",
       "learning rate": f"{cfg.optim.base_lr * train.batch_size / 1024:.4g} at "
-                       "its peak",
+                       "the peak",
   }
   width = max(map(len, rows))
   return "\n".join([table, "", *(
@@ -42,16 +44,18 @@ def plan(cfg: Experiment, abstract_state, mesh, n_train: int, n_eval: int,
 
 
 def measures(result: dict[str, float]) -> str:
-  """An evaluation's result in a line."""
+  """An evaluation's result on one line."""
   return "  ".join(f"{name} {value:,}" if isinstance(value, int) else
                    f"{name} {value:.4f}" for name, value in result.items())
 
 
 class Progress:
-  """A bar on a terminal, lines in a file."""
+  """A progress bar on a terminal, lines elsewhere."""
 
-  def __init__(self, first_step: int, total_steps: int, enabled: bool):
-    self._total = total_steps
+  def __init__(self, first_step: int, total_steps: int, names: Sequence[str],
+               enabled: bool):
+    """`names` are the task's metrics that are shown."""
+    self._total, self._names = total_steps, names
     self._enabled = enabled
     self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit="step",
                           dynamic_ncols=True,
@@ -66,7 +70,7 @@ class Progress:
       return
     left = (self._total - step) * metrics["step_seconds"]
     parts = [f"epoch {metrics['epoch']:.2f}"]
-    parts += [f"{name} {metrics[name]:.4f}" for name in ("loss", "top1")
+    parts += [f"{name} {metrics[name]:.4f}" for name in self._names
               if name in metrics]
     parts += [f"lr {metrics['learning_rate']:.2e}",
               f"{metrics['images_per_second']:.0f} img/s",

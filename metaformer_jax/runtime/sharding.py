@@ -1,60 +1,28 @@
-"""Where arrays live: a mesh of devices with axes `data` and `fsdp`.
+"""Placement of arrays on a mesh of devices with the axes `data` and `fsdp`.
 
-The batch is split over both axes. Parameters, and what has their shapes, are
-copied along `data` and, where large enough, split along `fsdp` (fully sharded
-data parallelism). Models know nothing of it.
+The batch is split over both axes. Parameters, and arrays of their shapes, are
+copied along `data` and, if large enough, split along `fsdp` (fully sharded data
+parallelism). Models do not depend on it.
 """
 
 import re
-from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaformer_jax import errors
-from metaformer_jax.config import checks, schema
+from metaformer_jax.config import schema
 
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
 
 
-def make_mesh(cfg: schema.Experiment,
-              devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh that the config asks for.
-
-  Args:
-    cfg: the experiment.
-    devices: of which it is made; by default those there are.
-
-  Raises:
-    ConfigError: the axes do not fit the devices, or the batch not the axes.
-  """
-  devices = jax.devices() if devices is None else devices
-  n = len(devices)
-  n_processes = len({device.process_index for device in devices})
-  data, fsdp = cfg.mesh.data, cfg.mesh.fsdp
-  if data == -1:
-    data = max(1, n // fsdp)
-  if fsdp == -1:
-    fsdp = max(1, n // data)
-  if data * fsdp > n or (data * fsdp < n and (
-      -1 in (cfg.mesh.data, cfg.mesh.fsdp) or n_processes > 1)):
-    raise errors.ConfigError(
-        f"config.mesh: data x fsdp = {cfg.mesh.data} x {cfg.mesh.fsdp} does "
-        f"not fit {n} devices; choose sizes with that product")
-  problems = list(checks.check_batch(cfg, data * fsdp))
-  if problems:
-    raise errors.ConfigError("; also ".join(problems))
-  return jax.make_mesh((data, fsdp), ("data", "fsdp"),
-                       axis_types=(AxisType.Auto,) * 2,
-                       devices=devices[:data * fsdp])
-
-
 def put_batch(batch, mesh: Mesh):
-  """This process's part of a batch -> arrays of the global batch."""
+  """Turns this process's part of a batch into arrays of the global batch."""
   sharding = NamedSharding(mesh, BATCH)
-  with jax.transfer_guard_host_to_device("allow"):  # With others, it is needed.
+  # Needed with several processes.
+  with jax.transfer_guard_host_to_device("allow"):
     return {name: jax.make_array_from_process_local_data(sharding, value)
             for name, value in batch.items()}
 
@@ -71,25 +39,25 @@ def path_name(path) -> str:
 def state_shardings(mesh: Mesh, abstract_state, cfg: schema.Mesh):
   """A NamedSharding for each array of the state.
 
-  An array is split along its largest axis that `fsdp` divides, unless it has
-  fewer than `cfg.min_size` values, or one of `cfg.rules` names another axis
-  (-1: none) for the parameters whose path its regular expression finds.
+  An array with at least `cfg.min_size` values is split along its largest axis
+  that is divisible by `fsdp`. A rule of `cfg.rules` selects another axis (-1:
+  none) for the parameters with a path that matches its regular expression.
 
   Raises:
-    ConfigError: a rule finds no parameter, or an axis that cannot be split.
+    ConfigError: a rule matches no parameter, or its axis cannot be split.
   """
   names = {path_name(path) for path, _ in
            jax.tree_util.tree_leaves_with_path(abstract_state.params)}
   for pattern, _ in cfg.rules:
     if not any(re.search(pattern, name) for name in names):
       raise errors.ConfigError(
-          f"config.mesh.rules: {pattern!r} finds no parameter"
+          f"config.mesh.rules: {pattern!r} matches no parameter"
           f"{errors.did_you_mean(pattern, names)}")
   fsdp = mesh.shape["fsdp"]
 
   def spec(path, array):
-    # The optimizer's arrays go where their parameter goes, whose path ends
-    # theirs.
+    # Arrays of the optimizer are placed like their parameter; its path is the
+    # end of theirs.
     parts = path_name(path).split("/")
     tails = ("/".join(parts[i:]) for i in range(len(parts)))
     name = next((tail for tail in tails if tail in names), "")
@@ -101,7 +69,7 @@ def state_shardings(mesh: Mesh, abstract_state, cfg: schema.Mesh):
       if axis >= array.ndim or array.shape[axis] % fsdp:
         raise errors.ConfigError(
             f"config.mesh.rules: {rule[0]!r} splits axis {axis} of {name}, "
-            f"whose shape is {array.shape}, among {fsdp} devices")
+            f"shape {array.shape}, among {fsdp} devices")
     elif fsdp == 1 or array.size < cfg.min_size:
       return REPLICATED
     else:
@@ -117,7 +85,7 @@ def state_shardings(mesh: Mesh, abstract_state, cfg: schema.Mesh):
 
 
 def abstract(tree, shardings):
-  """Shapes, dtypes and places of a tree: what a restore fills."""
+  """A tree's shapes, dtypes and placement, as a restore needs them."""
   return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       tree, shardings)

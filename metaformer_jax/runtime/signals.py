@@ -1,4 +1,4 @@
-"""Being told to end: by a preempted machine, a scheduler, or Ctrl-C."""
+"""Requests to stop: from a preempted machine, a scheduler, or Ctrl-C."""
 
 import signal
 import threading
@@ -10,15 +10,15 @@ from metaformer_jax.runtime import sharding
 
 
 def name(number: int) -> str:
-  """"SIGTERM" of 15; of 0, no signal, nothing."""
+  """The name of a signal, "SIGTERM" for 15; empty for 0, no signal."""
   return signal.Signals(number).name if number else ""
 
 
 class StopSignal:
-  """Notes SIGTERM or SIGINT, for the run to end after a step.
+  """Notes SIGTERM or SIGINT, so that the run ends after the current step.
 
-  A second one changes nothing: the state is being saved. SIGKILL ends at once,
-  and loses what came after the last checkpoint.
+  Further signals change nothing: the state is being saved. SIGKILL ends the
+  process at once and loses what came after the last checkpoint.
   """
 
   def __init__(self):
@@ -27,7 +27,7 @@ class StopSignal:
 
   def __enter__(self):
     if threading.current_thread() is not threading.main_thread():
-      return self  # Only the main thread may ask to be told.
+      return self  # Only the main thread can handle signals.
     for number in (signal.SIGTERM, signal.SIGINT):
       self._before[number] = signal.signal(number, self._note)
     return self
@@ -42,10 +42,10 @@ class StopSignal:
     self._before = {}
 
   def flags(self, mesh) -> jax.Array:
-    """The signal's number, or 0, once for each device: int32 [n devices].
+    """The signal's number, or 0, once per device: int32 [n devices].
 
-    Its maximum, which a program that all processes run takes, is what all of
-    them then know: so they end after the same step, whichever was told.
+    The compiled step returns the maximum over all processes, so that all of
+    them end after the same step, whichever received a signal.
     """
     own = np.full(len(mesh.local_devices), self._number, np.int32)
     return sharding.put_batch({"stop": own}, mesh)["stop"]

@@ -1,4 +1,4 @@
-"""Tells what every thread does when a run no longer moves."""
+"""Shows the stack of every thread when a run hangs."""
 
 import faulthandler
 import sys
@@ -7,9 +7,9 @@ import time
 
 
 class Watchdog:
-  """Writes stack traces to stderr when `beat` was not called for a while.
+  """Writes stack traces to stderr when `beat` has not been called for a while.
 
-  It only tells: whether to wait on, as for a slow disk, is the user's choice.
+  It does nothing else: whether to wait, as for a slow disk, is up to the user.
   """
 
   def __init__(self, seconds: float):
@@ -28,21 +28,21 @@ class Watchdog:
     self._thread.join()
 
   def beat(self, waiting_for: str) -> None:
-    """Tells that the run moves, and what it does next."""
+    """Notes that the run makes progress, and what it waits for next."""
     self._last, self._waiting_for = time.monotonic(), waiting_for
 
   def _watch(self):
-    told = 0
+    n_reports = 0
     while not self._over.wait(min(1.0, self._seconds / 4)):
       silent = time.monotonic() - self._last
       if silent < self._seconds:
-        told = 0
-      elif silent >= (told + 1) * self._seconds:
-        told += 1
-        # As it was when Python started: what replaced it may hold a lock.
+        n_reports = 0
+      elif silent >= (n_reports + 1) * self._seconds:
+        n_reports += 1
+        # The original stream: a replacement may hold a lock.
         stream = sys.__stderr__
-        print(f"nothing has moved for {silent:.0f} s, waiting for "
+        print(f"no progress for {silent:.0f} s, waiting for "
               f"{self._waiting_for}; config.log.hang_seconds = "
-              f"{self._seconds:g}. What every thread does:", file=stream,
+              f"{self._seconds:g}. The stack of every thread:", file=stream,
               flush=True)
         faulthandler.dump_traceback(stream, all_threads=True)

@@ -1,10 +1,11 @@
-"""The folder of a run: of one experiment, and written by one run at a time."""
+"""The folder of a run: one experiment, written by one run at a time."""
 
 import contextlib
 import errno
 import fcntl
 import os
 import pathlib
+import re
 import socket
 from collections.abc import Iterator
 
@@ -12,15 +13,28 @@ from metaformer_jax import errors
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config.schema import Experiment
 
+# Orbax expands these in the whole path, so that nothing could be restored.
+_PATTERN = re.compile(r"[\[\]*?]")
+
+
+def check_path(workdir: pathlib.Path) -> None:
+  """Raises ConfigError if checkpoints in the folder could not be restored."""
+  path = str(workdir.absolute())
+  found = sorted(set(_PATTERN.findall(path)))
+  if found:
+    raise errors.ConfigError(
+        f"--workdir: {path} has {' '.join(found)} in it, from which "
+        "checkpoints cannot be restored; choose a path without [ ] * ?")
+
 
 @contextlib.contextmanager
 def hold(workdir: pathlib.Path) -> Iterator[None]:
-  """Keeps every other run and tool from writing to the folder.
+  """Keeps other runs and tools from writing to the folder.
 
-  The lock ends with the process, however it ends.
+  The lock is released when the process ends, however it ends.
 
   Raises:
-    ConfigError: it is held already, or cannot be written.
+    ConfigError: another process has the lock, or the folder cannot be written.
     StorageError: the disk is full.
   """
   path = workdir / "lock"
@@ -43,40 +57,40 @@ def hold(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def claim(cfg: Experiment, workdir: pathlib.Path) -> None:
-  """Makes the workdir this experiment's; to be held before.
+  """Writes the experiment to the workdir, which must be held.
 
   Raises:
-    ConfigError: it holds a run of another experiment, or cannot be written.
+    ConfigError: it has a run of another experiment, or cannot be written.
     StorageError: the disk is full.
   """
   path = workdir / "config.json"
   if path.is_file():
     try:
-      different = config_lib.differences(cfg, path.read_text())
-    except (OSError, ValueError, AttributeError) as e:
+      different = config_lib.differences(cfg, path)
+    except (OSError, ValueError) as e:
       raise errors.ConfigError(
-          f"--workdir: {path} cannot be read ({e}); choose a new folder") from e
+          f"--workdir: {path} cannot be used ({e}); choose a new folder") from e
     if different:
       raise errors.ConfigError(
-          f"--workdir: {workdir} holds another experiment "
+          f"--workdir: {workdir} has another experiment "
           f"({'; '.join(different)}); choose a new folder")
   with _writing():
     write(path, config_lib.to_json(cfg))
 
 
 def write(path: pathlib.Path, text: str) -> None:
-  """Writes beside and renames: a kill leaves the old or the new file."""
-  beside = path.with_suffix(".tmp")
-  with beside.open("w") as file:
+  """Writes a file atomically: a crash leaves the old or the new one."""
+  temporary = path.with_suffix(".tmp")
+  with temporary.open("w") as file:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
-  beside.replace(path)
+  temporary.replace(path)
 
 
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-  """A full disk may have room later; another folder is needed otherwise."""
+  """A full disk may be freed; otherwise another folder is needed."""
   try:
     yield
   except OSError as e:

@@ -1,8 +1,8 @@
-"""What a run leaves besides checkpoints: metrics, TensorBoard, curves, summary.
+"""What a run writes besides checkpoints: metrics, TensorBoard events, curves.
 
-Everything is derived from `metrics.jsonl`, a record a line: {"step", "split",
-...}. When a run resumes, records after the restored step are dropped, as the
-steps are made again.
+Everything is derived from `metrics.jsonl`, one record per line: {"step",
+"split", ...}. When a run resumes, records after the restored step are dropped,
+as these steps are repeated.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from metaformer_jax import errors
@@ -23,11 +24,12 @@ Record = dict[str, Any]
 
 
 class Writer:
-  """Writes the metrics of a run, if enabled: by the first process only."""
+  """Writes the metrics of a run, if enabled: on the first process only."""
 
   def __init__(self, workdir: pathlib.Path, cfg: schema.Log,
-               restored_step: int, enabled: bool):
-    self._workdir = workdir
+               restored_step: int, curves: Sequence[str], enabled: bool):
+    """`curves` are the metrics in curves.png."""
+    self._workdir, self._curves = workdir, curves
     self._file = self._events = None
     self.records: list[Record] = []
     if not enabled:
@@ -43,7 +45,7 @@ class Writer:
       undo.pop_all()
 
   def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
-    """Adds a record and its TensorBoard scalars; on disk when it returns."""
+    """Adds a record and its TensorBoard scalars, and syncs them to disk."""
     if self._file is None:
       return
     record = {"step": step, "split": split, **metrics}
@@ -51,31 +53,32 @@ class Writer:
     with _storing(self._workdir):
       self._file.write(_line(record))
       self._file.flush()
-      os.fsync(self._file.fileno())  # It outlives the machine.
+      os.fsync(self._file.fileno())  # To survive a crash of the machine.
       if self._events is not None:
         self._events.write(step, split, metrics)
 
   def finish(self, summary: dict[str, Any]) -> pathlib.Path | None:
-    """Writes summary.json and curves.png; returns the path of the picture."""
+    """Writes summary.json and curves.png; returns the latter's path."""
     if self._file is None:
       return None
     with _storing(self._workdir):
       workdir_lib.write(self._workdir / "summary.json",
                         json.dumps(summary, indent=2) + "\n")
-      return draw_curves(self.records, self._workdir / "curves.png")
+      return draw_curves(self.records, self._curves,
+                         self._workdir / "curves.png")
 
   def close(self) -> None:
     for stream in (self._file, self._events):
       if stream is not None:
-        with contextlib.suppress(OSError):  # Told when it was written.
+        with contextlib.suppress(OSError):  # Reported by `write`.
           stream.close()
 
 
 class _Events:
-  """TensorBoard's scalars, on the disk when `write` returns.
+  """TensorBoard's scalars, on disk when `write` returns.
 
-  tensorboardX' own SummaryWriter writes in a thread: a full disk ends that
-  with a traceback, and leaves the run waiting for it.
+  tensorboardX's SummaryWriter writes in a thread, which a full disk ends with a
+  traceback, leaving the run waiting for it.
   """
 
   def __init__(self, folder: pathlib.Path, first_step: int):
@@ -86,7 +89,7 @@ class _Events:
     self._event, self._summary = event_pb2.Event, summary_pb2.Summary
     folder.mkdir(exist_ok=True)
     self._writer = event_file_writer.EventsWriter(str(folder / "events"))
-    # TensorBoard drops what earlier starts have written from this step on.
+    # TensorBoard drops what earlier processes wrote from this step on.
     self._writer.write_event(self._event(
         wall_time=time.time(), step=first_step,
         session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
@@ -109,23 +112,33 @@ def _storing(workdir: pathlib.Path):
   except OSError as e:
     where, why = e.filename2 or e.filename or workdir, e.strerror or e
     raise errors.StorageError(
-        f"{where}: cannot be written: {why}; once it can, the same command "
-        "goes on from the last checkpoint") from e
+        f"{where}: cannot be written: {why}; fix that and run the same command "
+        "to continue from the last checkpoint") from e
 
 
 def read(path: pathlib.Path) -> list[Record]:
-  """The records of a metrics.jsonl; a line cut off by a kill is left out.
+  """The records of a metrics.jsonl.
 
-  So is, with a warning, a line that is no record: of a damaged disk.
+  An incomplete last line is ignored; other lines that are not records, as on a
+  damaged disk, are ignored with a warning.
   """
   if not path.exists():
     return []
   *lines, _ = path.read_bytes().split(b"\n")
   records = [r for r in map(_parse, lines) if r]
   if len(records) < len(lines):
-    log.warning("%s: %d of %d lines are no records; left out", path,
+    log.warning("%s: %d of %d lines are not records; ignored", path,
                 len(lines) - len(records), len(lines))
   return records
+
+
+def last_evaluation(records: list[Record],
+                    step: int) -> dict[str, float] | None:
+  """What the evaluation after a step measured; None if it is not recorded."""
+  for record in reversed(records):
+    if record["split"] == "eval" and record["step"] == step:
+      return {k: v for k, v in record.items() if k not in ("step", "split")}
+  return None
 
 
 def _parse(line: bytes) -> Record | None:
@@ -143,16 +156,17 @@ def _line(record: Record) -> str:
   return json.dumps(record) + "\n"
 
 
-def draw_curves(records: list[Record], path: pathlib.Path) -> pathlib.Path:
-  """Draws loss, top-1 and learning rate against the step as a PNG."""
-  # The object interface: no global state, no display.
+def draw_curves(records: list[Record], names: Sequence[str],
+                path: pathlib.Path) -> pathlib.Path:
+  """Draws metrics against the step as a PNG; returns its path."""
+  # The object interface has no global state and needs no display.
   from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
   from matplotlib.figure import Figure  # noqa: PLC0415
 
-  figure = Figure(figsize=(12, 3.5), layout="constrained")
+  figure = Figure(figsize=(4 * len(names), 3.5), layout="constrained")
   FigureCanvasAgg(figure)
-  names = ("loss", "top1", "learning_rate")
-  for axes, name in zip(figure.subplots(1, len(names)), names):
+  for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0],
+                        names):
     for split, marker in (("train", ""), ("eval", "o")):
       points = [(r["step"], r[name]) for r in records
                 if r["split"] == split and name in r]

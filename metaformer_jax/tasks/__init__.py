@@ -1,4 +1,4 @@
-"""What is learned: one file a task, all behind the protocol in `base`."""
+"""Tasks: one file each, all behind the protocol in `base`."""
 
 import importlib
 
@@ -6,5 +6,6 @@ from metaformer_jax.config.schema import Experiment
 
 
 def create(cfg: Experiment):
-  """The task that the config names, as a `base.Task`."""
-  return importlib.import_module(f"{__name__}.{cfg.task}").create(cfg)
+  """The task of an experiment, as a `base.Task`."""
+  module = importlib.import_module(f"{__name__}.{cfg.task.name}")
+  return module.create(cfg)

@@ -1,7 +1,7 @@
-"""What the training loop asks of a task. A protocol: nothing to inherit."""
+"""The protocol between a task and the rest; there is nothing to inherit."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -15,8 +15,8 @@ Metrics = dict[str, jax.Array]
 class Data(Protocol):
   """A split of a data set; `metaformer_jax.data.loader.Loader` is one.
 
-  Batches may have "replaced", bool [b]: true where an example could not be
-  used. In training another is in its place; in evaluation "mask" is false.
+  Batches may have "replaced", bool [b]: true where an example was unusable. In
+  training another one takes its place; in evaluation "mask" is false.
   """
 
   @property
@@ -26,11 +26,17 @@ class Data(Protocol):
     """This process's part of each batch from `position` on; endless."""
 
   def eval_batches(self) -> Iterator[dict[str, np.ndarray]]:
-    """Each example once; "mask" is false where the last batch is filled up."""
+    """Each example once; "mask" is false where the last batch is padded."""
+
+  def check(self) -> None:
+    """Prepares one example in this process; raises what is wrong with it."""
 
 
 class Evaluator(Protocol):
-  """One measure over an evaluation split; made anew for each evaluation."""
+  """A measure over an evaluation split; made once per run, reset before use."""
+
+  def reset(self) -> None:
+    """Forgets what was added."""
 
   def statistics(self, outputs: Any, batch: Batch) -> Any:
     """What `update` needs of one global batch. Traced: jax only."""
@@ -42,16 +48,48 @@ class Evaluator(Protocol):
     """The measures over all that was added."""
 
 
+class Backbone(NamedTuple):
+  """Where a task's model holds a network of the model table.
+
+  Warm start, layer-wise decay and the rules of weight decay find it by this.
+
+  Attributes:
+    family: of the conversion rules for its weights (`ModelSpec.family`).
+    path: of its module in the variables of `Task.model`, as "backbone"; empty
+      if it is the whole model.
+    input_size: height and width of the images that it is initialised with.
+    classifier: the same network with the head that files of weights have.
+  """
+
+  family: str
+  path: str
+  input_size: tuple[int, int]
+  classifier: nn.Module
+
+
 class Task(Protocol):
-  """A model, its data, its loss and its measures."""
+  """A model, its data, its loss and its measures.
+
+  Attributes:
+    model: the network.
+    pretrained: the part of it that weights can be loaded into; None if there is
+      none.
+    rng_names: the random streams of `loss`.
+  """
 
   model: nn.Module
+  pretrained: Backbone | None
+  rng_names: Sequence[str]
 
   def init_inputs(self) -> tuple[Any, ...]:
     """The arguments that `model.init` is traced with."""
 
-  def train_batch(self, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """What the training data's batches are, of all processes together."""
+  def train_batches(self, batch_size: int,
+                    ) -> Sequence[Mapping[str, jax.ShapeDtypeStruct]]:
+    """The shapes of a global training batch, one for each that can occur.
+
+    The training step is compiled once for each of them.
+    """
 
   def loss(self, variables: Variables, batch: Batch,
            rngs: Mapping[str, jax.Array], train: bool,
@@ -70,4 +108,15 @@ class Task(Protocol):
     """Opens "train" or "eval"."""
 
   def make_evaluators(self) -> dict[str, Evaluator]:
-    """Fresh evaluators by name."""
+    """The evaluators by name; no two of them may report the same measure."""
+
+  def preprocess(self, image: bytes | np.ndarray) -> dict[str, np.ndarray]:
+    """An image, encoded or uint8 [H, W, 3], as an example without its batch.
+
+    Raises:
+      Exception: of many types, as Pillow's are: the image is not usable.
+    """
+
+  def postprocess(self, outputs: Any,
+                  example: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What `predict` gave for one example, without its batch, for a user."""

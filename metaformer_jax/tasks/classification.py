@@ -1,18 +1,19 @@
-"""Image classification: one label an image."""
+"""Image classification: one label per image."""
 
 import dataclasses
 import functools
-import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
 from metaformer_jax import errors
 from metaformer_jax.config.schema import Experiment
-from metaformer_jax.data import loader
-from metaformer_jax.data.sources import folders as sources
+from metaformer_jax.data import loader, sources
 from metaformer_jax.data.sources import real_labels
 from metaformer_jax.data.transforms import classification as transforms
 from metaformer_jax.evaluation import topk
@@ -21,7 +22,7 @@ from metaformer_jax.tasks import base, mixing
 
 
 def normalize(image: jax.Array, mean, std) -> jax.Array:
-  """uint8 [..., 3] -> float32 with the data set's mean 0 and deviation 1."""
+  """uint8 [..., 3] -> float32, with mean 0 and deviation 1 on the data set."""
   shape = (1,) * (image.ndim - 1) + (-1,)
   mean, std = (jnp.reshape(jnp.array(v, jnp.float32), shape)
                for v in (mean, std))
@@ -33,39 +34,45 @@ class Classification:
   """Cross-entropy, smoothed and mixed as configured; top-1 and top-5.
 
   Batches are {"image": uint8 [B, H, W, 3], "label": int32 [B], "replaced": bool
-  [B]}; to evaluate, "mask": bool [B] too, and for ImageNet-ReaL "labels": int32
-  [B, L].
+  [B]}; in evaluation also "mask": bool [B], and for ImageNet-ReaL "labels":
+  int32 [B, L].
   """
 
   cfg: Experiment
+
+  rng_names = ("augment", "dropout", "drop_path")
 
   @functools.cached_property
   def model(self) -> nn.Module:
     cfg = self.cfg.model
     return registry.create_model(
-        cfg.name, num_classes=cfg.num_classes,
+        cfg.name, num_classes=self.cfg.task.num_classes,
         drop_path_rate=cfg.drop_path_rate, dtype=jnp.dtype(cfg.dtype),
         **cfg.overrides())
 
-  def init_inputs(self) -> tuple[jax.Array]:
-    size = self.cfg.data.image_size
-    return (jnp.zeros((1, size, size, 3)),)
+  @property
+  def pretrained(self) -> base.Backbone:
+    family = registry.get_spec(self.cfg.model.name).family
+    return base.Backbone(family, "", self.cfg.task.input_size, self.model)
 
-  def train_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    size = self.cfg.data.image_size
-    return {
-        "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+  def init_inputs(self) -> tuple[jax.Array]:
+    return (jnp.zeros((1, *self.cfg.task.input_size, 3)),)
+
+  def train_batches(self, batch_size: int):
+    size = self.cfg.task.input_size
+    return [{
+        "image": jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-        "replaced": jax.ShapeDtypeStruct((batch_size,), jnp.bool_)}
+        "replaced": jax.ShapeDtypeStruct((batch_size,), jnp.bool_)}]
 
   def _images(self, batch: base.Batch) -> jax.Array:
     return normalize(batch["image"], self.cfg.data.mean, self.cfg.data.std)
 
   def loss(self, variables, batch, rngs, train):
-    cfg = self.cfg.train
+    cfg = self.cfg.task
     images = self._images(batch)
     targets = mixing.smooth_one_hot(
-        batch["label"], self.cfg.model.num_classes, cfg.label_smoothing)
+        batch["label"], cfg.num_classes, cfg.label_smoothing)
     if train:
       key_mix, key_erase = jax.random.split(rngs["augment"])
       images, targets = mixing.mixup_cutmix(
@@ -83,7 +90,7 @@ class Classification:
       if cfg.bce_threshold:
         labels = (targets > cfg.bce_threshold).astype(jnp.float32)
       loss = optax.sigmoid_binary_cross_entropy(logits, labels).mean()
-    # Of a mixed image, the label with the most of it.
+    # A mixed image counts as the class with the larger share.
     top1 = (logits.argmax(-1) == targets.argmax(-1)).mean()
     state = {k: v for k, v in variables.items() if k != "params"}
     return loss, {"loss": loss, "top1": top1}, {**state, **updates}
@@ -96,32 +103,44 @@ class Classification:
   def make_data(self, split: str) -> loader.Loader:
     cfg = self.cfg
     train = split == "train"
-    labels = "split" if train else cfg.eval.labels
+    labels = "split" if train else cfg.task.eval_labels
     source = sources.create(cfg.data, split, numbered=labels == "number")
     if source.n_classes is not None and (
-        source.n_classes > cfg.model.num_classes):
+        source.n_classes > cfg.task.num_classes):
       raise errors.ConfigError(
-          f"config.model.num_classes: {cfg.model.num_classes}, but the {split} "
+          f"config.task.num_classes: {cfg.task.num_classes}, but the {split} "
           f"data has labels of {source.n_classes} classes")
     if labels == "real":
-      source = real_labels.RealLabels(source, cfg.eval.real_path,
-                                      cfg.model.num_classes)
+      source = real_labels.RealLabels(source, cfg.task.real_path,
+                                      cfg.task.num_classes)
     transform = transforms.TrainTransform if train else transforms.EvalTransform
-    batch_size = cfg.train.batch_size
-    if not train:
-      # Filled up so that every device of the mesh has as many images. Where an
-      # axis takes what is left, the mesh has all devices.
-      axes = (cfg.mesh.data, cfg.mesh.fsdp)
-      n = jax.device_count() if -1 in axes else math.prod(axes)
-      batch_size = -(-cfg.eval.batch_size // n) * n
-    return loader.Loader(
-        source, transform(cfg.data), batch_size, seed=cfg.seed,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-        workers=cfg.data.workers, threads=cfg.data.threads,
-        repeats=cfg.data.repeats)
+    return loader.create(
+        cfg, split, source, transform(cfg.data, cfg.task),
+        n_devices=jax.device_count(), process_index=jax.process_index(),
+        process_count=jax.process_count(), repeats=cfg.task.repeats)
 
   def make_evaluators(self) -> dict[str, base.Evaluator]:
     return {"classification": topk.TopK()}
+
+  def preprocess(self, image: bytes | np.ndarray) -> dict[str, np.ndarray]:
+    """{"image": uint8 [H, W, 3]}, resized and cropped as for evaluation."""
+    transform = transforms.EvalTransform(self.cfg.data, self.cfg.task)
+    return {"image": transform({"image": image, "label": 0})["image"]}
+
+  def postprocess(self, outputs: np.ndarray,
+                  example: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Ranks the classes of logits [C].
+
+    Returns:
+      {"classes": int [C], the most probable first; "probabilities": float32
+      [C], of these classes}.
+    """
+    del example
+    logits = np.asarray(outputs, np.float32)
+    classes = np.argsort(-logits, kind="stable")
+    exponents = np.exp(logits - logits.max())
+    return {"classes": classes,
+            "probabilities": (exponents / exponents.sum())[classes]}
 
 
 def create(cfg: Experiment) -> base.Task:

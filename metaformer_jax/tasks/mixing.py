@@ -1,9 +1,9 @@
 """Augmentation on the device: mixup, cutmix and random erasing.
 
 Pure functions of a key, of static shapes, on normalised float images
-[B, H, W, C]; each computes what timm's namesake does. timm's script mixes
-before it erases, as `tasks.classification` does; it rounds mixed images to
-8 bits, which here nothing is.
+[B, H, W, C]; each computes what timm's function of that name does. As in timm's
+script, images are mixed before boxes are erased; unlike there, mixed images are
+not rounded to 8 bits.
 """
 
 import math
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 
 def smooth_one_hot(labels: jax.Array, n_classes: int,
                    smoothing: float) -> jax.Array:
-  """[B] -> [B, C]: s / C everywhere, 1 - s more at the label."""
+  """[B] -> [B, C]: s / C for every class, plus 1 - s for the label."""
   return (jax.nn.one_hot(labels, n_classes) * (1 - smoothing)
           + smoothing / n_classes)
 
 
 def blend(x: jax.Array, lam: jax.Array) -> jax.Array:
-  """lam of each example, 1 - lam of its partner: the batch reversed."""
+  """lam * example + (1 - lam) * partner; partners are the batch reversed."""
   return lam * x + (1 - lam) * x[::-1]
 
 
@@ -40,7 +40,7 @@ def cutmix_box(height: int, width: int, lam: jax.Array, y: jax.Array,
 
 
 def inside(height: int, width: int, box: tuple[jax.Array, ...]) -> jax.Array:
-  """bool [..., H, W]: the pixels of boxes whose sides are [...]."""
+  """bool [..., H, W]: true inside the boxes, of which each side is [...]."""
   top, bottom, left, right = (jnp.asarray(v)[..., None, None] for v in box)
   shape = (1,) * (top.ndim - 2)
   y = jnp.arange(height).reshape(*shape, -1, 1)
@@ -50,7 +50,7 @@ def inside(height: int, width: int, box: tuple[jax.Array, ...]) -> jax.Array:
 
 def cutmix(images: jax.Array, box: tuple[jax.Array, ...],
            ) -> tuple[jax.Array, jax.Array]:
-  """Pastes the partners' box; returns (images, the part that is not of it)."""
+  """Pastes the partners' box; returns (images, the fraction that is kept)."""
   height, width = images.shape[1:3]
   top, bottom, left, right = box
   lam = 1 - (bottom - top) * (right - left) / (height * width)
@@ -61,15 +61,15 @@ def cutmix(images: jax.Array, box: tuple[jax.Array, ...],
 def mixup_cutmix(rng: jax.Array, images: jax.Array, targets: jax.Array, *,
                  mixup_alpha: float, cutmix_alpha: float, prob: float = 1.0,
                  switch_prob: float = 0.5) -> tuple[jax.Array, jax.Array]:
-  """Mixes a batch with its reverse, with one lambda for all of it.
+  """Mixes a batch with its reverse; one lambda for the whole batch.
 
   Args:
     rng: a key.
     images: float [B, H, W, C].
     targets: [B, C], smoothed.
-    mixup_alpha, cutmix_alpha: lambda is Beta(alpha, alpha); 0: not this one.
-    prob: that the batch is mixed.
-    switch_prob: that it is by cutmix, where both can be.
+    mixup_alpha, cutmix_alpha: lambda is Beta(alpha, alpha); 0: never.
+    prob: probability that the batch is mixed.
+    switch_prob: probability of cutmix where both are possible.
 
   Returns:
     Images and targets of the same shapes.
@@ -104,9 +104,9 @@ def erasing_boxes(rng: jax.Array, n: int, height: int, width: int, *,
                   ) -> tuple[jax.Array, ...]:
   """n boxes (top, bottom, left, right), each int [n]; empty with 1 - prob.
 
-  Of ten tries at a uniform area and a log-uniform height/width, in
-  [least_aspect, 1 / least_aspect], the first that is smaller than the image
-  both ways is taken; none, if none is.
+  Ten boxes are drawn, of uniform area and log-uniform height/width in
+  [least_aspect, 1 / least_aspect]; the first that is smaller than the image in
+  both directions is taken, or an empty one if there is none.
   """
   key_do, key_area, key_aspect, key_top, key_left = jax.random.split(rng, 5)
   tries = (n, 10)
@@ -127,7 +127,7 @@ def erasing_boxes(rng: jax.Array, n: int, height: int, width: int, *,
 
 
 def random_erasing(rng: jax.Array, images: jax.Array, prob: float) -> jax.Array:
-  """Fills a box of an image by normal noise (arXiv 1708.04896; mode pixel)."""
+  """Fills a box of each image with noise (arXiv 1708.04896; mode pixel)."""
   if not prob:
     return images
   n, height, width, _ = images.shape

@@ -1,17 +1,17 @@
-r"""Measures the input pipeline: images a second of one core.
+r"""Measures the input pipeline: images per second of one core.
 
     python -m metaformer_jax.tools.benchmark_input --path=/tmp/jpegs \
         --timm-python=/path/to/python
 
-The training transform with RandAugment reads the JPEGs of the folder; where
-there is none, 300 crops of scikit-learn's two photographs are written there.
-With another interpreter that has timm, torch and torchvision, timm's loader
-reads them too, in turns (tests/benchmark_timm.py). Both make uint8 batches;
-mixing and erasing are left out, as both do them on the device or after it.
+The training transform with RandAugment reads the JPEGs of the folder; if there
+is none, 300 crops of scikit-learn's two photographs are written there. Given
+another interpreter that has timm, torch and torchvision, timm's loader reads
+the same files, in alternating rounds (tests/benchmark_timm.py). Both make uint8
+batches; mixing and erasing come later in both, and are left out.
 
-"core" is images per second of processor time, summed over all processes: what
-other programs do to the machine changes it little. Ratios are of neighbouring
-rounds, and their median is told.
+"core" is images per second of processor time, summed over all processes; other
+programs on the machine change it little. A ratio compares neighbouring rounds;
+the median ratio is printed.
 """
 
 import argparse
@@ -29,15 +29,17 @@ import numpy as np
 from PIL import Image
 
 from metaformer_jax import cli, errors
-from metaformer_jax.config.schema import Data, Experiment, Train
+from metaformer_jax.config import schema, tasks
+from metaformer_jax.data import loader, sources
+from metaformer_jax.data.transforms import classification as transforms
 
 AUGMENT = "rand-m9-mstd0.5-inc1"
 _TIMM = pathlib.Path(__file__).parents[2] / "tests" / "benchmark_timm.py"
 
 
 def write_jpegs(folder: pathlib.Path, n: int = 300) -> None:
-  """Crops of two photographs, 500 x 375 at quality 90, of two classes."""
-  from sklearn import datasets  # noqa: PLC0415  A second to import.
+  """Writes crops of two photographs, one per class: 500 x 375, quality 90."""
+  from sklearn import datasets  # noqa: PLC0415  Takes a second to import.
 
   rng = np.random.default_rng(0)
   photos = [Image.fromarray(v) for v in datasets.load_sample_images().images]
@@ -56,12 +58,15 @@ def write_jpegs(folder: pathlib.Path, n: int = 300) -> None:
 
 
 def measure(path: str, workers: int, n_rounds: int) -> dict[str, float]:
-  """The best of n rounds over all images, after a first: {"core", "wall"}."""
-  from metaformer_jax import tasks  # noqa: PLC0415  Imports jax.
-
-  data = tasks.create(Experiment(
-      data=Data(path=path, auto_augment=AUGMENT, workers=workers, threads=1),
-      train=Train(batch_size=50))).make_data("train")
+  """The best of n rounds over all images, after a warm-up: {"core", "wall"}."""
+  cfg = schema.Experiment(
+      task=tasks.Classification(auto_augment=AUGMENT),
+      data=schema.Data(path=path, workers=workers, threads=1),
+      train=schema.Train(batch_size=50))
+  data = loader.create(
+      cfg, "train", sources.create(cfg.data, "train"),
+      transforms.TrainTransform(cfg.data, cfg.task), n_devices=1,
+      process_index=0, process_count=1)
   n_batches = -(-data.n_examples // data.batch_size)
   best = {"core": 0.0, "wall": 0.0}
   with contextlib.closing(data.train_batches(0)) as batches:
@@ -77,7 +82,7 @@ def measure(path: str, workers: int, n_rounds: int) -> dict[str, float]:
 
 
 def _processor_time() -> float:
-  """Seconds of this process and of those it started, as far as Linux tells."""
+  """CPU seconds of this process and of its children, from /proc."""
   total = time.process_time()
   tick = os.sysconf("SC_CLK_TCK")
   for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
@@ -89,7 +94,11 @@ def _processor_time() -> float:
 
 
 def run(command: list[str]) -> dict[str, float]:
-  """What a measuring process prints last, as JSON."""
+  """Runs a measuring process; returns its last line, parsed as JSON.
+
+  Raises:
+    ConfigError: the process failed.
+  """
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   if done.returncode:
     raise errors.ConfigError(
@@ -98,7 +107,7 @@ def run(command: list[str]) -> dict[str, float]:
 
 
 def compare(args: argparse.Namespace, path: str) -> None:
-  """Measures in turns, each time in a new process, and prints the table."""
+  """Measures alternately, each time in a new process; prints a table."""
   ours = [sys.executable, "-m", "metaformer_jax.tools.benchmark_input",
           f"--path={path}", "--measure"]
   theirs = [args.timm_python, str(_TIMM), f"--path={path}/train"]
@@ -109,7 +118,7 @@ def compare(args: argparse.Namespace, path: str) -> None:
       if args.timm_python:
         rows[-1].append(run([*theirs, f"--workers={workers}"])["core"])
     columns = [statistics.median(column) for column in zip(*rows)]
-    line = f"workers={workers}: {columns[0]:.0f} images/s a core"
+    line = f"workers={workers}: {columns[0]:.0f} images/s per core"
     if args.timm_python:
       ratio = [one / other for one, other in rows]
       line += (f"; timm {columns[1]:.0f}; ratio {statistics.median(ratio):.2f} "
@@ -131,12 +140,11 @@ def main(args: argparse.Namespace) -> None:
 
 def parse() -> argparse.Namespace:
   """The command line."""
-  parser = argparse.ArgumentParser(
-      prog="python -m metaformer_jax.tools.benchmark_input",
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = cli.Parser(__doc__, "benchmark_input")
   parser.add_argument("--path", help="folder with train/CLASS/*.jpg")
   parser.add_argument("--timm-python", help="an interpreter that has timm")
-  parser.add_argument("--rounds", type=int, default=5, help="of each")
+  parser.add_argument("--rounds", type=int, default=5,
+                      help="measurements of each loader")
   parser.add_argument("--measure", action="store_true",
                       help="measure once, in this process, and print JSON")
   parser.add_argument("--workers", type=int, default=0, help="with --measure")

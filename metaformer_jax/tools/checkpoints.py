@@ -6,40 +6,38 @@ r"""Lists, verifies and deletes the checkpoints of a run:
         --keep_last=1 --keep_best=1 --dry_run
 
 `list` compares the names and sizes of a step's files with its manifest;
-`verify` reads every byte, and ends with code 1 if a step is not intact. No
-device is used.
+`verify` reads every byte; its exit code is 1 if a step is not intact. No device
+is used.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import pathlib
 from typing import Any
 
 from metaformer_jax import cli, errors
 from metaformer_jax.checkpoints import manifest
-from metaformer_jax.config import schema
+from metaformer_jax.config import paths, schema, tasks
+from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.runtime import workdir as workdir_lib
 
 
 def main(args: argparse.Namespace) -> int:
   """Runs a command; returns the exit code."""
-  try:
-    workdir = pathlib.Path(args.workdir).expanduser()
-    folder = workdir / "checkpoints"
-    found = folder.is_dir()
-  except (OSError, RuntimeError) as e:  # Too long; the home of nobody.
-    raise errors.ConfigError(f"--workdir: {e}") from e
-  if not found:
+  workdir = paths.local("--workdir", args.workdir)
+  folder = workdir / "checkpoints"
+  if not folder.is_dir():
     raise errors.ConfigError(f"--workdir: {workdir} holds no checkpoints")
   return args.command(args, workdir, folder)
 
 
 def list_steps(args: argparse.Namespace, workdir: pathlib.Path,
                folder: pathlib.Path) -> int:
-  """Prints a line for each step, and what was set aside."""
+  """Prints a line for each step, those set aside included."""
   good, bad = manifest.survey(folder)
-  ranked = manifest.ranked(good, _best_metric(args, workdir))
+  ranked = manifest.ranked(good, _best_measure(args, workdir))
   rows = []
   for step in sorted(good | bad):
     if step in bad:
@@ -50,7 +48,7 @@ def list_steps(args: argparse.Namespace, workdir: pathlib.Path,
                                        ("best", (ranked or [None])[-1]))
              if step == marked]
     rows.append({
-        "step": step, "state": "complete", "position": found.position,
+        "step": step, "state": "complete", "position": found.record["position"],
         "bytes": found.n_bytes, "time": found.time, "metrics": found.metrics,
         "marks": marks})
   rows += [{"step": int(path.name.partition(".")[0]), "state": "set aside",
@@ -63,7 +61,7 @@ def list_steps(args: argparse.Namespace, workdir: pathlib.Path,
 
 def verify(args: argparse.Namespace, workdir: pathlib.Path,
            folder: pathlib.Path) -> int:
-  """Prints a line for each step, or the one asked for; 1 if one is damaged."""
+  """Prints a line for each step, or for --step; returns 1 if any is damaged."""
   steps = manifest.steps(folder)
   if args.step is not None:
     if args.step not in steps:
@@ -86,12 +84,12 @@ def verify(args: argparse.Namespace, workdir: pathlib.Path,
 
 def prune(args: argparse.Namespace, workdir: pathlib.Path,
           folder: pathlib.Path) -> int:
-  """Deletes complete steps but the last and the best, which must be intact."""
-  for path in (folder, folder / manifest.ASIDE):
+  """Deletes complete steps; those that are kept must be intact."""
+  for path in (folder, folder / manifest.DAMAGED):
     if path.is_symlink():
       raise errors.ConfigError(
-          f"--workdir: {path} is a link, and nothing behind links is deleted; "
-          "give the folder itself")
+          f"--workdir: {path} is a link, and links are not followed to delete "
+          "files; give the folder itself")
   if not (workdir / "config.json").is_file():
     raise errors.ConfigError(
         f"--workdir: {workdir} is not a run: it has no config.json")
@@ -99,7 +97,7 @@ def prune(args: argparse.Namespace, workdir: pathlib.Path,
         else workdir_lib.hold(workdir)):
     good, _ = manifest.survey(folder)
     kept = manifest.kept(good, args.keep_last, args.keep_best,
-                         _best_metric(args, workdir))
+                         _best_measure(args, workdir))
     leaving = [folder / str(step) for step in sorted(good.keys() - kept)]
     for step in sorted(kept) if leaving else ():
       try:
@@ -129,18 +127,24 @@ def _failed(step: int, error: manifest.DamagedError) -> dict[str, Any]:
           "problem": str(error)}
 
 
-def _best_metric(args: argparse.Namespace, workdir: pathlib.Path) -> str:
-  """The flag, else the run's own."""
-  if args.best_metric:
-    return args.best_metric
-  path = workdir / "config.json"
-  if not path.exists():
-    return schema.Checkpoint().best_metric
+def _best_measure(args: argparse.Namespace,
+                  workdir: pathlib.Path) -> tasks.Measure:
+  """The measure of the run's task that the flag names, else the run's own."""
+  cfg = schema.Experiment()
+  if (workdir / "config.json").exists():
+    try:
+      cfg = config_lib.read_run(workdir)
+    except errors.ConfigError as e:
+      if not args.best_metric:
+        raise errors.ConfigError(f"{e}; give --best_metric") from e
+  if not args.best_metric:
+    return cfg.best_measure
+  checkpoint = dataclasses.replace(cfg.checkpoint, best_metric=args.best_metric)
   try:
-    return str(json.loads(path.read_text())["checkpoint"]["best_metric"])
-  except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    return dataclasses.replace(cfg, checkpoint=checkpoint).best_measure
+  except errors.ConfigError as e:
     raise errors.ConfigError(
-        f"{path}: cannot be read ({e!r}); give --best_metric") from e
+        str(e).replace("config.checkpoint.best_metric", "--best_metric")) from e
 
 
 def _show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -167,12 +171,17 @@ def _count(low: int):
   return parse
 
 
+class _Command(argparse.ArgumentParser):
+  """The arguments of one command; errors are one line, too."""
+
+  error = cli.Parser.error
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
   """The command line."""
-  parser = cli.Parser(
-      prog="python -m metaformer_jax.tools.checkpoints", description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter)
-  commands = parser.add_subparsers(required=True, metavar="COMMAND")
+  parser = cli.Parser(__doc__, "checkpoints")
+  commands = parser.add_subparsers(required=True, metavar="COMMAND",
+                                   parser_class=_Command)
 
   def add(name, command):
     sub = commands.add_parser(name, help=command.__doc__)
@@ -183,22 +192,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return sub
 
   def rank(sub):
-    sub.add_argument("--best_metric", help="what the best are chosen by; the "
-                     "run's config.checkpoint.best_metric by default")
+    sub.add_argument("--best_metric", help="measure by which the best are "
+                     "chosen; the run's config.checkpoint.best_metric by "
+                     "default")
 
   rank(add("list", list_steps))
   add("verify", verify).add_argument(
-      "--step", type=_count(0), help="this one only")
+      "--step", type=_count(0), help="verify only this one")
   pruning = add("prune", prune)
   rank(pruning)
   pruning.add_argument("--keep_last", type=_count(1), required=True,
-                       help="the newest that stay")
+                       help="number of newest to keep")
   pruning.add_argument("--keep_best", type=_count(0), required=True,
-                       help="the best that stay besides")
+                       help="number of best to keep as well")
   pruning.add_argument("--damaged", action="store_true",
-                       help="delete what was set aside as well")
+                       help="also delete the steps that were set aside")
   pruning.add_argument("--dry_run", action="store_true",
-                       help="only say what would be deleted")
+                       help="only print what would be deleted")
   return parser.parse_args(argv)
 
 

@@ -4,13 +4,13 @@ r"""Converts weights between PyTorch's layouts and ours:
         --input=poolformer_s12.pth.tar --output=poolformer_s12.safetensors \
         --layout=timm
 
-The input's layout is told by its names; or it is a run's workdir, whose model
-is then the one converted, its checkpoints folder or one step in it. The output
-is safetensors: timm and the official code load it with strict=True.
+The layout of an input file is recognised by its names. The input may also be a
+run's workdir, its checkpoints folder or one step in it; then the model is that
+of the run. The output is safetensors, which timm and the official code load
+with strict=True.
 """
 
 import argparse
-import json
 import logging
 import pathlib
 from typing import Any
@@ -20,7 +20,8 @@ import numpy as np
 
 from metaformer_jax import cli, errors
 from metaformer_jax.checkpoints import pretrained
-from metaformer_jax.config.schema import Model
+from metaformer_jax.config import paths
+from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.convert import files, layouts
 from metaformer_jax.models import registry
 
@@ -28,7 +29,7 @@ log = logging.getLogger("metaformer_jax.tools.convert")
 
 
 def main(args: argparse.Namespace) -> None:
-  """Converts what the command line names."""
+  """Converts the weights that the command line names."""
   if pathlib.Path(args.output).suffix != ".safetensors":
     raise errors.ConfigError(
         f"--output: {args.output} does not end with .safetensors")
@@ -48,8 +49,8 @@ def main(args: argparse.Namespace) -> None:
       "format": "pt", "model": name, "layout": args.layout})
   log.info("%s: %d tensors of %s in the %s layout", args.output, len(tensors),
            name, args.layout)
-  hparams = {**spec.hparams, **settings}
-  if args.layout == "timm" and hparams.get("head_norm_first"):
+  settings = {**vars(spec.settings), **settings}
+  if args.layout == "timm" and settings.get("head_norm_first"):
     log.warning(
         "timm computes PoolFormer's head in another order than the paper's "
         "code, mean before norm: its outputs will differ")
@@ -58,50 +59,40 @@ def main(args: argparse.Namespace) -> None:
 def _model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
   """The model's name, and keywords for `load_pretrained`."""
   settings = {"num_classes": args.num_classes, "input_size": args.input_size}
-  run = _config(args.input)
+  run = _workdir(args.input)
   if run:
     try:
-      config = json.loads(run.read_text())
-      model = Model(**{k: tuple(v) if isinstance(v, list) else v
-                       for k, v in config["model"].items()})
-      size = config["data"]["image_size"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError,
-            RecursionError) as e:
+      cfg = config_lib.read_run(run)
+    except errors.ConfigError as e:
+      raise errors.ConfigError(f"--input: {e}") from e
+    name = cfg.model.name
+    if args.model not in (None, name):
       raise errors.ConfigError(
-          f"--input: {run} is not that of a run ({e!r}); give a run's folder "
-          "or a file of weights") from e
-    if args.model not in (None, model.name):
-      raise errors.ConfigError(
-          f"--model: {args.model}, but {args.input} is a run of {model.name}")
+          f"--model: {args.model}, but {args.input} is a run of {name}")
     if args.num_classes is None:
-      settings["num_classes"] = model.num_classes
+      settings["num_classes"] = cfg.task.num_classes
     if args.input_size is None:
-      settings["input_size"] = size
-    return model.name, {**settings, **model.overrides()}
+      settings["input_size"] = cfg.task.input_size
+    return name, {**settings, **cfg.model.overrides()}
   if args.model is None:
     raise errors.ConfigError("--model: is missing; give e.g. "
                              "--model=poolformer_s12")
   return args.model, settings
 
 
-def _config(path: str) -> pathlib.Path | None:
-  """The config.json of the run that the folder is, or is a part of."""
-  try:
-    folder = pathlib.Path(path).expanduser().absolute()
-    if folder.is_dir():
-      for part in (folder, *folder.parents[:2]):
-        if (part / "config.json").is_file():
-          return part / "config.json"
-  except (OSError, RuntimeError) as e:  # Too long; the home of nobody.
-    raise errors.ConfigError(f"--input: {path}: {e}") from e
+def _workdir(path: str) -> pathlib.Path | None:
+  """The workdir of the run that the folder is, or is a part of."""
+  folder = paths.local("--input", path).absolute()
+  if folder.is_dir():
+    for part in (folder, *folder.parents[:2]):
+      if (part / "config.json").is_file():
+        return part
   return None
 
 
 def parse() -> argparse.Namespace:
   """The command line."""
-  parser = cli.Parser(
-      prog="python -m metaformer_jax.tools.convert", description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = cli.Parser(__doc__, "convert")
   parser.add_argument("--model", help="a name of metaformer_jax.list_models()")
   parser.add_argument("--input", required=True,
                       help="safetensors, .pth, or a run's folder")
@@ -110,11 +101,11 @@ def parse() -> argparse.Namespace:
       "--layout", default="official", help="of the output: official, timm, "
       "huggingface, or flax for our own names; not every model has each")
   parser.add_argument(
-      "--num_classes", type=int, help="where the input has another number, the "
-      "last layer begins anew")
+      "--num_classes", type=int, help="if the input has another number, the "
+      "last layer is re-initialised")
   parser.add_argument(
-      "--head_21k", action="store_true", help="of a head of ImageNet-21K's "
-      "21,841 classes keep those of ImageNet-1K")
+      "--head_21k", action="store_true", help="reduce a head of ImageNet-21K's "
+      "21,841 classes to those of ImageNet-1K")
   parser.add_argument("--in_chans", type=int, default=3,
                       help="channels of the images")
   parser.add_argument("--input_size", type=int, help="side of the images, to "

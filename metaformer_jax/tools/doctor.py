@@ -1,22 +1,22 @@
-r"""Tells whether this machine can run, and what stands in the way:
+r"""Checks whether this machine can train, and reports what is wrong:
 
     python -m metaformer_jax.tools.doctor
     python -m metaformer_jax.tools.doctor --workdir=runs/s24 --data=/data
     python -m metaformer_jax.tools.doctor --config=configs/poolformer_s24.py \
         --config.data.path=/data/imagenet --workdir=runs/s24
 
-A line each, ok, warn or FAIL: versions and pairs of them that are known to be
-bad, imports, the devices as jax finds them, memory, write access to the workdir
-and the compilation cache, read access to the data. With a config, and its
-overrides, the experiment is checked as a run would, its data is read by its own
-source, and its batches must fit the devices.
+Prints a line for each check, with ok, warn or FAIL: package versions and known
+conflicts, imports, the devices that jax finds, memory, write access to the
+workdir and the compilation cache, read access to the data. With a config and
+overrides, it also checks the experiment as a run would, reads an example of its
+data, and checks that its batches can be divided among the devices.
 
-Nothing is changed: a folder of its own is made in the workdir, or in what would
-hold it, and removed. The network is not used. What may hang or crash runs in
-processes of their own, with a time limit.
+Nothing is changed: a temporary folder is created in the workdir, or its nearest
+existing parent, and removed. The network is not used. Checks that may hang or
+crash run in separate processes with a time limit.
 
 Exit code: 0 if nothing FAILs; 2 if the experiment or the command line is wrong,
-as for a run; else 1.
+as for a run; 1 for any other FAIL.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Any
 
-# The installation may be broken: nothing here needs more than Python.
+# The installation may be broken: these need nothing but Python itself.
 from metaformer_jax import errors
 from metaformer_jax.config import schema
 from metaformer_jax.doctor import machine, versions
 from metaformer_jax.doctor.versions import FAIL, OK, WARN, Line
 
-# Where a module has not the distribution's name.
+# Modules whose names differ from their distributions'.
 _MODULES = {"absl-py": "absl.flags", "orbax-checkpoint": "orbax.checkpoint",
             "pillow": "PIL.Image", "scikit-learn": "sklearn",
             "tensorboardx": "tensorboardX"}
@@ -50,21 +50,21 @@ _MODULES = {"absl-py": "absl.flags", "orbax-checkpoint": "orbax.checkpoint",
 
 def devices(found: dict[str, Any], problem: str | None, visible: list[str],
             env: Mapping[str, str]) -> Iterator[Line]:
-  """What jax found, beside what is there.
+  """Compares the devices that jax found with those in /dev.
 
   Args:
-    found: as `_probe_devices` returns it; empty where there is a problem.
-    problem: why jax did not start.
-    visible: as `accelerators` returns it.
+    found: the result of `_probe_devices`; empty if there was a problem.
+    problem: why jax did not start, or None.
+    visible: the result of `machine.accelerators`.
     env: the environment.
   """
   seen = f"; {', '.join(visible[:8])} in /dev" if visible else ""
   if problem:
     hint = ""
     if visible:
-      hint = ("; on a slice of several hosts, start this on all at once; else "
-              "see who holds the chips: sudo fuser -v "
-              f"{' '.join(visible[:8])}")
+      hint = ("; on a slice of several hosts, start this on all hosts at the "
+              "same time; otherwise find the process that uses the chips: sudo "
+              f"fuser -v {' '.join(visible[:8])}")
     yield Line("devices", FAIL, f"jax does not start: {problem}{seen}{hint}")
     return
   text = f"{found['count']} x {found['kind']}, {found['platform']}"
@@ -77,18 +77,18 @@ def devices(found: dict[str, Any], problem: str | None, visible: list[str],
     extra = "cuda" if any("nvidia" in v for v in visible) else "tpu"
     why = "; ".join([*(r for r in found["reasons"] if f"'{extra}'" in r),
                      f"pip install '{versions.OWN}[{extra}]'"])
-    # What is passed on by vfio may be anything, unless jax knows it.
+    # A vfio device may be anything; only jax's message makes it certain.
     sure = "in use" in why or not all("vfio" in v for v in visible)
     yield Line("devices", FAIL if sure else WARN, f"{text}{seen}: {why}")
   if found["config"]:
     yield Line("config", FAIL, found["config"], errors.ConfigError.exit_code)
 
 
-# What is run in a process of its own: an argument that is data -> a dict.
+# Probes run in a separate process: JSON argument -> JSON result.
 
 
 def _probe_devices(cfg: dict[str, Any] | None) -> dict[str, Any]:
-  """Starts jax, computes, and makes the experiment's mesh."""
+  """Starts jax, computes something, and creates the experiment's mesh."""
   reasons = []
   handler = logging.Handler(logging.INFO)
   handler.emit = lambda record: reasons.append(record.getMessage())
@@ -99,14 +99,14 @@ def _probe_devices(cfg: dict[str, Any] | None) -> dict[str, Any]:
 
   found = jax.devices()
   if float(jax.numpy.arange(4.0).sum()) != 6:
-    raise ValueError("jax computes 0 + 1 + 2 + 3 wrongly")
+    raise ValueError("jax computes a wrong result for 0 + 1 + 2 + 3")
   problem = None
   if cfg is not None:
-    from metaformer_jax.config import resolve as config  # noqa: PLC0415
-    from metaformer_jax.runtime import sharding  # noqa: PLC0415
+    from metaformer_jax import cli  # noqa: PLC0415
+    from metaformer_jax.runtime import devices as devices_lib  # noqa: PLC0415
 
     try:
-      sharding.make_mesh(config.resolve(cfg))
+      devices_lib.make_mesh(cli.resolve(cfg))
     except errors.ConfigError as e:
       problem = str(e)
   return {"platform": found[0].platform, "kind": found[0].device_kind,
@@ -126,17 +126,14 @@ def _probe_imports(names: list[str]) -> dict[str, str]:
 
 
 def _probe_data(cfg: dict[str, Any]) -> dict[str, str]:
-  """Reads and transforms an example of each split by the experiment's code."""
-  import numpy as np  # noqa: PLC0415
+  """Reads and transforms one example of each split."""
+  from metaformer_jax import cli, tasks  # noqa: PLC0415
 
-  from metaformer_jax import tasks  # noqa: PLC0415
-  from metaformer_jax.config import resolve as config  # noqa: PLC0415
-
-  task, found = tasks.create(config.resolve(cfg)), {}
+  task, found = tasks.create(cli.resolve(cfg)), {}
   for split in ("train", "eval"):
     try:
       data = task.make_data(split)
-      data.transform(data.source[0], np.random.default_rng(0))
+      data.check()
       found[split] = f"{data.n_examples:,} examples to {split}"
     except errors.ConfigError as e:
       return {"config": str(e)}
@@ -149,10 +146,10 @@ _PROBES = {"devices": _probe_devices, "imports": _probe_imports,
 
 def probe(name: str, argument: Any, limit: float,
           **env: str) -> tuple[dict[str, Any], str | None]:
-  """Runs one of `_PROBES` in a process of its own, for `limit` seconds.
+  """Runs one of `_PROBES` in a separate process, for at most `limit` seconds.
 
   Returns:
-    (what it found, None), or ({}, why it did not end well).
+    (its result, None), or ({}, what went wrong).
   """
   command = [sys.executable, "-m", "metaformer_jax.tools.doctor",
              f"--probe={name}"]
@@ -168,23 +165,23 @@ def probe(name: str, argument: Any, limit: float,
     try:
       code = process.wait(limit)
     except subprocess.TimeoutExpired:
-      return {}, f"did not end within {limit:g} s"
+      return {}, f"did not finish within {limit:g} s"
     finally:
-      if process.poll() is None:  # What hangs in a driver may outlive it.
+      if process.poll() is None:  # SIGTERM does not end a hung driver call.
         os.killpg(process.pid, signal.SIGKILL)
     out.seek(0)
     err.seek(0)
     if not code:
       return json.loads(out.read().splitlines()[-1]), None
     said = [line for line in err.read().splitlines() if line.strip()] or [""]
-    # Of a signal's stack, the first line tells; of a traceback, the last.
-    how = (f"died by {signal.Signals(-code).name}: {said[0]}" if code < 0
+    # The first line of a crash says why, but the last line of a traceback.
+    how = (f"killed by {signal.Signals(-code).name}: {said[0]}" if code < 0
            else said[-1])
     return {}, how
 
 
 def examine(args: argparse.Namespace, overrides: list[str]) -> Iterator[Line]:
-  """All lines, in their order."""
+  """All checks, in the order in which they are printed."""
   yield machine.python()
   packages = versions.installed()
   yield from _guarded("packages", lambda: versions.bounds(packages))
@@ -236,15 +233,15 @@ def _data(found: dict[str, str], problem: str | None) -> Iterator[Line]:
 
 def _guarded(name: str,
              check: Callable[[], Iterator[Line] | list[Line]]) -> list[Line]:
-  """The lines of a check; or that it failed, as parts may be missing."""
+  """The lines of a check; one FAIL if it raises, as packages may be missing."""
   try:
     return list(check())
   except Exception as e:
-    return [Line(name, FAIL, f"cannot be told: {type(e).__name__}: {e}")]
+    return [Line(name, FAIL, f"cannot be checked: {type(e).__name__}: {e}")]
 
 
 def _names(packages: Mapping[str, versions.Package]) -> list[str]:
-  """The packages to import: those that are required and there."""
+  """The packages to import: those that are required and installed."""
   try:
     required = versions.required(packages[versions.OWN])
   except (ImportError, KeyError):
@@ -254,8 +251,8 @@ def _names(packages: Mapping[str, versions.Package]) -> list[str]:
 
 def _experiment(args: argparse.Namespace, overrides: list[str],
                 ) -> tuple[schema.Experiment, pathlib.Path]:
-  """The experiment and the workdir, as a run takes them."""
-  from metaformer_jax import cli  # noqa: PLC0415  Needs packages.
+  """The experiment and the workdir, as a run would parse them."""
+  from metaformer_jax import cli  # noqa: PLC0415  Needs other packages.
 
   workdir = [f"--workdir={args.workdir}"] if args.workdir else []
   sys.argv = [sys.argv[0], *overrides, *workdir]
@@ -263,27 +260,29 @@ def _experiment(args: argparse.Namespace, overrides: list[str],
 
 
 class _Parser(argparse.ArgumentParser):
+  """Like cli.Parser, which needs packages that may be missing."""
 
   def error(self, message: str):
-    self.exit(errors.ConfigError.exit_code,
-              f"ConfigError: command line: {message}; see --help\n")
+    text = errors.one_line(f"ConfigError: command line: {message}; see --help")
+    self.exit(errors.ConfigError.exit_code, f"{text}\n")
 
 
 def parse(argv: list[str] | None = None,
           ) -> tuple[argparse.Namespace, list[str]]:
-  """The command line, and of it what is a run's: a config and overrides."""
+  """The parsed command line, and the flags of a run: config and overrides."""
   parser = _Parser(
       prog="python -m metaformer_jax.tools.doctor", description=__doc__,
       allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-      epilog="--config, --config_json and overrides are those of a run.")
-  parser.add_argument("--workdir", help="of the run; default: runs, or that of "
-                      "the config")
-  parser.add_argument("--data", help="a folder to be read; a config's own is "
-                      "read without it")
+      epilog="--config, --config_json and overrides are as for a run.")
+  parser.add_argument("--workdir", help="folder of the run; default: runs, or "
+                      "the config's")
+  parser.add_argument("--data", help="a folder to read; not needed for the "
+                      "data of a config")
   parser.add_argument("--json", action="store_true",
                       help="print a JSON object for each line")
   parser.add_argument("--timeout", type=float, default=90.0,
-                      help="for jax to start, and for reading, seconds (90)")
+                      help="seconds allowed for jax to start, and for reading "
+                      "data (90)")
   parser.add_argument("--probe", choices=_PROBES, help=argparse.SUPPRESS)
   args, rest = parser.parse_known_args(argv)
   if rest and not any(re.match("--?config", arg) for arg in rest):
@@ -292,15 +291,14 @@ def parse(argv: list[str] | None = None,
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Prints what is found; returns the exit code."""
+  """Prints the results; returns the exit code."""
   args, overrides = parse(argv)
   if args.probe:
     print("\n" + json.dumps(_PROBES[args.probe](json.load(sys.stdin))))
     return 0
   code = 0
   for line in examine(args, overrides):
-    text = "".join(c if c.isprintable() else "?"
-                   for c in " ".join(line.text.split()))
+    text = errors.one_line(line.text)
     if line.state == FAIL:
       code = max(code, line.code)
     if args.json:

@@ -1,4 +1,4 @@
-r"""Evaluates a checkpoint of a workdir and prints its measures as JSON:
+r"""Evaluates a checkpoint of a run and prints its measures as JSON:
 
     python -m metaformer_jax.tools.evaluate --config=configs/quickstart.py \
         --workdir=runs/quickstart
@@ -19,7 +19,7 @@ _CHECKPOINT = flags.DEFINE_string(
 
 
 def main(cfg: Experiment, workdir: pathlib.Path) -> None:
-  """Evaluates what the flags name."""
+  """Evaluates the checkpoint that the flags name."""
   checkpoint = which()
   mesh = cli.start_jax(cfg)
   from metaformer_jax import tasks  # noqa: PLC0415

@@ -3,11 +3,12 @@ r"""Trains the variants of a study and compares them:
     python -m metaformer_jax.tools.study \
         --config=configs/study_fashion_mnist.py --workdir=runs/study
 
-The config file has VARIANTS, {name: (settings, published top-1 or None)}, and
-get_config(name); SEEDS, where there are several. Each variant and seed is a run
-in WORKDIR/NAME/seed_N, which is resumed where it stopped, and passed over where
-it is done. WORKDIR gets study.json, study.md and study.png, over all runs that
-are done. With --part=0/4 to --part=3/4, four hosts share the runs.
+The config file defines VARIANTS, {name: (..., published value or None)},
+get_config(name), and optionally SEEDS. Each variant and seed is a run in
+WORKDIR/NAME/seed_N, which is resumed if it was interrupted, and skipped if it
+is finished. study.json, study.md and study.png in WORKDIR compare all finished
+runs by the experiments' best_metric. With --part=0/4 to --part=3/4, four hosts
+share the runs.
 """
 
 import argparse
@@ -16,15 +17,17 @@ import fnmatch
 import gc
 import json
 import pathlib
+import re
 import runpy
 import statistics
 from typing import Any
 
 from metaformer_jax import cli, errors
 from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config.schema import Experiment
+from metaformer_jax.config.tasks import Measure
 
-# What a run leaves when it is done, besides what every run leaves.
-_RESULT = "result.json"
+_RESULT = "result.json"  # In the workdir of a finished run.
 
 
 def main(args: argparse.Namespace) -> None:
@@ -37,8 +40,13 @@ def main(args: argparse.Namespace) -> None:
         f"{errors.did_you_mean(args.only, study['VARIANTS'])}")
   seeds = args.seeds or study.get("SEEDS", (0,))
   runs = [(name, seed) for seed in seeds for name in names]
-  # All are checked before the first begins.
+  # All are checked before the first starts.
   experiments = [experiment(study, name, seed, args.set) for name, seed in runs]
+  measure, *others = {cfg.best_measure for cfg in experiments}
+  if others:
+    raise errors.ConfigError(
+        "config.checkpoint.best_metric: differs between the variants; set the "
+        "same for all, by --set checkpoint.best_metric=NAME")
   workdir = pathlib.Path(args.workdir).expanduser()
   index, count = args.part
   for (name, seed), cfg in list(zip(runs, experiments))[index::count]:
@@ -46,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
     if not (folder / _RESULT).is_file():
       print(f"{name}, seed {seed}", flush=True)
       _train(cfg, folder)
-    report(study, workdir)
+    report(study, workdir, measure)
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
@@ -66,7 +74,7 @@ def load(path: pathlib.Path) -> dict[str, Any]:
 
 
 def experiment(study: dict[str, Any], name: str, seed: int,
-               settings: list[tuple[str, Any]]):
+               settings: list[tuple[str, Any]]) -> Experiment:
   """The checked experiment of one run."""
   config = study["get_config"](name)
   config.seed = seed
@@ -79,12 +87,12 @@ def experiment(study: dict[str, Any], name: str, seed: int,
       config.update_from_flattened_dict({key: value})
     except (TypeError, ValueError) as e:
       raise errors.ConfigError(f"--set: {key}={value!r}: {e}") from e
-  return config_lib.resolve(config)
+  return cli.resolve(config)
 
 
-def _train(cfg, folder: pathlib.Path) -> None:
+def _train(cfg: Experiment, folder: pathlib.Path) -> None:
   mesh = cli.start_jax(cfg)
-  import jax  # noqa: PLC0415  After the configs are checked.
+  import jax  # noqa: PLC0415  Imported after the configs are checked.
 
   from metaformer_jax import tasks  # noqa: PLC0415
   from metaformer_jax.models import cost  # noqa: PLC0415
@@ -93,9 +101,9 @@ def _train(cfg, folder: pathlib.Path) -> None:
   task = tasks.create(cfg)
   try:
     summary = loop.train_and_evaluate(cfg, task, mesh, folder)
-  except errors.DivergedError as e:  # A result too: not every variant trains.
+  except errors.DivergedError as e:  # Also a result of the study.
     summary = {"diverged": str(e)}
-  network = cost.of_model(task.model, cfg.data.image_size)
+  network = cost.of_model(task.model, cfg.task.image_size)
   beside = folder / f"{_RESULT}.tmp"
   beside.write_text(json.dumps(
       {**summary, **network._asdict()}, indent=2) + "\n")
@@ -105,40 +113,51 @@ def _train(cfg, folder: pathlib.Path) -> None:
 
 
 def collect(study: dict[str, Any], workdir: pathlib.Path,
-            ) -> list[dict[str, Any]]:
-  """A row for each variant of which runs are done, in the study's order."""
+            measure: Measure) -> list[dict[str, Any]]:
+  """A row for each variant with finished runs, in the study's order.
+
+  The values of the measure are in the row under its name; fractions are in
+  percent.
+  """
   rows = []
-  for name, (_, published) in study["VARIANTS"].items():
+  scale = 100 if measure.is_fraction else 1
+  for name, (*_, published) in study["VARIANTS"].items():
     done = [json.loads(path.read_text()) for path in
             sorted((workdir / name).glob(f"seed_*/{_RESULT}"))]
     if not done:
       continue
-    top1 = [100 * run["top1"] for run in done if "top1" in run]
+    values = [scale * run[measure.name] for run in done if measure.name in run]
     rows.append({
         "variant": name, "n_params": done[0]["n_params"],
-        "macs": done[0]["macs"], "top1": top1, "published": published,
-        "diverged": len(done) - len(top1)})
+        "macs": done[0]["macs"], measure.name: values, "published": published,
+        "diverged": len(done) - len(values)})
   return rows
 
 
-def report(study: dict[str, Any], workdir: pathlib.Path) -> None:
-  """Writes the table and the plot of what is done."""
-  rows = collect(study, workdir)
+def report(study: dict[str, Any], workdir: pathlib.Path,
+           measure: Measure) -> None:
+  """Writes the table and the plot of all finished runs."""
+  rows = collect(study, workdir, measure)
   (workdir / "study.json").write_text(json.dumps(rows, indent=2) + "\n")
-  (workdir / "study.md").write_text(table(rows))
-  _plot(rows, workdir / "study.png")
+  (workdir / "study.md").write_text(table(rows, measure))
+  _plot(rows, measure, workdir / "study.png")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-  """Top-1 in percent: mean over the seeds, least to most, runs; as Markdown."""
-  lines = ["| variant | parameters | MACs | top-1 | least - most | runs "
-           "| published |", "|---" * 7 + "|"]
+def _title(measure: Measure) -> str:
+  """Of a column: top-1 for top1."""
+  return re.sub(r"^top(\d+)$", r"top-\1", measure.name)
+
+
+def table(rows: list[dict[str, Any]], measure: Measure) -> str:
+  """The measure's mean over the seeds, least and most, as Markdown."""
+  lines = [f"| variant | parameters | MACs | {_title(measure)} | least - most "
+           "| runs | published |", "|---" * 7 + "|"]
   for row in rows:
-    top1 = row["top1"]
-    mean = f"{statistics.mean(top1):.2f}" if top1 else "diverged"
-    spread = f"{min(top1):.2f} - {max(top1):.2f}" if top1 else ""
-    runs = str(len(top1) + row["diverged"])
-    if top1 and row["diverged"]:
+    values = row[measure.name]
+    mean = f"{statistics.mean(values):.2f}" if values else "diverged"
+    spread = f"{min(values):.2f} - {max(values):.2f}" if values else ""
+    runs = str(len(values) + row["diverged"])
+    if values and row["diverged"]:
       runs += f", {row['diverged']} diverged"
     published = "" if row["published"] is None else f"{row['published']:.1f}"
     lines.append(
@@ -147,26 +166,34 @@ def table(rows: list[dict[str, Any]]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-  """Top-1 error, on a log scale, against parameters and MACs.
+def _plot(rows: list[dict[str, Any]], measure: Measure,
+          path: pathlib.Path) -> None:
+  """The measure, on a log scale, against parameters and MACs.
 
-  Variants are numbered by their error; bars go from the least to the most of
-  the seeds, crosses are published.
+  Of a fraction that should be high, the error, 100 - percent, is drawn.
+  Variants are numbered from the best; bars go from the least to the most of the
+  seeds, crosses are published values.
   """
   from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
   from matplotlib.figure import Figure  # noqa: PLC0415
 
-  errors_of = {row["variant"]: [100 - top1 for top1 in row["top1"]]
-               for row in rows if row["top1"]}
-  rows = sorted((row for row in rows if row["top1"]),
-                key=lambda row: statistics.mean(errors_of[row["variant"]]))
+  is_error = measure.is_fraction and measure.higher_is_better
+
+  def drawn(value):
+    return 100 - value if is_error else value
+
+  found_of = {row["variant"]: [drawn(value) for value in row[measure.name]]
+              for row in rows if row[measure.name]}
+  rows = sorted((row for row in rows if row["variant"] in found_of),
+                key=lambda row: statistics.mean(found_of[row["variant"]]),
+                reverse=measure.higher_is_better and not is_error)
   figure = Figure(figsize=(13, 6), layout="constrained")
   FigureCanvasAgg(figure)
   for axes, key, label in zip(
       figure.subplots(1, 2, sharey=True), ("n_params", "macs"),
       ("parameters, millions", "MACs of one image, millions")):
     for i, row in enumerate(rows, 1):
-      found, x = errors_of[row["variant"]], row[key] / 1e6
+      found, x = found_of[row["variant"]], row[key] / 1e6
       mean = statistics.mean(found)
       axes.errorbar(
           x, mean, [[mean - min(found)], [max(found) - mean]], fmt="o",
@@ -175,11 +202,13 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
       axes.annotate(str(i), (x, mean), xytext=(6 + 11 * (i % 4), -3),
                     fontsize=7, textcoords="offset points")
       if row["published"] is not None:
-        axes.plot(x, 100 - row["published"], "kx")
+        axes.plot(x, drawn(row["published"]), "kx")
     axes.set_xlabel(label)
     axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
-  figure.axes[0].set_ylabel("top-1 error, percent")
+  figure.axes[0].set_ylabel(
+      _title(measure) + (" error" if is_error else "")
+      + (", percent" if measure.is_fraction else ""))
   figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=7,
                 loc="outside right upper")
   figure.savefig(path, dpi=100)
@@ -188,7 +217,7 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 def _part(text: str) -> tuple[int, int]:
   index, _, count = text.partition("/")
   if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-    raise argparse.ArgumentTypeError(f"{text!r} is not INDEX/COUNT, as 0/4")
+    raise argparse.ArgumentTypeError(f"{text!r} is not INDEX/COUNT, e.g. 0/4")
   return int(index), int(count)
 
 
@@ -204,9 +233,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def parse() -> argparse.Namespace:
   """The command line."""
-  parser = cli.Parser(
-      prog="python -m metaformer_jax.tools.study", description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = cli.Parser(__doc__, "study")
   parser.add_argument("--config", required=True, help="the study's file")
   parser.add_argument("--workdir", required=True, help="folder of the runs")
   parser.add_argument("--only", default="*", help="shell pattern of variants")
@@ -214,7 +241,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--part", type=_part, default=(0, 1),
                       help="INDEX/COUNT: this host's share of the runs")
   parser.add_argument("--set", type=_setting, action="append", default=[],
-                      metavar="KEY=VALUE", help="of every run's config")
+                      metavar="KEY=VALUE", help="changes every run's config")
   return parser.parse_args()
 
 

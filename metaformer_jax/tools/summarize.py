@@ -1,71 +1,198 @@
-"""Prints the table of models as Markdown:
+"""Prints the table of models, or that of the recipes, as Markdown:
 
     python -m metaformer_jax.tools.summarize "caformer*"
+    python -m metaformer_jax.tools.summarize --configs=configs
 
 Parameters and multiply-accumulates are those of the traced program; nothing is
-computed. `--output=docs/models.md` writes the page that this project keeps.
+computed. `--output` writes a page of this project: docs/models.md, or, with
+--configs, docs/recipes.md.
 """
 
 import argparse
+import fnmatch
 import pathlib
+import runpy
 from collections.abc import Iterator
+from typing import Any
 
 from metaformer_jax import cli, errors
+from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config.schema import Experiment
 from metaformer_jax.models import cost, registry
 
-_HEADER = """\
+_MODELS = """\
 # Models
 
 Written by `python -m metaformer_jax.tools.summarize --output=docs/models.md`. Parameters and GMACs (multiply-accumulates of one image, in 1e9) are counted on the traced program; GMACs in brackets and top-1 (ImageNet-1K, percent) are published, by the source named last.
 
 """  # noqa: E501
 
-_COLUMNS = ("model", "parameters", "frozen", "GMACs", "input", "crop",
-            "classes", "top-1", "source")
+_MODEL_COLUMNS = ("model", "parameters", "frozen", "GMACs", "input", "crop",
+                  "classes", "top-1", "source")
+
+_RECIPES = """\
+# Recipes
+
+Written by `python -m metaformer_jax.tools.summarize --configs=configs --output=docs/recipes.md`. Each row is an experiment of [configs/](../configs):
+
+    python -m metaformer_jax.main --config=configs/caformer.py:s18 --config.data.path=/path/to/imagenet
+
+- Top-1 (percent) is published, by the source beside it, and was not measured here. Measured numbers are in [results.md](results.md).
+- The peak learning rate is that of the batch size in the table; with another `--config.train.batch_size` it scales in proportion. Epochs: training + cool-down.
+- The batches of ImageNet are for a TPU pod slice or several GPUs. `--config.train.accumulate=8` computes one in eight parts, to fit it on fewer devices.
+- `--config.init` replaces the initial weights.
+- The notes say what of a recipe is not published, and what is used instead.
+"""  # noqa: E501
+
+_RECIPE_COLUMNS = (
+    "config", "model", "parameters", "image", "batch", "epochs", "optimizer",
+    "peak rate", "drop path", "initial weights", "top-1", "notes")
+
+
+def _table(columns: tuple[str, ...], cells: Iterator[list[str]],
+           ) -> Iterator[str]:
+  yield f"| {' | '.join(columns)} |"
+  yield "|---" * len(columns) + "|"
+  for row in cells:
+    yield f"| {' | '.join(row)} |"
 
 
 def rows(pattern: str) -> Iterator[str]:
   """The lines of the table for the models that match a shell pattern."""
-  yield "| " + " | ".join(_COLUMNS) + " |"
-  yield "|---" * len(_COLUMNS) + "|"
+  return _table(_MODEL_COLUMNS, _model_rows(pattern))
+
+
+def _model_rows(pattern: str) -> Iterator[list[str]]:
   specs = sorted(map(registry.get_spec, registry.list_models(pattern)),
                  key=lambda s: (s.name.partition("_")[0], s.n_params))
   counted = {}  # Names that share a network share its cost.
   for spec in specs:
-    network = (spec.module, repr(spec.hparams), spec.num_classes,
+    network = (spec.module, repr(spec.settings), spec.num_classes,
                spec.input_size)
     if network not in counted:
       counted[network] = cost.of_model(registry.create_model(spec.name),
                                        spec.input_size)
     found = counted[network]
     published = "" if spec.gmacs is None else f" ({spec.gmacs:.1f})"
-    yield "| " + " | ".join([
+    yield [
         spec.name, f"{found.n_params:,}", f"{found.n_frozen:,}",
         f"{found.macs / 1e9:.2f}{published}",
         f"{spec.input_size} x {spec.input_size}", f"{spec.crop_pct:g}",
         f"{spec.num_classes:,}",
-        "" if spec.top1 is None else f"{spec.top1:.1f}", spec.source]) + " |"
+        "" if spec.top1 is None else f"{spec.top1:.1f}", spec.source]
 
 
-def main(args: argparse.Namespace) -> None:
-  """Prints or writes the table."""
+def recipes(folder: pathlib.Path) -> Iterator[str]:
+  """The lines of the page of all config files in a folder and its subfolders.
+
+  Files without variants share the first table. A family's section begins with
+  its docstring; its file defines VARIANTS, {name: (..., published top-1 or
+  None)}, and optionally SOURCE, of the top-1, and NOTES, {pattern of names:
+  text}.
+
+  Raises:
+    ConfigError: a file cannot be run, or an experiment is not valid.
+  """
+  single, families = [], []
+  for path in sorted(folder.rglob("*.py")):
+    try:
+      found = runpy.run_path(str(path))
+    except Exception as e:  # The file is a program.
+      raise errors.ConfigError(f"{path}: {type(e).__name__}: {e}") from e
+    group = families if "VARIANTS" in found else single
+    group.append((path.relative_to(folder.parent).as_posix(), found))
+  yield "## Files without variants\n"
+  yield from _table(_RECIPE_COLUMNS, (
+      _recipe_row(path, path, found, found["get_config"](), {})
+      for path, found in single))
+  for path, found in families:
+    yield f"\n## {path}\n\n{_linked(found['__doc__'].strip())}\n"
+    yield from _table(_RECIPE_COLUMNS, (
+        _recipe_row(path, f"{path}:{name}", found, found["get_config"](name), {
+            "top1": row[-1], "notes": "; ".join(
+                text for pattern, text in found.get("NOTES", {}).items()
+                if fnmatch.fnmatchcase(name, pattern))})
+        for name, row in found["VARIANTS"].items()))
+
+
+def _linked(text: str) -> str:
+  return text.replace("docs/results.md", "[docs/results.md](results.md)")
+
+
+def _recipe_row(path: str, argument: str, found: dict[str, Any], config,
+                variant: dict[str, Any]) -> list[str]:
+  """The cells of one experiment.
+
+  Args:
+    path: of the config file, for messages.
+    argument: of --config.
+    found: what the file defines.
+    config: its experiment.
+    variant: "top1" and "notes"; empty for a file without variants.
+  """
+  try:
+    cfg = config_lib.resolve(config, files=False)
+  except errors.ConfigError as e:
+    raise errors.ConfigError(f"{path}: {e}") from e
+  spec = registry.get_spec(cfg.model.name)
+  is_published = _network(cfg) == {"num_classes": spec.num_classes}
+  top1 = variant.get("top1", spec.top1 if is_published else None)
+  if top1 is not None:
+    accuracy = f"{top1:.1f} ({found.get('SOURCE', spec.source)})"
+  else:
+    measured = "docs/results.md" in found["__doc__"]
+    accuracy = "[measured](results.md)" if measured else ""
+  optim, train, side = cfg.optim, cfg.train, cfg.task.image_size
+  epochs = f"{train.epochs:g}"
+  if optim.cooldown_epochs:
+    epochs += f" + {optim.cooldown_epochs:g}"
+  n_params = spec.n_params if is_published else cost.of_model(
+      registry.create_model(cfg.model.name, **_network(cfg)), side).n_params
+  return [
+      f"`{argument}`", cfg.model.name, f"{n_params:,}", f"{side} x {side}",
+      f"{train.batch_size:,}", epochs, optim.name,
+      f"{optim.base_lr * train.batch_size / 1024:.3g}",
+      f"{cfg.model.drop_path_rate:g}", f"`{cfg.init}`" if cfg.init else "",
+      accuracy, variant.get("notes", "")]
+
+
+def _network(cfg: Experiment) -> dict[str, Any]:
+  """What the experiment sets of its network, without its dropout."""
+  settings = cfg.model.overrides() | {"num_classes": cfg.task.num_classes}
+  settings.pop("head_drop_rate", None)
+  return settings
+
+
+def page(args: argparse.Namespace) -> str:
+  """The page, or the table alone, that the command line asks for."""
+  if args.configs:
+    folder = pathlib.Path(args.configs)
+    if not any(folder.rglob("*.py")):
+      raise errors.ConfigError(f"--configs: {folder} has no config files")
+    return f"{_RECIPES}\n" + "\n".join(recipes(folder)) + "\n"
   if not registry.list_models(args.pattern):
     raise errors.ConfigError(f"no model matches {args.pattern!r}"
                              "; see metaformer_jax.list_models()")
-  table = "\n".join(rows(args.pattern))
+  table = "\n".join(rows(args.pattern)) + "\n"
+  return _MODELS + table if args.output else table
+
+
+def main(args: argparse.Namespace) -> None:
+  """Prints or writes the page."""
+  text = page(args)
   if args.output:
-    pathlib.Path(args.output).write_text(f"{_HEADER}{table}\n")
+    pathlib.Path(args.output).write_text(text)
   else:
-    print(table)
+    print(text, end="")
 
 
 def parse() -> argparse.Namespace:
   """The command line."""
-  parser = cli.Parser(
-      prog="python -m metaformer_jax.tools.summarize", description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = cli.Parser(__doc__, "summarize")
   parser.add_argument("pattern", nargs="?", default="*",
-                      help="shell pattern of names, all by default")
+                      help="shell pattern of model names, all by default")
+  parser.add_argument("--configs", help="a folder of config files; instead of "
+                      "the models, their experiments are listed")
   parser.add_argument("--output", help="a file to write instead of printing")
   return parser.parse_args()
 

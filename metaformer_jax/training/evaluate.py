@@ -1,8 +1,9 @@
-"""Evaluation of variables on a whole split, and of a run's checkpoints."""
+"""Evaluation on a whole split, during a run and of its checkpoints."""
 
 import contextlib
 import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,36 +20,40 @@ from metaformer_jax.training import step
 
 
 class Evaluation:
-  """Measures variables on the whole of a split; compiled once."""
+  """Measures variables on a whole split; compiled once per batch shape."""
 
   def __init__(self, task: base.Task, mesh, data: base.Data,
                max_bad_fraction: float):
-    self._task, self._mesh, self._data = task, mesh, data
+    self._mesh, self._data = mesh, data
     self._max_bad = max_bad_fraction * data.n_examples
+    self._evaluators = task.make_evaluators()
 
     def run(variables, batch, stop):
-      return (step.eval_step(variables, batch, task=task),
+      return (step.eval_step(variables, batch, task=task,
+                             evaluators=self._evaluators),
               step.notes(batch, stop))
 
     self._run = jax.jit(run, out_shardings=sharding.replicated(mesh))
 
   def __call__(self, variables: base.Variables, stop: signals.StopSignal,
                watchdog: Watchdog) -> dict[str, float] | None:
-    """Returns the measures, and "bad_images", which are left out of them.
+    """Returns the measures, and "bad_images", which they do not include.
 
-    None: a process was told to end.
+    Returns None if a process was asked to stop.
 
     Raises:
+      ConfigError: two evaluators report the same measure.
       DataError: there are too many bad images.
     """
-    evaluators = self._task.make_evaluators()
-    pending = []  # Fetched a batch late: the device is at the next one then.
+    for evaluator in self._evaluators.values():
+      evaluator.reset()
+    pending = []  # Fetched one batch late, while the device computes the next.
     n_bad = 0
 
     def update(found) -> int:
       statistics, notes = jax.device_get(found)
       for name, value in statistics.items():
-        evaluators[name].update(value)
+        self._evaluators[name].update(value)
       nonlocal n_bad
       n_bad += int(notes["bad_images"])
       return int(notes["stop"])
@@ -65,13 +70,29 @@ class Evaluation:
       update(found)
     if n_bad > self._max_bad or n_bad == self._data.n_examples:
       raise errors.DataError(
-          f"{n_bad} of {self._data.n_examples} images to evaluate cannot be "
-          "used, more than config.data.max_bad_fraction; the first are named "
+          f"{n_bad} of {self._data.n_examples} evaluation images are unusable, "
+          "more than config.data.max_bad_fraction; the first ones are named "
           "above")
-    results = {}
-    for evaluator in evaluators.values():
-      results |= evaluator.result()
-    return results | {"bad_images": n_bad}
+    return collect(self._evaluators) | {"bad_images": n_bad}
+
+
+def collect(evaluators: Mapping[str, base.Evaluator]) -> dict[str, float]:
+  """The measures of all evaluators.
+
+  Raises:
+    ConfigError: one of them is reported twice, or is named "bad_images".
+  """
+  results, owners = {}, {"bad_images": "the loop"}
+  for name, evaluator in evaluators.items():
+    found = evaluator.result()
+    for measure in found:
+      if measure in owners:
+        raise errors.ConfigError(
+            f"config.task: the evaluator {name} reports {measure!r}, as does "
+            f"{owners[measure]}; give one of the measures another name")
+      owners[measure] = name
+    results |= found
+  return results
 
 
 def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
@@ -84,27 +105,29 @@ def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
     task: what to measure.
     mesh: from `sharding.make_mesh(cfg)`.
     workdir: of the training run.
-    which: "last", "best" (config.checkpoint.best_metric) or a step.
+    which: "last", "best" (by config.checkpoint.best_metric) or a step.
 
   Returns:
     {"step", the evaluators' measures...}.
 
   Raises:
-    ConfigError: there is no such checkpoint, or it is of another model.
+    ConfigError: there is no such checkpoint, or it belongs to another model.
     DataError: there are too many bad images.
-    Preempted: told to end.
+    Preempted: the process was asked to stop.
   """
   if not (workdir / "checkpoints").is_dir():
-    raise errors.ConfigError(f"--workdir: {workdir} holds no checkpoints")
-  checkpoints = checkpoints_lib.Checkpoints(workdir, cfg.checkpoint)
+    raise errors.ConfigError(f"--workdir: {workdir} has no checkpoints")
+  checkpoints = checkpoints_lib.Checkpoints(workdir, cfg.checkpoint,
+                                            cfg.best_measure)
   try:
     i = checkpoints.find(which)
     shapes = jax.eval_shape(functools.partial(
         state_lib.create, task, optax.identity(), cfg.seed,
         cfg.train.ema_decay))
     shardings = sharding.state_shardings(mesh, shapes, cfg.mesh)
-    state = checkpoints.restore_variables(
-        i, sharding.abstract(shapes, shardings))
+    abstract = sharding.abstract(shapes, shardings)
+    trees, _ = checkpoints.restore(i, abstract.trees())
+    state = abstract.replace(**trees)
   finally:
     checkpoints.close()
   evaluate = Evaluation(task, mesh, task.make_data("eval"),
@@ -112,5 +135,5 @@ def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
   with signals.StopSignal() as stop, Watchdog(cfg.log.hang_seconds) as watchdog:
     result = evaluate(state.eval_variables(), stop, watchdog)
   if result is None:
-    raise errors.Preempted("told to end during the evaluation")
+    raise errors.Preempted("asked to stop during the evaluation")
   return {"step": i, **result}

@@ -1,20 +1,22 @@
 """The training loop: one function for the command line, tests and notebooks."""
 
 import contextlib
+import dataclasses
 import logging
 import pathlib
 import statistics
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from metaformer_jax import errors
-from metaformer_jax.checkpoints import manager as checkpoints_lib
-from metaformer_jax.checkpoints import pretrained
+from metaformer_jax.checkpoints import manager, pretrained
 from metaformer_jax.config.schema import Experiment
-from metaformer_jax.models import registry
 from metaformer_jax.runtime import (
   accounting,
+  metrics,
   processes,
   report,
   sharding,
@@ -22,242 +24,348 @@ from metaformer_jax.runtime import (
   watchdog,
   writers,
 )
-from metaformer_jax.runtime import metrics as metrics_lib
 from metaformer_jax.runtime import workdir as workdir_lib
 from metaformer_jax.tasks import base
-from metaformer_jax.training import evaluate, step
-from metaformer_jax.training import program as program_lib
+from metaformer_jax.training import backbone, evaluate, finite, step
+from metaformer_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
 
-def train_and_evaluate(cfg: Experiment, task: base.Task, mesh,
+def train_and_evaluate(cfg: Experiment, task: base.Task, mesh: Mesh,
                        workdir: pathlib.Path) -> dict[str, Any]:
-  """Trains to the end, from where the workdir's last checkpoint is.
+  """Trains to the end, starting from the workdir's last checkpoint.
 
   Every process of a run calls it; the first one writes.
 
   Args:
     cfg: the experiment.
-    task: what it learns.
-    mesh: from `sharding.make_mesh(cfg)`.
-    workdir: made if need be; holds the run when this returns, and what is
-      needed to resume it whenever this is interrupted.
+    task: its task.
+    mesh: from `devices.make_mesh(cfg)`.
+    workdir: created if necessary; has the finished run when this returns, and
+      what is needed to resume it if this is interrupted.
 
   Returns:
     The summary, as in summary.json.
 
   Raises:
-    ConfigError: the workdir holds another experiment or is in use, or data is
+    ConfigError: the workdir has another experiment or is in use, or data is
       missing.
     DataError: there are too many bad images.
     DivergedError: too many steps in a row were not finite.
-    Preempted: a process was told to end by SIGTERM or SIGINT; the last step is
-      saved.
+    Preempted: a process received SIGTERM or SIGINT; the last step is saved.
     StorageError: the workdir can no longer be written.
   """
   with contextlib.ExitStack() as stack:
+    run = Run.start(cfg, task, mesh, workdir, stack)
+    run.evaluate_restored()
+    for i in run.remaining_steps():
+      run.train(i)
+      if run.should_log(i - 1):
+        run.log(i - 1)
+      if not run.should_save(i):
+        continue
+      run.finish_step(i)
+      if run.should_log(i):
+        run.log(i)
+      if run.should_evaluate(i):
+        run.evaluate(i)
+      run.save(i)
+      run.raise_if_stopped(i)
+    return run.finish()
+
+
+@dataclasses.dataclass
+class Run:
+  """A run between its first state and its summary.
+
+  The metrics of a step are fetched after the next one is dispatched, so that
+  the device never waits for the host: `train(i)` accounts for step i - 1, and
+  `finish_step(i)` for step i.
+
+  Attributes:
+    record: what is counted over restarts; a checkpoint holds it.
+    result: of the evaluation of the current state; None if there was none.
+    stopping: why the run ends after this step; empty if it does not.
+  """
+
+  cfg: Experiment
+  task: base.Task
+  mesh: Mesh
+  workdir: pathlib.Path
+  train_data: base.Data
+  program: step.Program
+  state: TrainState
+  record: accounting.Record
+  clock: accounting.Clock
+  batches: Iterator[dict[str, Any]]
+  evaluation: evaluate.Evaluation
+  checkpoints: manager.Checkpoints
+  writer: writers.Writer
+  progress: report.Progress
+  stop: signals.StopSignal
+  watchdog: watchdog.Watchdog
+  restored_step: int
+  result: dict[str, float] | None = None
+  stopping: str = ""
+
+  def __post_init__(self):
+    self._compiled: dict[tuple, Any] = {}
+    self._window = metrics.Window()
+    self._skipped = finite.SkippedSteps(self.program.shapes.params,
+                                        self.cfg.train.max_skipped)
+    self._pending: tuple[int, dict[str, jax.Array]] | None = None
+    self._learning_rate = 0.0
+    self._accounted = self._logged = self.restored_step
+    self._eval_every = max(1, round(
+        self.cfg.eval.every_epochs * self.program.steps_per_epoch))
+
+  @classmethod
+  def start(cls, cfg: Experiment, task: base.Task, mesh: Mesh,
+            workdir: pathlib.Path, stack: contextlib.ExitStack) -> "Run":
+    """Opens everything; what must be closed is left to `stack`."""
     stop = stack.enter_context(signals.StopSignal())
+    first = jax.process_index() == 0
     with processes.agreeing():
-      parts = _prepare(cfg, task, mesh)
-      if jax.process_index() == 0:
+      workdir_lib.check_path(workdir)
+      train_data, eval_data = task.make_data("train"), task.make_data("eval")
+      program = step.build(cfg, task, mesh, train_data.n_examples)
+      names = dict.fromkeys(("loss", cfg.best_measure.name))
+      if first:
         stack.enter_context(workdir_lib.hold(workdir))
         workdir_lib.claim(cfg, workdir)
-    checkpoints = checkpoints_lib.Checkpoints(workdir, cfg.checkpoint)
+    checkpoints = manager.Checkpoints(workdir, cfg.checkpoint, cfg.best_measure)
     stack.callback(checkpoints.close)
     dog = stack.enter_context(watchdog.Watchdog(cfg.log.hang_seconds))
     stack.enter_context(processes.leaving(cfg.mesh.heartbeat_seconds))
-    return _run(cfg, task, mesh, workdir, parts, checkpoints, stop, dog)
+    if first:
+      log.info("%s", report.plan(
+          cfg, program.shapes, mesh, train_data.n_examples,
+          eval_data.n_examples, program.n_steps))
+    state, record = _first_state(cfg, task, program, checkpoints)
+    restored = int(jax.device_get(state.step))
+    if first and restored:
+      log.info("resumed %s at step %d", workdir, restored)
+    run = cls(
+        cfg, task, mesh, workdir, train_data, program, state, record,
+        accounting.Clock(record), train_data.train_batches(record.position),
+        evaluate.Evaluation(task, mesh, eval_data, cfg.data.max_bad_fraction),
+        checkpoints, writers.Writer(workdir, cfg.log, restored,
+                                    [*names, "learning_rate"], enabled=first),
+        report.Progress(restored, program.n_steps, list(names), enabled=first),
+        stop, dog, restored)
+    stack.callback(run.writer.close)
+    stack.callback(run.batches.close)
+    stack.callback(run.progress.close)
+    stack.enter_context(jax.transfer_guard("disallow"))
+    return run
+
+  def remaining_steps(self) -> range:
+    """The numbers of the steps to do, from 1 for the first of the run."""
+    return range(self.restored_step + 1, self.program.n_steps + 1)
+
+  def train(self, i: int) -> None:
+    """Dispatches step i, and accounts for the step before."""
+    self.clock.switch_to("input")
+    self.watchdog.beat(f"the batch of step {i}")
+    batch = sharding.put_batch(next(self.batches), self.mesh)
+    self.watchdog.beat(f"step {i}")
+    if not self._compiled:
+      self._compile()
+    flags = self.stop.flags(self.mesh)
+    self.clock.switch_to("step")
+    self.state, found = self._step_for(batch)(self.state, batch, flags)
+    self.record.position += self.cfg.train.batch_size
+    self._account()
+    self._pending = i, found
+    self._check_images(self.record.position - self.cfg.train.batch_size)
+    self.progress.advance()
+
+  def _compile(self) -> None:
+    """Compiles the step for each shape of a batch."""
+    self.clock.switch_to("setup")
+    for arguments in step.abstract_arguments(
+        self.cfg, self.task, self.mesh, self.program):
+      self._compiled[step.signature(arguments[1])] = compile_step(
+          self.program.step, *arguments)
+    self.progress.say(
+        f"compiled the training step in {self.clock.spent():.1f} s")
+
+  def _step_for(self, batch: base.Batch):
+    shapes = step.signature(batch)
+    if shapes not in self._compiled:
+      raise ValueError(
+          f"the training data gave a batch of {shapes}, but the task's "
+          f"train_batches() are {'; '.join(map(str, self._compiled))}")
+    return self._compiled[shapes]
+
+  def _account(self) -> None:
+    """Waits for the metrics of the last step, and adds them up."""
+    if self._pending is None:
+      return
+    (i, found), self._pending = self._pending, None
+    found = jax.device_get(found)
+    self.stopping = signals.name(int(found.pop("stop")))
+    self.record.bad_images += int(found.pop("bad_images"))
+    self._learning_rate = float(found.pop("learning_rate"))
+    self._accounted = i
+    if self._skipped.note(i, found.pop("finite")):
+      self.record.skipped_steps += 1
+    else:
+      self._window.add(found)
+
+  def _check_images(self, n_seen: int) -> None:
+    """Raises DataError if too many of the images so far were bad."""
+    n_bad = self.record.bad_images
+    n = max(self.train_data.n_examples, n_seen)
+    limit = self.cfg.data.max_bad_fraction
+    if n_bad > limit * n:
+      raise errors.DataError(
+          f"{n_bad} of {n} images are unusable, more than "
+          f"config.data.max_bad_fraction = {limit:g}; the first ones are named "
+          "above: repair the data, or raise the limit")
+
+  def should_log(self, i: int) -> bool:
+    """Whether the metrics up to step i are due, and not logged yet."""
+    due = i % self.cfg.log.every_steps == 0 or i == self.program.n_steps
+    return due and self._logged < i == self._accounted
+
+  def log(self, i: int) -> None:
+    """Writes the means since the last call, and shows them."""
+    batch_size = self.cfg.train.batch_size
+    found = self._window.means() | {
+        "learning_rate": self._learning_rate,
+        "skipped_steps": self.record.skipped_steps,
+        "bad_images": self.record.bad_images,
+        **self.clock.window(i - self._logged, batch_size),
+        "epoch": i * batch_size / self.train_data.n_examples}
+    self._logged = i
+    self.writer.write(i, "train", found)
+    self.progress.show(i, found)
+    self.checkpoints.check()  # To report a full disk as soon as possible.
+
+  def should_save(self, i: int) -> bool:
+    """Whether step i is followed by a save: after evaluations, and to stop."""
+    return (self._is_evaluated(i) or bool(self.stopping)
+            or i % self.cfg.checkpoint.every_steps == 0)
+
+  def finish_step(self, i: int) -> None:
+    """Waits for step i.
+
+    Raises:
+      DivergedError: its state is not finite.
+    """
+    self._account()
+    self.result = None
+    finite.require(self.state)
+
+  def _is_evaluated(self, i: int) -> bool:
+    return i == self.program.n_steps or i % self._eval_every == 0
+
+  def should_evaluate(self, i: int) -> bool:
+    """Whether step i is followed by an evaluation."""
+    return self._is_evaluated(i) and not self.stopping
+
+  def evaluate(self, i: int) -> None:
+    """Measures the state after step i, unless a process is asked to stop."""
+    self.clock.switch_to("evaluation")
+    self.result = self.evaluation(self.state.eval_variables(), self.stop,
+                                  self.watchdog)
+    if self.result is None:
+      self.stopping = "asked to stop"
+      return
+    self.writer.write(i, "eval", self.result)
+    self.progress.say(f"step {i}  eval  {report.measures(self.result)}")
+
+  def evaluate_restored(self) -> None:
+    """Does the restored state's evaluation, if it was interrupted.
+
+    Raises:
+      Preempted: it was interrupted again.
+    """
+    i = self.restored_step
+    self.result = writers.last_evaluation(self.writer.records, i)
+    if self.result is None and i and self._is_evaluated(i):
+      self.evaluate(i)
+      if self.stopping:
+        raise errors.Preempted(f"{self.stopping} during an evaluation; "
+                               f"{self.workdir} is unchanged")
+
+  def save(self, i: int) -> None:
+    """Starts to save the state after step i."""
+    self.clock.switch_to("checkpoint")
+    self.watchdog.beat(f"the checkpoint of step {i}")
+    self.record.productive_seconds = self.clock.productive_seconds
+    self.checkpoints.save(i, self.state.trees(), self.record, self.result)
+
+  def raise_if_stopped(self, i: int) -> None:
+    """Raises Preempted if a process was asked to stop."""
+    if self.stopping:
+      raise errors.Preempted(
+          f"{self.stopping} at step {i}; saved in {self.workdir}; the same "
+          "command continues from there")
+
+  def finish(self) -> dict[str, Any]:
+    """Waits for the last checkpoint, and writes the summary."""
+    self.checkpoints.wait()
+    n_steps, params = self.program.n_steps, self.program.shapes.params
+    logged = [r for r in self.writer.records if r["split"] == "train"
+              and {"images_per_second", "goodput"} <= r.keys()]
+    summary = {
+        "step": n_steps, **(self.result or {}),
+        "n_params": sum(x.size for x in jax.tree.leaves(params)),
+        "images_per_second": statistics.median(
+            r["images_per_second"] for r in logged) if logged else None,
+        "goodput": logged[-1]["goodput"] if logged else None,
+        "skipped_steps": self.record.skipped_steps,
+        "bad_train_images": self.record.bad_images,
+        "checkpoint": str(self.checkpoints.directory / str(n_steps)),
+    }
+    curves = self.writer.finish(summary)
+    if curves:
+      log.info("done: %s\ncheckpoint %s\ncurves     %s",
+               report.measures(self.result or {}), summary["checkpoint"],
+               curves)
+    return summary
 
 
-class _Parts(NamedTuple):
-  """What a run is made of, before it has a state."""
-
-  train_data: base.Data
-  eval_data: base.Data
-  program: program_lib.Program
-
-
-def _prepare(cfg: Experiment, task: base.Task, mesh) -> _Parts:
-  """What can fail without a device having done anything."""
-  train_data, eval_data = task.make_data("train"), task.make_data("eval")
-  return _Parts(train_data, eval_data, program_lib.build(
-      cfg, task, mesh, train_data.n_examples))
-
-
-def _first_state(cfg: Experiment, program: program_lib.Program, checkpoints):
+def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
+                 checkpoints: manager.Checkpoints,
+                 ) -> tuple[TrainState, accounting.Record]:
   """How the state starts; the first that applies wins.
 
   1. The workdir has a checkpoint: resume it, data position included.
-  2. The weights of config.init; a head of other classes begins anew.
+  2. The weights of config.init; a head with other classes is re-initialised.
   3. From scratch.
-
-  Returns:
-    (state, position in the data, what is counted over restarts).
   """
   shapes = program.shapes
   restored = checkpoints.latest_good()
   if restored is not None:
-    return *checkpoints.restore(
-        restored, sharding.abstract(shapes, program.shardings)
-    ), checkpoints.totals(restored)
+    abstract = sharding.abstract(shapes, program.shardings)
+    trees, record = checkpoints.restore(restored, abstract.trees())
+    return abstract.with_trees(restored, trees), record
   with processes.agreeing():
-    weights = cfg.init and pretrained.read(
-        cfg.init, registry.get_spec(cfg.model.name).family,
-        {"params": shapes.params, **shapes.model_state},
-        (cfg.data.image_size,) * 2, new_head=True)
+    weights = cfg.init and backbone.read_weights(
+        cfg.init, task.pretrained, {"params": shapes.params,
+                                    **shapes.model_state})
   state = jax.jit(program.create, out_shardings=program.shardings)()
   if weights:
-    state = pretrained.warm_start(state, weights)
-  return state, 0, {}
+    variables = pretrained.warm_start(
+        {"params": state.params, **state.model_state}, weights)
+    params = variables.pop("params")
+    state = state.replace(params=params, model_state=variables).start_average()
+  return state, accounting.Record()
 
 
-def _run(cfg: Experiment, task: base.Task, mesh, workdir: pathlib.Path,
-         parts: _Parts, checkpoints, stop: signals.StopSignal,
-         dog: watchdog.Watchdog) -> dict[str, Any]:
-  """From the first state to the summary."""
-  program, n_train = parts.program, parts.train_data.n_examples
-  n_steps = program.n_steps
-  first = jax.process_index() == 0
-  if first:
-    log.info("%s", report.plan(cfg, program.shapes, mesh, n_train,
-                               parts.eval_data.n_examples, n_steps))
-  state, position, saved = _first_state(cfg, program, checkpoints)
-  restored = int(jax.device_get(state.step))
-  if first and restored:
-    log.info("resumed %s at step %d", workdir, restored)
-  totals = accounting.new_totals(saved)
-  clock = accounting.Clock(totals)
-
-  train_step = program.step
-  evaluation = evaluate.Evaluation(task, mesh, parts.eval_data,
-                                   cfg.data.max_bad_fraction)
-  writer = writers.Writer(workdir, cfg.log, restored, enabled=first)
-  progress = report.Progress(restored, n_steps, enabled=first)
-  eval_every = max(1, round(cfg.eval.every_epochs * program.steps_per_epoch))
-  batches = parts.train_data.train_batches(position)
-  window = metrics_lib.Window(step.checked(program.shapes.params),
-                              cfg.train.max_skipped, totals)
-  result = _last_evaluation(writer.records, restored)
-  logged = restored
-
-  def log_window(i):
-    nonlocal logged
-    metrics = window.means() | clock.window(
-        i - logged, cfg.train.batch_size) | {
-            "epoch": i * cfg.train.batch_size / n_train}
-    logged = i
-    writer.write(i, "train", metrics)
-    progress.show(i, metrics)
-    checkpoints.check()  # A full disk is told as soon as it is known.
-
-  def evaluate_now(i):
-    clock.turn_to("evaluation")
-    result = evaluation(state.eval_variables(), stop, dog)
-    if result is not None:
-      writer.write(i, "eval", result)
-      progress.say(f"step {i}  eval  {report.measures(result)}")
-    return result
-
+def compile_step(jitted, *arguments):
+  """Compiles a step; ConfigError if it does not fit the devices' memory."""
   try:
-    with jax.transfer_guard("disallow"):
-      if result is None and restored and (
-          restored % eval_every == 0 or restored == n_steps):
-        result = evaluate_now(restored)  # The run ended before it came to it.
-        if result is None:
-          raise errors.Preempted(
-              f"told to end during an evaluation; {workdir} is as it was")
-      for i in range(restored + 1, n_steps + 1):
-        clock.turn_to("input")
-        dog.beat(f"the batch of step {i}")
-        batch = sharding.put_batch(next(batches), mesh)
-        flags = stop.flags(mesh)
-        dog.beat(f"step {i}")
-        if i == restored + 1:
-          clock.turn_to("setup")
-          train_step = _compile(train_step, state, batch, flags)
-          progress.say(f"compiled the training step in {clock.spent():.1f} s")
-          flags = stop.flags(mesh)  # It took minutes, perhaps.
-        clock.turn_to("step")
-        state, metrics = train_step(state, batch, flags)
-        position += cfg.train.batch_size
-        # Waits for the step before: the device has this one to work on.
-        window.add(i, metrics)
-        _check_images(cfg, totals, n_train, position - cfg.train.batch_size)
-        if window.is_due(i - 1, cfg.log.every_steps):
-          log_window(i - 1)
-        progress.advance()
-
-        evaluating = i == n_steps or i % eval_every == 0
-        if not (evaluating or window.stop
-                or i % cfg.checkpoint.every_steps == 0):
-          continue
-        window.flush()
-        if i == n_steps or window.is_due(i, cfg.log.every_steps):
-          log_window(i)
-        step.require_finite(state)
-        told = signals.name(window.stop)
-        result = evaluate_now(i) if evaluating and not told else None
-        clock.turn_to("checkpoint")
-        dog.beat(f"the checkpoint of step {i}")
-        checkpoints.save(state, position, result, totals)
-        if told or (evaluating and result is None):
-          raise errors.Preempted(
-              f"{told or 'told to end'} at step {i}; saved in {workdir}; the "
-              "same command goes on from there")
-  finally:
-    progress.close()
-    batches.close()
-    writer.close()
-  checkpoints.wait()
-
-  last = [r for r in writer.records if r["split"] == "train"
-          and {"images_per_second", "goodput"} <= r.keys()]
-  summary = {
-      "step": n_steps, **result,
-      "n_params": sum(x.size for x in jax.tree.leaves(program.shapes.params)),
-      "images_per_second": statistics.median(
-          r["images_per_second"] for r in last) if last else None,
-      "goodput": last[-1]["goodput"] if last else None,
-      "skipped_steps": int(totals["skipped_steps"]),
-      "bad_train_images": int(totals["bad_images"]),
-      "checkpoint": str(checkpoints.directory / str(n_steps)),
-  }
-  curves = writer.finish(summary)
-  if curves:
-    log.info("done: %s\ncheckpoint %s\ncurves     %s",
-             report.measures(result), summary["checkpoint"], curves)
-  return summary
-
-
-def _compile(train_step, *arguments):
-  """Compiles the step; ConfigError: it does not fit the devices' memory."""
-  try:
-    return train_step.lower(*arguments).compile()
+    return jitted.lower(*arguments).compile()
   except jax.errors.JaxRuntimeError as e:
     reason, _, _ = str(e).partition("\n")
     if not reason.startswith("RESOURCE_EXHAUSTED"):
       raise
     raise errors.ConfigError(
         "config.train.batch_size: a step does not fit the memory of the "
-        "devices; raise config.train.accumulate, lower it, or take more "
-        f"devices; tools.preflight tells what fits ({reason})") from e
-
-
-def _check_images(cfg: Experiment, totals: accounting.Totals, n_train: int,
-                  n_seen: int) -> None:
-  """Raises DataError when too many of the images so far were bad."""
-  n_bad, n = int(totals["bad_images"]), max(n_train, n_seen)
-  if n_bad > cfg.data.max_bad_fraction * n:
-    raise errors.DataError(
-        f"{n_bad} of {n} images cannot be used, more than "
-        f"config.data.max_bad_fraction = {cfg.data.max_bad_fraction:g}; the "
-        "first are named above: mend the data, or allow more")
-
-
-def _last_evaluation(records, i: int) -> dict[str, float] | None:
-  """What the evaluation after step i measured, if that was recorded."""
-  for record in reversed(records):
-    if record["split"] == "eval" and record["step"] == i:
-      return {k: v for k, v in record.items() if k not in ("step", "split")}
-  return None
+        "devices; raise config.train.accumulate, reduce the batch size, or use "
+        f"more devices; tools.preflight shows what fits ({reason})") from e

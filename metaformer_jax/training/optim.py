@@ -1,36 +1,45 @@
-"""The optimizer of an experiment: what timm's factory makes of its arguments.
+"""The optimizer of an experiment, as timm's factory makes it.
 
-The algorithms are those of `torch.optim` and, LAMB, of timm 0.6.11, with which
-the published MetaFormer baselines were trained; optax has their parts.
+The algorithms are those of `torch.optim`, and timm 0.6.11's LAMB, with which
+the published MetaFormer baselines were trained, built from optax's parts.
 """
 
 import bisect
+import functools
 import re
 from typing import Any
 
 import jax
 import optax
 
+from metaformer_jax import errors
 from metaformer_jax.config import schema
 from metaformer_jax.runtime import sharding
-from metaformer_jax.training import schedules
+from metaformer_jax.training import backbone, schedules
 
-# What timm and the official repositories name in `no_weight_decay`. Theirs of
-# ViT are at the top; the hybrids' and PVT's position embeddings decay.
+# What `no_weight_decay` lists in timm and the official repositories: ViT's, at
+# the top level. Position embeddings of the hybrids and of PVT do decay.
 _EXEMPT = re.compile(r"pos_embed|(.*/)?(cls_token|dist_token)")
 
 _POSITION = re.compile(r"(?:stage(\d+)/)?(?:block(\d+)/)?")
-# What comes before any stage or block.
+# What precedes all stages and blocks.
 _STEM = re.compile(r"(stem|patch_embed|pos_embed|cls_token|dist_token)\b")
 
 
-def create(cfg: schema.Experiment, total_steps: int,
-           steps_per_epoch: float,
+def create(cfg: schema.Experiment, total_steps: int, steps_per_epoch: float,
+           path: str | None = "",
            ) -> tuple[optax.GradientTransformation, schedules.Schedule]:
   """Returns the optimizer and its learning rate.
 
-  In this order: the gradient is clipped to `clip_norm`, made an update by the
-  algorithm, scaled by `layer_decay`, and by the learning rate.
+  The gradient is clipped to `clip_norm`, turned into an update by the
+  algorithm, then scaled by `layer_decay` and by the learning rate.
+
+  Args:
+    cfg: the experiment.
+    total_steps: of the run.
+    steps_per_epoch: batches per epoch.
+    path: of the backbone in the parameters (`base.Backbone`); None if there is
+      none.
   """
   optim = cfg.optim
   schedule = schedules.create(cfg, total_steps, steps_per_epoch)
@@ -40,71 +49,83 @@ def create(cfg: schema.Experiment, total_steps: int,
     clip_norm = 1.0
   if clip_norm is not None:
     parts.append(optax.clip_by_global_norm(clip_norm))
-  parts += {"adamw": adamw, "lamb": lamb, "sgd": sgd}[optim.name](optim)
+  algorithm = {"adamw": adamw, "lamb": lamb, "sgd": sgd}[optim.name]
+  parts += algorithm(optim, functools.partial(decay_mask, path=path))
   if optim.layer_decay < 1:
-    parts.append(scale_by_layer(optim.layer_decay))
+    parts.append(scale_by_layer(optim.layer_decay, path))
   parts.append(optax.scale_by_learning_rate(schedule))
   return optax.chain(*parts), schedule
 
 
-def adamw(optim: schema.Optim) -> list[optax.GradientTransformation]:
-  """Adam with decoupled decay (arXiv 1711.05101), as torch.optim.AdamW."""
+def adamw(optim: schema.Optim, mask) -> list[optax.GradientTransformation]:
+  """Adam with decoupled weight decay (arXiv 1711.05101; torch.optim.AdamW)."""
   return [
       optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps or 1e-8),
-      optax.add_decayed_weights(optim.weight_decay, decay_mask)]
+      optax.add_decayed_weights(optim.weight_decay, mask)]
 
 
-def lamb(optim: schema.Optim) -> list[optax.GradientTransformation]:
+def lamb(optim: schema.Optim, mask) -> list[optax.GradientTransformation]:
   """LAMB (arXiv 1904.00962) with bias correction, as timm.optim.Lamb.
 
-  The update, decay included, takes the norm of its parameter; one of the two
-  being 0, it stays as it is. timm does so for the decayed parameters only.
+  The update, weight decay included, is scaled to the norm of its parameter,
+  unless either norm is 0. As in timm, only decayed parameters are scaled so.
   """
   parts = [
       optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps or 1e-6),
-      optax.add_decayed_weights(optim.weight_decay, decay_mask)]
+      optax.add_decayed_weights(optim.weight_decay, mask)]
   if optim.weight_decay:
-    parts.append(optax.masked(optax.scale_by_trust_ratio(), decay_mask))
+    parts.append(optax.masked(optax.scale_by_trust_ratio(), mask))
   return parts
 
 
-def sgd(optim: schema.Optim) -> list[optax.GradientTransformation]:
-  """Momentum, the decay being part of the gradient, as torch.optim.SGD."""
+def sgd(optim: schema.Optim, mask) -> list[optax.GradientTransformation]:
+  """SGD with momentum and coupled weight decay, as torch.optim.SGD."""
   return [
-      optax.add_decayed_weights(optim.weight_decay, decay_mask),
+      optax.add_decayed_weights(optim.weight_decay, mask),
       optax.trace(optim.momentum, optim.nesterov)]
 
 
-def _names(params) -> Any:
-  """The parameters' names, "stage1/block1/norm1/scale", in their places."""
-  return jax.tree_util.tree_map_with_path(
-      lambda path, _: sharding.path_name(path), params)
+def _names(params, path: str | None) -> Any:
+  """In each parameter's place its name in the backbone, "" if outside."""
+
+  def name(keys, _):
+    full = sharding.path_name(keys)
+    return ("" if path is None else backbone.relative_name(full, path)) or ""
+
+  return jax.tree_util.tree_map_with_path(name, params)
 
 
-def decay_mask(params) -> Any:
-  """True for what weight decay shrinks: timm's `param_groups_weight_decay`.
+def decay_mask(params, path: str | None = "") -> Any:
+  """True for decayed parameters, as timm's `param_groups_weight_decay`.
 
-  Vectors and scalars are exempt, i.e. biases, norms and scales, and so are
-  ViT's position embedding and the class and distillation tokens.
+  Vectors and scalars (biases, norms, scales) are exempt, and so are ViT's
+  position embedding, class and distillation tokens in the backbone at `path`.
   """
   return jax.tree.map(
       lambda name, p: p.ndim > 1 and not _EXEMPT.fullmatch(name),
-      _names(params), params)
+      _names(params, path), params)
 
 
-def layer_numbers(params) -> Any:
-  """The layer of each parameter, counted from 0, the stem.
+def layer_numbers(params, path: str | None = "") -> Any:
+  """The layer of each parameter, counted from the stem's, 0.
 
-  Each block is a layer; what comes between two, as the downsampling, belongs to
-  the one before, the final norm to the last. The rest, the head, is a layer
-  after them. timm's models are grouped so by their `group_matcher`, PoolFormer
-  by that of 0.6.11.
+  Each block of the backbone at `path` is a layer. What lies between two blocks,
+  such as a downsampling, belongs to the first one, the final norm to the last
+  one. Everything else, heads, is one layer after them. timm's `group_matcher`s
+  do the same (PoolFormer's, in timm 0.6.11).
+
+  Raises:
+    ConfigError: there are no blocks.
   """
   def position(name):
     return tuple(int(n or 0) for n in _POSITION.match(name).groups())
 
-  names = _names(params)
+  names = _names(params, path)
   blocks = sorted({p for p in map(position, jax.tree.leaves(names)) if p[1]})
+  if not blocks:
+    raise errors.ConfigError(
+        "config.optim.layer_decay: is below 1, but the model has no blocks "
+        f"{'and no backbone' if path is None else f'in {path!r}'}; set it to 1")
 
   def number(name):
     if any(position(name)) or _STEM.match(name):
@@ -114,14 +135,15 @@ def layer_numbers(params) -> Any:
   return jax.tree.map(number, names)
 
 
-def scale_by_layer(decay: float) -> optax.GradientTransformation:
-  """Scales updates by decay^n, n being the number of layers that follow.
+def scale_by_layer(decay: float,
+                   path: str | None = "") -> optax.GradientTransformation:
+  """Scales updates by decay^n, where n is the number of later layers.
 
-  As timm's `param_groups_layer_decay` scales the learning rate.
+  Equal to timm's `param_groups_layer_decay`, which scales the learning rate.
   """
   def update(updates, params=None):
     del params
-    numbers = layer_numbers(updates)
+    numbers = layer_numbers(updates, path)
     last = max(jax.tree.leaves(numbers))
     return jax.tree.map(lambda u, n: u * decay ** (last - n), updates, numbers)
 

@@ -1,19 +1,17 @@
-"""Random keys from a seed, a name and a step; none lives in the state."""
+"""Random keys from a seed, a name and a step; the state holds none."""
 
 import zlib
+from collections.abc import Iterable
 
 import jax
 
-# What a step draws from: the keys that models and tasks ask for by name.
-STEP_NAMES = ("augment", "dropout", "drop_path")
-
 
 def named(seed: int, name: str) -> jax.Array:
-  """The key of one use: the same on every process, other for every name."""
+  """The key for one use: equal on all processes, different for every name."""
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def for_step(seed: int, step: jax.Array) -> dict[str, jax.Array]:
+def for_step(seed: int, step: jax.Array,
+             names: Iterable[str]) -> dict[str, jax.Array]:
   """The keys of a training step, by name."""
-  return {name: jax.random.fold_in(named(seed, name), step)
-          for name in STEP_NAMES}
+  return {name: jax.random.fold_in(named(seed, name), step) for name in names}

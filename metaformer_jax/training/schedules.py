@@ -1,8 +1,8 @@
 """Learning rates as functions of the step.
 
-The curves are timm's (timm.scheduler; for "step" its StepLRScheduler): the
-warm-up comes first but is no prefix, the curve's time runs from the start of
-the run, so that it begins a little below its peak where the warm-up ends.
+The curves are timm's (timm.scheduler; for "step" its StepLRScheduler). Warm-up
+is not a prefix: the curve's time runs from the start of the run, so that it is
+a little below its peak when the warm-up ends.
 """
 
 import math
@@ -24,12 +24,12 @@ def create(cfg: Experiment, total_steps: int,
   Args:
     cfg: the experiment.
     total_steps: of the run, cool-down included.
-    steps_per_epoch: need not be whole.
+    steps_per_epoch: need not be an integer.
 
   Returns:
-    A function of the number of steps taken. Where `optim.schedule_per` is
-    "epoch", the rate stays as it is until the next epoch's first step, as in
-    timm's training script; its values are computed in float64.
+    A function of the number of steps taken. If `optim.schedule_per` is "epoch",
+    the rate is constant until the next epoch's first step, as in timm's
+    training script; its values are computed in float64.
   """
   optim, train = cfg.optim, cfg.train
   peak = optim.base_lr * train.batch_size / 1024
@@ -51,7 +51,7 @@ def create(cfg: Experiment, total_steps: int,
 
 def table(optim: Optim, peak: float, epochs: float, total_steps: int,
           steps_per_epoch: float) -> tuple[np.ndarray, np.ndarray]:
-  """The rate of each epoch of the run, float64, and the epoch's first step."""
+  """The rate of each epoch of the run, float64, and each epoch's first step."""
   n_epochs = max(1, math.ceil(round(total_steps / steps_per_epoch, 6)))
   rates = curve(optim, peak, epochs, 1, np)(np.arange(n_epochs))
   starts = np.ceil(np.round(np.arange(n_epochs) * steps_per_epoch, 6))
@@ -65,8 +65,8 @@ def curve(optim: Optim, peak: float, length: float, per_epoch: float,
   Args:
     optim: kind of the curve, and its constants.
     peak: the highest rate.
-    length: what t is where "cosine" and "poly" have come down.
-    per_epoch: how much t grows in an epoch.
+    length: the value of t at which "cosine" and "poly" reach their end.
+    per_epoch: increase of t per epoch.
     xp: jax.numpy for float32, numpy for float64.
   """
   low = optim.min_lr

@@ -1,5 +1,6 @@
-"""All that a training run carries from one step to the next."""
+"""What a training run carries from one step to the next."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from flax import struct
 from metaformer_jax.tasks import base
 from metaformer_jax.training import rng
 
-# The collections that are averaged as the parameters are.
+# The collections that are averaged like the parameters.
 AVERAGED = ("batch_stats",)
 
 
@@ -21,12 +22,12 @@ class TrainState:
 
   Attributes:
     step: int32 scalar.
-    params: what the optimizer changes.
+    params: the trainable parameters.
     model_state: the model's other collections, e.g. "batch_stats".
-    opt_state: the optimizer's.
-    ema_params: the moving average of `params`; None where it is off.
-    ema_state: of those of the model's other collections that are `AVERAGED`,
-      as in timm's ModelEmaV2; None where it is off.
+    opt_state: of the optimizer.
+    ema_params: the moving average of `params`; None if it is off.
+    ema_state: the moving average of the collections in `AVERAGED`, as in timm's
+      ModelEmaV2; None if it is off.
   """
 
   step: jax.Array
@@ -41,8 +42,19 @@ class TrainState:
     params = self.params if self.ema_params is None else self.ema_params
     return {"params": params, **self.model_state, **(self.ema_state or {})}
 
+  def trees(self) -> dict[str, Any]:
+    """What a checkpoint holds, by name: all but `step` that has arrays."""
+    trees = {field.name: getattr(self, field.name)
+             for field in dataclasses.fields(self) if field.name != "step"}
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+
+  def with_trees(self, step: int, trees: Mapping[str, Any]) -> "TrainState":
+    """Inverse of `trees`, for a state that has the shapes of the result."""
+    placed = jax.device_put(step, self.step.sharding).astype(self.step.dtype)
+    return self.replace(step=placed, **trees)
+
   def start_average(self) -> "TrainState":
-    """Returns the state with its average, if it has one, begun anew."""
+    """Restarts the moving average, if there is one, from the parameters."""
     if self.ema_params is None:
       return self
     return self.replace(ema_params=_copy(self.params),
@@ -50,25 +62,25 @@ class TrainState:
 
 
 def averaged(model_state: Mapping[str, Any]) -> dict[str, Any]:
-  """The collections of a model's state that are averaged."""
+  """The collections of the model's state that are averaged."""
   return {k: v for k, v in model_state.items() if k in AVERAGED}
 
 
 def average(new: Any, old: Any, decay: float) -> Any:
-  """decay old + (1 - decay) new; of integers, which count, the new."""
+  """decay * old + (1 - decay) * new; integers are counters: the new value."""
   return jax.tree.map(
       lambda n, o: decay * o + (1 - decay) * n
       if jnp.issubdtype(n.dtype, jnp.floating) else n, new, old)
 
 
 def _copy(tree):
-  """Other buffers: each array of a state is donated once."""
+  """A copy in new buffers, as each array of a state is donated once."""
   return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
 def create(task: base.Task, tx: optax.GradientTransformation, seed: int,
            ema_decay: float) -> TrainState:
-  """The state before the first step. Pure: trace it to place it."""
+  """The state before the first step; traced, so that it is made in place."""
   variables = dict(task.model.init(rng.named(seed, "init"),
                                    *task.init_inputs()))
   params = variables.pop("params")

@@ -1,16 +1,23 @@
-"""One step of training, and one of evaluation: pure functions."""
+"""A training step as a pure function, and as the program that a run compiles.
+
+`build` neither reads data nor touches a device: a run compiles the program for
+its own devices, the preflight for those of a TPU elsewhere.
+"""
 
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
 
 from metaformer_jax import errors
-from metaformer_jax.runtime import metrics as metrics_lib
+from metaformer_jax.config.schema import Experiment
 from metaformer_jax.runtime import sharding
 from metaformer_jax.tasks import base
-from metaformer_jax.training import rng
+from metaformer_jax.training import finite, optim, rng
 from metaformer_jax.training import state as state_lib
 from metaformer_jax.training.schedules import Schedule
 from metaformer_jax.training.state import TrainState
@@ -21,13 +28,12 @@ def train_step(state: TrainState, batch: base.Batch, *, task: base.Task,
                ema_decay: float, accumulate: int):
   """One optimizer step over the global batch.
 
-  Where the loss or a gradient is not finite, nothing but `step` changes.
+  If the loss or a gradient is not finite, only `step` changes.
 
   Returns:
-    (state, metrics): scalars, and "finite", bool [1 + n]: of the loss and of
-    the gradient of each of the n parameters (`checked` names them).
+    (state, metrics): scalars, and "finite" of `finite.of_step`.
   """
-  rngs = rng.for_step(seed, state.step)
+  rngs = rng.for_step(seed, state.step, task.rng_names)
   grads, metrics, model_state = gradients(task, state, batch, rngs, accumulate)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -36,61 +42,21 @@ def train_step(state: TrainState, batch: base.Batch, *, task: base.Task,
     ema_params, ema_state = state_lib.average(
         (params, state_lib.averaged(model_state)), (ema_params, ema_state),
         ema_decay)
-  # A norm that overflows is of no more use than a value that does.
-  finite = jnp.isfinite(jnp.stack([
-      metrics["loss"].astype(jnp.float32),
-      *(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads))]))
+  ok = finite.of_step(metrics["loss"], grads)
   metrics |= {"learning_rate": schedule(state.step),
-              "grad_norm": optax.tree.norm(grads), "finite": finite}
+              "grad_norm": optax.tree.norm(grads), "finite": ok}
   new = TrainState(step=state.step, params=params, opt_state=opt_state,
                    model_state=model_state, ema_params=ema_params,
                    ema_state=ema_state)
-  state = jax.tree.map(
-      functools.partial(jnp.where, finite.all()), new, state)
+  state = jax.tree.map(functools.partial(jnp.where, ok.all()), new, state)
   return state.replace(step=state.step + 1), metrics
 
 
-def checked(params) -> list[str]:
-  """Names the entries of "finite" in a step's metrics."""
-  names = (sharding.path_name(path) for path, _ in
-           jax.tree_util.tree_leaves_with_path(params))
-  return ["the loss", *(f"the gradient of {name}" for name in names)]
-
-
-def require_finite(state: TrainState) -> None:
-  """Raises DivergedError that names what of a state is not finite."""
-  floats = {sharding.path_name(path): x for path, x in
-            jax.tree_util.tree_leaves_with_path(state)
-            if jnp.issubdtype(x.dtype, jnp.floating)}
-  finite = jax.device_get(_are_finite(list(floats.values())))
-  if not finite.all():
-    raise errors.DivergedError(
-        f"after step {int(jax.device_get(state.step))} the state is not "
-        f"finite: {metrics_lib.name_all(list(floats), finite)}; lower "
-        "config.optim.base_lr; the last checkpoint is from before")
-
-
-@jax.jit
-def _are_finite(arrays):
-  return jnp.stack([jnp.isfinite(x).all() for x in arrays])
-
-
-def notes(batch: base.Batch, stop: jax.Array) -> dict[str, jax.Array]:
-  """What every process must know of the others' parts of a batch.
-
-  Args:
-    batch: a global batch; "replaced", where it has that, marks bad images.
-    stop: from `signals.StopSignal.flags`.
-  """
-  replaced = batch.get("replaced", jnp.zeros((), bool))
-  return {"stop": stop.max(), "bad_images": replaced.sum()}
-
-
 def gradients(task, state, batch, rngs, accumulate):
-  """Means over the batch, `accumulate` micro-batches one after the other.
+  """Means over the batch, computed by `accumulate` micro-batches in sequence.
 
-  Returns (gradients, scalars, model state). Micro-batch i holds the examples
-  i, i + k, i + 2k, ...: every device cuts up the part of the batch it has.
+  Returns (gradients, scalars, model state). Micro-batch i has the examples
+  i, i + k, i + 2k, ...: each device divides its own part of the batch.
   """
 
   def loss_fn(params, model_state, batch, rngs):
@@ -123,9 +89,116 @@ def gradients(task, state, batch, rngs, accumulate):
   return grads, metrics, model_state
 
 
-def eval_step(variables: base.Variables, batch: base.Batch, *,
-              task: base.Task):
+def eval_step(variables: base.Variables, batch: base.Batch, *, task: base.Task,
+              evaluators: Mapping[str, base.Evaluator]):
   """The statistics of one batch, by evaluator; gathered on every device."""
   outputs = task.predict(variables, batch)
   return {name: evaluator.statistics(outputs, batch)
-          for name, evaluator in task.make_evaluators().items()}
+          for name, evaluator in evaluators.items()}
+
+
+def notes(batch: base.Batch, stop: jax.Array) -> dict[str, jax.Array]:
+  """What every process must know about the others' parts of a batch.
+
+  Args:
+    batch: a global batch; "replaced", if present, marks bad images.
+    stop: from `signals.StopSignal.flags`.
+  """
+  replaced = batch.get("replaced", jnp.zeros((), bool))
+  return {"stop": stop.max(), "bad_images": replaced.sum()}
+
+
+class Program(NamedTuple):
+  """What a run computes with.
+
+  Attributes:
+    n_steps: of the whole run.
+    steps_per_epoch: batches per epoch; not always a whole number.
+    create: () -> TrainState; to be traced.
+    shapes: the state's shapes and dtypes.
+    shardings: where each array of the state is placed.
+    step: `train_step` and `notes`, jitted: (state, batch, flags) -> (state,
+      metrics). The state is donated; flags are those of `signals.StopSignal`.
+  """
+
+  n_steps: int
+  steps_per_epoch: float
+  create: Callable[[], TrainState]
+  shapes: TrainState
+  shardings: TrainState
+  step: Any
+
+
+def total_steps(cfg: Experiment, n_examples: int) -> int:
+  """Steps of the run: `train.steps`, or its epochs and the cool-down's.
+
+  Raises:
+    ConfigError: there are more than an int32 can count.
+  """
+  if cfg.train.steps is not None:
+    return cfg.train.steps
+  epochs = cfg.train.epochs + cfg.optim.cooldown_epochs
+  n_steps = max(1, round(epochs * n_examples / cfg.train.batch_size))
+  if n_steps >= 2**31:
+    raise errors.ConfigError(
+        f"config.train.epochs: {epochs:g} epochs of {n_examples} images are "
+        f"{n_steps} steps of {cfg.train.batch_size}; largest: {2**31 - 1}")
+  return n_steps
+
+
+def build(cfg: Experiment, task: base.Task, mesh: Mesh,
+          n_examples: int) -> Program:
+  """Traces what can be traced of a run.
+
+  Args:
+    cfg: the experiment.
+    task: its task.
+    mesh: of the devices to compile for.
+    n_examples: of the training split.
+
+  Raises:
+    ConfigError: the run is too long, the settings of the model do not fit each
+      other, or those of `config.mesh.rules` or `optim.layer_decay` not it.
+  """
+  n_steps = total_steps(cfg, n_examples)
+  steps_per_epoch = n_examples / cfg.train.batch_size
+  path = None if task.pretrained is None else task.pretrained.path
+  tx, schedule = optim.create(cfg, n_steps, steps_per_epoch, path)
+  create = functools.partial(state_lib.create, task, tx, cfg.seed,
+                             cfg.train.ema_decay)
+  try:
+    shapes = jax.eval_shape(create)
+  except ValueError as e:  # A model's error about settings that do not fit.
+    raise errors.ConfigError(f"config.model: {e}") from e
+  if cfg.optim.layer_decay < 1:
+    optim.layer_numbers(shapes.params, path)  # Raises if there are none.
+  shardings = sharding.state_shardings(mesh, shapes, cfg.mesh)
+
+  def step(state, batch, flags):
+    state, metrics = train_step(
+        state, batch, task=task, tx=tx, schedule=schedule, seed=cfg.seed,
+        ema_decay=cfg.train.ema_decay, accumulate=cfg.train.accumulate)
+    return state, metrics | notes(batch, flags)
+
+  return Program(
+      n_steps, steps_per_epoch, create, shapes, shardings,
+      jax.jit(step, donate_argnums=0,
+              out_shardings=(shardings, sharding.replicated(mesh))))
+
+
+def abstract_arguments(cfg: Experiment, task: base.Task, mesh: Mesh,
+                       program: Program) -> list[tuple[Any, Any, Any]]:
+  """Shapes and placement of what `program.step` takes, for each batch shape."""
+  split = NamedSharding(mesh, sharding.BATCH)
+  state = sharding.abstract(program.shapes, program.shardings)
+  flags = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=split)
+  return [
+      (state, {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split)
+               for name, x in batch.items()}, flags)
+      for batch in task.train_batches(cfg.train.batch_size)]
+
+
+def signature(batch: Mapping[str, Any]) -> tuple:
+  """What tells the shapes of batches apart."""
+  return tuple(sorted((name, tuple(x.shape), str(x.dtype))
+                      for name, x in batch.items()))

@@ -1,8 +1,8 @@
-"""Runs the augmentation cases in timm and writes what it gives.
+"""Runs the augmentation cases in timm and writes the results.
 
   python tests/golden/make_augment.py --out=tests/golden/augment-timm.npz
 
-Wants timm 1.0, torch and torchvision.
+Needs timm 1.0, torch and torchvision.
 """
 
 import argparse
@@ -24,7 +24,7 @@ N = 10_000
 
 
 def keep_posterize():
-  """To 0 bits is black, as when the papers were trained; Pillow 13 refuses."""
+  """Gives black for 0 bits, as older versions of Pillow; Pillow 13 refuses."""
   original = auto_augment.posterize
 
   def posterize(img, bits, **kwargs):
@@ -46,11 +46,11 @@ def pixels():
 
 
 def evaluation():
-  """The evaluation transform, before it makes floats."""
+  """The evaluation transform, before the conversion to float."""
   for name, data in augment_cases.encoded_images().items():
     yield f"file {name}", np.frombuffer(data, np.uint8)
     picture = Image.open(io.BytesIO(data))
-    if name == "16 bits":  # Pillow's convert() would cut off above 255.
+    if name == "16 bits":  # Pillow's convert() would clip at 255.
       picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     for kind in augment_cases.FILTERS:
       transform = create_transform(
@@ -61,7 +61,7 @@ def evaluation():
 
 
 def draws():
-  """Samples of what timm draws."""
+  """Samples of timm's random choices."""
   random.seed(0)
   np.random.seed(0)
   names, arguments, layers = [], [], []
@@ -112,7 +112,7 @@ def mixing():
   for _ in range(200):
     height, width = (int(v) for v in rng.integers(8, 300, 2))
     lam, y, x = rng.random(), rng.integers(height), rng.integers(width)
-    # timm draws the centre by randint: first y, then x.
+    # timm draws the centre with randint, y before x.
     given = iter((y, x))
     np.random.randint = lambda *_, given=given, **__: next(given)
     box, corrected = mixup.cutmix_bbox_and_lam((3, height, width), lam)

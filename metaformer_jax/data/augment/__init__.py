@@ -1,1 +1,1 @@
-"""Augmentation on the host: what is drawn, and the pixels it changes."""
+"""Augmentation on the host: random choice, and its effect on pixels."""

@@ -1,10 +1,10 @@
-"""What `pixels` does with Pillow, compiled by Numba: the same values, faster.
+"""Pillow's operations on pixels, compiled by Numba: the same values, faster.
 
-Inner loops run over contiguous memory, so that they are vectorised, and the
-arithmetic is Pillow's, in its types and its order: resizing in integers of 22
-fractional bits, rounded between the two directions; maps in float64; blends in
-float32. Pictures are uint8 [H, W, 3]; where pixels are moved about, each is one
-uint32: red, green, blue and a byte that is not used.
+Inner loops run over contiguous memory, so that they are vectorised. The
+arithmetic has Pillow's types and order: resizing uses integers with 22
+fractional bits and rounds between the two directions; affine maps use float64,
+blends float32. Pictures are uint8 [H, W, 3]; where pixels move, each is one
+uint32: red, green, blue and an unused byte.
 """
 
 import math
@@ -14,23 +14,23 @@ import numpy as np
 
 
 def _compile(function):
-  """Compiles at the first call, and keeps that for other processes."""
+  """Compiles at the first call, and caches the result for other processes."""
   try:
     return numba.njit(nogil=True, cache=True)(function)
-  except RuntimeError:  # There is no directory to keep it in.
+  except RuntimeError:  # There is no directory for the cache.
     return numba.njit(nogil=True)(function)
 
 
 # Fractional bits of a weight.
 _BITS = 22
 
-# Rows that are resized horizontally at a time: few, so that they stay cached.
+# Rows that are resized horizontally at a time: few, to stay in the CPU's cache.
 _STRIPE = 16
 
 
 @_compile
 def _weights(n_in: int, n_out: int, bicubic: bool):
-  """Of each output: its first input, how many, and their weights."""
+  """The first input, the number of inputs and their weights, per output."""
   scale = n_in / n_out
   spread = max(scale, 1.0)
   support = (2.0 if bicubic else 1.0) * spread
@@ -64,7 +64,7 @@ def _weights(n_in: int, n_out: int, bicubic: bool):
 
 @_compile
 def _mix_rows(rows, weights, out):
-  """uint8 [n_in, m] -> out [n_out, m]: each a weighted mean of some rows."""
+  """uint8 [n_in, m] -> out [n_out, m]: weighted means of rows."""
   first, count, weights = weights
   m = rows.shape[1]
   total = np.empty(m, np.int32)
@@ -79,48 +79,60 @@ def _mix_rows(rows, weights, out):
 
 
 @_compile
-def _resize_height(pixels, size, bicubic):
-  """uint32 [H, W] -> [size, W]."""
-  height, width = pixels.shape
-  out = np.empty((size, width), np.uint32)
-  _mix_rows(pixels.view(np.uint8), _weights(height, size, bicubic),
+def _resize_height(pixels, height, bicubic):
+  """uint32 [H, W] -> [height, W]."""
+  n_rows, width = pixels.shape
+  out = np.empty((height, width), np.uint32)
+  _mix_rows(pixels.view(np.uint8), _weights(n_rows, height, bicubic),
             out.view(np.uint8))
   return out
 
 
 @_compile
-def _resize_width(pixels, size, bicubic, flip):
-  """uint32 [H, W] -> [H, size]: stripe by stripe turned, mixed, turned back."""
-  height, width = pixels.shape
-  weights = _weights(width, size, bicubic)
-  stripe = np.zeros((width, _STRIPE), np.uint32)
-  mixed = np.empty((size, _STRIPE), np.uint32)
-  out = np.empty((height, size), np.uint32)
+def _resize_width(pixels, width, bicubic, flip):
+  """uint32 [H, W] -> [H, width]; each stripe transposed, mixed and back."""
+  height, n_columns = pixels.shape
+  weights = _weights(n_columns, width, bicubic)
+  stripe = np.zeros((n_columns, _STRIPE), np.uint32)
+  mixed = np.empty((width, _STRIPE), np.uint32)
+  out = np.empty((height, width), np.uint32)
   for top in range(0, height, _STRIPE):
     n = min(_STRIPE, height - top)
     for y in range(n):
-      for x in range(width):
+      for x in range(n_columns):
         stripe[x, y] = pixels[top + y, x]
     _mix_rows(stripe.view(np.uint8), weights, mixed.view(np.uint8))
     for y in range(n):
-      for x in range(size):
-        out[top + y, size - 1 - x if flip else x] = mixed[x, y]
+      for x in range(width):
+        out[top + y, width - 1 - x if flip else x] = mixed[x, y]
   return out
 
 
 @_compile
 def resize(pixels, size, bicubic, height_first, flip):
-  """Resizes, and mirrors, uint32 [H, W] to uint8 [size, size, 3]."""
+  """Resizes a picture, and mirrors it if asked.
+
+  Args:
+    pixels: uint32 [H, W].
+    size: (height, width) of the result.
+    bicubic: the filter; else bilinear.
+    height_first: the vertical direction comes first, then the horizontal one.
+    flip: whether left and right are exchanged.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  height, width = size
   if height_first:
-    pixels = _resize_width(_resize_height(pixels, size, bicubic), size,
+    pixels = _resize_width(_resize_height(pixels, height, bicubic), width,
                            bicubic, flip)
   else:
-    pixels = _resize_height(_resize_width(pixels, size, bicubic, flip), size,
-                            bicubic)
+    pixels = _resize_height(_resize_width(pixels, width, bicubic, flip),
+                            height, bicubic)
   values = pixels.view(np.uint8)
-  out = np.empty((size, size, 3), np.uint8)
-  for y in range(size):
-    for x in range(size):
+  out = np.empty((height, width, 3), np.uint8)
+  for y in range(height):
+    for x in range(width):
       for c in range(3):
         out[y, x, c] = values[y, 4 * x + c]
   return out
@@ -128,7 +140,7 @@ def resize(pixels, size, bicubic, height_first, flip):
 
 @_compile
 def _padded(image):
-  """uint8 [H, W, 3] -> uint32 [H + 4, W + 4]: edges twice repeated."""
+  """uint8 [H, W, 3] -> uint32 [H + 4, W + 4]: each edge repeated twice."""
   height, width, _ = image.shape
   out = np.zeros((height + 4, width + 4), np.uint32)
   values = out.view(np.uint8)
@@ -144,9 +156,10 @@ def _padded(image):
 
 @_compile
 def _interpolate(v, d, n, out):
-  """Between 1, 2 or 4 rows of n values, at d [n] beyond the (middle) first.
+  """Interpolates between 1, 2 or 4 rows of n values.
 
-  The cubic is Keys' with a = -1; where Pillow resizes, a is -0.5.
+  d [n] is the distance from the first row, or from the second of four. The
+  cubic is Keys' with a = -1; in Pillow's resize a is -0.5.
   """
   if len(v) == 1:
     for i in range(n):
@@ -167,15 +180,15 @@ def _interpolate(v, d, n, out):
 def affine(image, matrix, bicubic, fill):
   """The pixel at (x, y) becomes that at (a x + b y + c, d x + e y + f).
 
-  Of each row, the neighbours of all points inside the picture are collected,
-  then interpolated together: across, then down. In a direction in which no
-  point moves, one neighbour is enough.
+  For each row, the neighbours of all points inside the picture are collected,
+  then interpolated together, first horizontally, then vertically. In a
+  direction in which no point moves, one neighbour is enough.
 
   Args:
     image: uint8 [H, W, 3].
     matrix: float64 (a, b, c, d, e, f); a pixel's centre is at its index + 0.5.
     bicubic: the filter; else bilinear.
-    fill: three values, for points outside.
+    fill: three values, for points outside the picture.
 
   Returns:
     uint8 [H, W, 3].
@@ -225,7 +238,7 @@ def affine(image, matrix, bicubic, fill):
 
 @_compile
 def histogram(image):
-  """uint8 [H, W, 3] -> int64 [3, 256]: how often each value comes."""
+  """uint8 [H, W, 3] -> int64 [3, 256]: the number of pixels of each value."""
   out = np.zeros((3, 256), np.int64)
   for y in range(image.shape[0]):
     for x in range(image.shape[1]):
@@ -236,7 +249,7 @@ def histogram(image):
 
 @_compile
 def look_up(image, table):
-  """Of uint8 [H, W, 3], replaces the values by those of uint8 [3, 256]."""
+  """Replaces the values of uint8 [H, W, 3] by those of a uint8 [3, 256]."""
   out = np.empty_like(image)
   for y in range(image.shape[0]):
     for x in range(image.shape[1]):
@@ -247,7 +260,7 @@ def look_up(image, table):
 
 @_compile
 def _gray(pixel):
-  """BT.601's luma in 16 fractional bits, as Pillow rounds it."""
+  """BT.601's luma, with 16 fractional bits and rounded as in Pillow."""
   return (np.int32(pixel[0]) * 19595 + np.int32(pixel[1]) * 38470
           + np.int32(pixel[2]) * 7471 + 0x8000) >> 16
 
@@ -264,7 +277,7 @@ def mean_gray(image):
 
 @_compile
 def _blend(one, other, factor, out):
-  """From one row of values (at 0) to another (at 1), and beyond; float32."""
+  """Blends rows: `one` at factor 0, `other` at 1; also beyond. In float32."""
   for i in range(len(out)):
     first = np.float32(one[i])
     value = first + factor * (np.float32(other[i]) - first)
@@ -273,7 +286,7 @@ def _blend(one, other, factor, out):
 
 @_compile
 def color(image, factor):
-  """Blends the gray picture of uint8 [H, W, 3] with it by a float32."""
+  """Blends gray (factor 0) and uint8 [H, W, 3] (1); the factor is float32."""
   height, width, _ = image.shape
   out = np.empty((height, width * 3), np.uint8)
   gray = np.empty((width, 3), np.int32)
@@ -286,10 +299,10 @@ def color(image, factor):
 
 @_compile
 def sharpness(image, factor):
-  """Blends uint8 [H, W, 3], smoothed, with itself by a float32.
+  """Blends smoothed (factor 0) and uint8 [H, W, 3] (1); the factor is float32.
 
-  A smooth pixel is 5/13 of itself and 1/13 of each of its 8 neighbours; those
-  at the border stay.
+  A smoothed pixel is 5/13 of itself and 1/13 of each of its 8 neighbours;
+  pixels at the border do not change.
   """
   height, width, _ = image.shape
   rows = image.reshape(height, width * 3)
@@ -303,7 +316,7 @@ def sharpness(image, factor):
     inner, middle, right = row[3:], three[3:], three[6:]
     for i in range(len(smooth)):
       total = three[i] + middle[i] + right[i] + 4 * np.int32(inner[i])
-      # Rounded: no total is half-way, or within 1/26 of it.
+      # Rounds to the nearest: no quotient is within 1/26 of a half.
       smooth[i] = np.int32((np.float32(total) + np.float32(6.5))
                            * np.float32(1 / 13))
     _blend(smooth, inner, factor, out[y, 3:-3])

@@ -1,8 +1,8 @@
-"""ImageNet-ReaL: the validation images labelled anew, with several labels.
+"""ImageNet-ReaL: new labels of the validation images, several per image.
 
-Beyer et al., arXiv 2006.07159; real.json of
-github.com/google-research/reassessed-imagenet is a list over the images
-ILSVRC2012_val_00000001 to 50000 of the list of each one's classes.
+Beyer et al., arXiv 2006.07159. real.json of
+github.com/google-research/reassessed-imagenet has a list of classes for each of
+the images ILSVRC2012_val_00000001 to 50000, in this order.
 """
 
 import json
@@ -12,33 +12,41 @@ import re
 import numpy as np
 
 from metaformer_jax import errors
-from metaformer_jax.data.sources.folders import ClassFolders, Record
+from metaformer_jax.data.sources import base, folders
 
 
 class RealLabels:
-  """A source with "labels" besides: int32 [L], -1 behind the last.
+  """Adds "labels" to the records of a source: int32 [L], padded with -1.
 
-  An image without labels has -1 only: evaluation leaves it out.
+  An image without labels has -1 only; evaluation leaves it out.
   """
 
-  def __init__(self, source: ClassFolders, path: str, n_classes: int):
-    """Reads the file; ConfigError: it is malformed, or of other images."""
+  def __init__(self, source: folders.ClassFolders, path: str, n_classes: int):
+    """Reads the file of labels.
+
+    Args:
+      source: the validation images, under their original names.
+      path: of real.json.
+      n_classes: each class must be below it.
+
+    Raises:
+      ConfigError: the file is malformed, or has no labels of an image.
+    """
     file = pathlib.Path(path).expanduser()
-    where = f"config.eval.real_path: {file}"
+    where = f"config.task.real_path: {file}"
     try:
       labels = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as e:
       raise errors.ConfigError(f"{where} cannot be read as JSON: {e}") from e
     if not isinstance(labels, list) or not labels:
-      raise errors.ConfigError(f"{where} is no list of lists of classes")
+      raise errors.ConfigError(f"{where} is not a list of lists of classes")
     for number, one in enumerate(labels, 1):
       if not isinstance(one, list) or len(one) > n_classes or not all(
           type(v) is int and 0 <= v < n_classes for v in one):
         raise errors.ConfigError(
-            f"{where}: image {number} has {str(one)[:60]}, which is no list of "
-            f"classes below {n_classes}")
-    numbered = np.full((len(labels), max(1, *map(len, labels), 1)), -1,
-                       np.int32)
+            f"{where}: image {number} has {str(one)[:60]}, which is not a list "
+            f"of classes below {n_classes}")
+    numbered = np.full((len(labels), max(1, *map(len, labels))), -1, np.int32)
     for row, one in zip(numbered, labels):
       row[:len(one)] = one
     numbers = []
@@ -57,5 +65,5 @@ class RealLabels:
   def __len__(self) -> int:
     return len(self._source)
 
-  def __getitem__(self, index: int) -> Record:
+  def __getitem__(self, index: int) -> base.Record:
     return {**self._source[index], "labels": self._labels[index]}

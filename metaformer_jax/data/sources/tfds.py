@@ -1,33 +1,39 @@
 """Data sets prepared by TensorFlow Datasets, read without TensorFlow.
 
-Preparing one needs TensorFlow, reading does not: both of TFDS' formats are
-read here by index, and images stay encoded, to be decoded by `transforms`.
+Preparing a data set needs TensorFlow, reading does not: both of TFDS' formats
+are read here by index. Images stay encoded; `data.images` decodes them.
 """
 
 import os
 import struct
+from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
 import numpy as np
 
 from metaformer_jax import errors
-from metaformer_jax.data.sources.folders import Record, Source
+from metaformer_jax.config import schema
+from metaformer_jax.data.sources import base
 
 _LENGTH = struct.Struct("<Q")
 _PREFIX, _SUFFIX = 12, 4  # Length and its checksum; the data's checksum.
 
 
 def create(name: str, data_dir: str | None, split: str | None,
-           train: bool) -> Source:
+           train: bool) -> base.Source:
   """Opens a split of a prepared data set.
 
   Args:
     name: of the data set, "imagenet2012" or "name/config:version".
     data_dir: where it was prepared; None for TFDS' default.
-    split: in TFDS' language, "train[:90%]"; None for "train", and for
-      "validation", or "test" where there is none, to evaluate.
-    train: which of the two.
+    split: in TFDS' notation, "train[:90%]". None: "train" for training; for
+      evaluation "validation", or "test" if there is no such split.
+    train: whether the split is for training.
+
+  Raises:
+    ConfigError: TFDS is not installed; or the data set or the split is not
+      there, is damaged, or is not one of images with a class each.
   """
   try:
     import tensorflow_datasets as tfds  # noqa: PLC0415  An extra, and slow.
@@ -45,11 +51,11 @@ def create(name: str, data_dir: str | None, split: str | None,
     raise errors.ConfigError(
         f"config.data.name: TFDS has no data set {name!r}"
         f"{errors.did_you_mean(name, known)}") from e
-  except Exception as e:  # TFDS raises many kinds, of many lines.
-    reason = " ".join(f"{type(e).__name__}: {e}".split())
+  except Exception as e:  # TFDS raises many types, with many lines.
     raise errors.ConfigError(
         f"config.data.name: TFDS cannot open {name!r} in "
-        f"{data_dir or 'its default folder'}: {reason}") from e
+        f"{data_dir or 'its default folder'}: "
+        f"{errors.one_line(f'{type(e).__name__}: {e}')}") from e
   if not splits:
     raise errors.ConfigError(
         f"config.data.path: {name} is not prepared in {builder.data_dir}; "
@@ -88,11 +94,21 @@ def create(name: str, data_dir: str | None, split: str | None,
   return TfdsSource(records, features)
 
 
+def check(cfg: schema.Experiment, files: bool) -> Iterator[str]:
+  """Yields a line per mistake that can be found without TFDS."""
+  data = cfg.data
+  if not data.name:
+    yield (f"config.data.name: {data.name!r} with source tfds; give the name "
+           "of a data set, e.g. imagenet2012")
+  if files and data.path and "://" not in data.path:
+    yield from base.check_folder(data)
+
+
 class TfdsSource:
   """A split of a TFDS data set with an image and a label."""
 
   def __init__(self, records, features):
-    """Takes the serialized examples by index, and TFDS' features of them."""
+    """Takes the serialized examples, by index, and their TFDS features."""
     self._records, self._features = records, features
     self._decoders: dict[str, Any] | None = None
     self.n_classes = features["label"].num_classes
@@ -100,7 +116,7 @@ class TfdsSource:
   def __len__(self) -> int:
     return len(self._records)
 
-  def __getitem__(self, index: int) -> Record:
+  def __getitem__(self, index: int) -> base.Record:
     if self._decoders is None:
       import tensorflow_datasets as tfds  # noqa: PLC0415
 
@@ -108,7 +124,7 @@ class TfdsSource:
     example = self._features.deserialize_example_np(
         self._records[index], decoders=self._decoders)
     record = {"image": example["image"], "label": int(example["label"])}
-    name = example.get("file_name")  # As ImageNet has it.
+    name = example.get("file_name")  # ImageNet has it.
     if isinstance(name, bytes):
       record["path"] = os.fsdecode(name)
     return record
@@ -143,8 +159,8 @@ class _TFRecords:
   """Serialized examples of TFRecord files, by an index of their offsets.
 
   A record is its length (uint64), the length's checksum (4 bytes), the data,
-  and the data's checksum (4 bytes). Opening reads the lengths of all records.
-  The checksums are not verified.
+  and the data's checksum (4 bytes). The constructor reads the lengths of all
+  records. Checksums are not verified.
   """
 
   def __init__(self, file_instructions):
@@ -169,12 +185,13 @@ class _TFRecords:
   def __getitem__(self, index: int) -> bytes:
     path = self._paths[self._shards[index]]
     offset, length = self._records[index]
-    # Opened for each read: ImageNet has more shards than a process may open.
+    # Opened for each read: ImageNet has more shards than a process may have
+    # open files.
     with open(path, "rb", buffering=0) as f:
       f.seek(offset)
       data = f.read(length)
     if len(data) != length:
-      raise OSError(f"{path}: was cut off while being read")
+      raise OSError(f"{path}: was truncated while it was read")
     return data
 
 
@@ -187,8 +204,8 @@ def _check_array_record(path: str, n_examples: int) -> None:
     found = reader.num_records()
     reader.close()
   except (OSError, RuntimeError, ValueError) as e:
-    reason = " ".join(str(e).split())
-    raise errors.ConfigError(f"{path}: cannot be read: {reason}") from e
+    raise errors.ConfigError(
+        f"{path}: cannot be read: {errors.one_line(e)}") from e
   if found != n_examples:
     raise errors.ConfigError(
         f"{path}: holds {found} examples, not {n_examples}; prepare the data "
@@ -208,7 +225,7 @@ def _scan(path: str) -> np.ndarray:
           end = start + length + _SUFFIX
         if len(header) < _PREFIX or end > size:
           raise errors.ConfigError(
-              f"{path}: is cut off; prepare the data set again")
+              f"{path}: is truncated; prepare the data set again")
         found.append((start, length))
         f.seek(end)
   except OSError as e:

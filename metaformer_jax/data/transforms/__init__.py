@@ -1,1 +1,1 @@
-"""From a record to the arrays of a batch: one file a task."""
+"""From a record to the arrays of a batch: one file per task."""

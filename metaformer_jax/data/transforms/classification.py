@@ -1,10 +1,10 @@
 """From a record to the uint8 image that a batch holds.
 
-Normalisation is not done here: batches travel to the device as uint8, a
-quarter of the bytes, and are normalised there (`tasks.classification`).
-Resampling is Pillow's, which averages over the whole footprint when it
-shrinks; so do torchvision's and timm's transforms, which the published
-accuracies were measured with.
+Images are not normalised here: batches travel to the device as uint8, a quarter
+of the bytes, and are normalised there (`tasks.classification`). Resampling is
+Pillow's, which averages over the whole footprint when it shrinks; torchvision's
+and timm's transforms, with which the published accuracies were measured, use
+it, too.
 """
 
 import dataclasses
@@ -13,11 +13,10 @@ import math
 import numpy as np
 from PIL import Image
 
-from metaformer_jax.config.schema import Data
+from metaformer_jax.config import schema, tasks
 from metaformer_jax.data import images
-from metaformer_jax.data.augment import draw as augment
-from metaformer_jax.data.augment import pixels
-from metaformer_jax.data.sources.folders import Record
+from metaformer_jax.data.augment import draw, pixels
+from metaformer_jax.data.sources import base
 
 
 def random_resized_crop_box(
@@ -47,62 +46,80 @@ def random_resized_crop_box(
   return left, top, left + w, top + h
 
 
-def resize_shorter(picture: Image.Image, size: int,
+def resize_shorter(picture: Image.Image, size: tuple[int, int],
                    interpolation: str) -> Image.Image:
-  """Resizes so that the shorter side has `size` pixels, as torchvision does."""
+  """Resizes to the smallest picture of the same ratio that covers a size.
+
+  Args:
+    picture: RGB.
+    size: (height, width). For a square this is torchvision's resize of the
+      shorter side; the other side is rounded down.
+    interpolation: name of the filter.
+  """
   w, h = picture.size
-  if w <= h:
-    w, h = size, int(size * h / w)
+  height, width = size
+  if w * height <= h * width:
+    w, h = width, int(width * h / w)
   else:
-    w, h = int(size * w / h), size
+    w, h = int(height * w / h), height
   return picture.resize((w, h), pixels.FILTERS[interpolation])
 
 
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-  """The centre size x size pixels; black beyond a smaller picture's edge."""
+def centre_crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+  """The centre of (height, width) pixels; a smaller picture is padded black."""
 
-  def start(side):  # Rounded as torchvision does in each of the two cases.
-    return round((side - size) / 2) if side >= size else -((size - side) // 2)
+  def start(side, wanted):  # Rounded as torchvision does in each of the cases.
+    if side >= wanted:
+      return round((side - wanted) / 2)
+    return -((wanted - side) // 2)
 
-  left, top = start(picture.width), start(picture.height)
-  return picture.crop((left, top, left + size, top + size))
+  height, width = size
+  left, top = start(picture.width, width), start(picture.height, height)
+  return picture.crop((left, top, left + width, top + height))
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
   """Crop, resize, flip, augment: record, rng -> {"image", "label"}."""
 
-  cfg: Data
+  data: schema.Data
+  task: tasks.Classification
 
-  def __call__(self, record: Record, rng: np.random.Generator):
-    cfg = self.cfg
-    picture = images.decode(record["image"], cfg.max_pixels)
-    box = random_resized_crop_box(*picture.size, cfg.crop_area, cfg.crop_ratio,
-                                  rng)
-    interpolation = cfg.train_interpolation
+  def __call__(self, record: base.Record, rng: np.random.Generator):
+    task = self.task
+    picture = images.decode(record["image"], self.data.max_pixels)
+    box = random_resized_crop_box(*picture.size, task.crop_area,
+                                  task.crop_ratio, rng)
+    interpolation = task.train_interpolation
     if interpolation == "random":
       interpolation = ("bilinear", "bicubic")[rng.integers(2)]
-    image = pixels.crop_resize(picture, box, cfg.image_size, interpolation,
-                               flip=rng.random() < cfg.flip)
-    fill = augment.fill_colour(cfg.mean)
-    for op in augment.draw(cfg, rng):
-      image = augment.apply(image, op, fill)
+    image = pixels.crop_resize(picture, box, task.input_size, interpolation,
+                               flip=rng.random() < task.flip)
+    fill = pixels.fill_colour(self.data.mean)
+    for op in draw.draw(task, rng):
+      image = pixels.apply(image, op, fill)
     return {"image": image, "label": np.int32(record["label"])}
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-  """Resize by the shorter side, centre crop: record -> {"image", "label"}."""
+  """Resize, then crop the centre: record -> {"image", "label"}.
 
-  cfg: Data
+  A record's "labels" are passed on.
+  """
 
-  def __call__(self, record: Record, rng: np.random.Generator | None = None):
+  data: schema.Data
+  task: tasks.Classification
+
+  def __call__(self, record: base.Record,
+               rng: np.random.Generator | None = None):
     del rng
-    cfg = self.cfg
+    size, crop_pct = self.task.input_size, self.task.crop_pct
     picture = resize_shorter(
-        images.decode(record["image"], cfg.max_pixels),
-        math.floor(cfg.image_size / cfg.crop_pct), cfg.interpolation)
-    picture = centre_crop(picture, cfg.image_size)
+        images.decode(record["image"], self.data.max_pixels),
+        tuple(math.floor(side / crop_pct) for side in size),
+        self.task.interpolation)
+    picture = centre_crop(picture, size)
     labels = {"labels": record["labels"]} if "labels" in record else {}
     return {"image": np.asarray(picture), "label": np.int32(record["label"]),
             **labels}

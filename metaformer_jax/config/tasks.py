@@ -1,0 +1,175 @@
+"""The task section of an experiment: one dataclass per task, chosen by name.
+
+A section declares how images become examples, the loss, and the measures of
+its task; what all tasks share is in `schema`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from metaformer_jax import errors
+from metaformer_jax.config import paths, policies
+from metaformer_jax.models.settings import option
+
+if TYPE_CHECKING:
+  from metaformer_jax.config.schema import Experiment
+
+# Larger values would run out of memory, or take for ever to start.
+_MAX_SIDE = 2**14  # Of an image, in pixels.
+_MAX_BATCH_BYTES = 2**40
+_MAX_OPERATIONS = 100  # Of RandAugment, per image.
+
+
+class Measure(NamedTuple):
+  """A figure that an evaluation reports.
+
+  Attributes:
+    name: as in the evaluation's result.
+    higher_is_better: the direction in which checkpoints are ranked by it.
+    is_fraction: it is in [0, 1], and tables show it in percent.
+  """
+
+  name: str
+  higher_is_better: bool
+  is_fraction: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What every task section has.
+
+  Attributes:
+    MEASURES: by which checkpoints can be ranked, the default one first.
+    RESUMABLE: keys that may change when a run is resumed.
+  """
+
+  MEASURES: ClassVar[tuple[Measure, ...]]
+  RESUMABLE: ClassVar[tuple[str, ...]] = ()
+
+  name: str
+
+  @property
+  def input_size(self) -> tuple[int, int] | None:
+    """Height and width of the model's images; None if they vary."""
+    return None
+
+  @property
+  def num_classes(self) -> int | None:
+    """Classes that the model tells apart; None for a task without classes."""
+    return None
+
+  def check(self, cfg: "Experiment", files: bool) -> Iterator[str]:
+    """Yields a line per mistake that spans keys, or that is on disk.
+
+    Args:
+      cfg: the experiment that this section is in.
+      files: whether the files that it names must be on this machine.
+    """
+    del cfg, files
+    yield from ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Task):
+  """Image classification: one label per image."""
+
+  MEASURES = (Measure("top1", True, is_fraction=True),
+              Measure("top5", True, is_fraction=True), Measure("loss", False))
+  RESUMABLE = ("eval_labels", "real_path")
+
+  name: str = option("classification", "what is learned")
+  num_classes: int = option(1000, "outputs of the model's head", low=1)
+  image_size: int = option(224, "side of the square input in pixels", low=1)
+  crop_pct: float = option(
+      0.9, "evaluation: resize the shorter side to floor(image_size / "
+      "crop_pct), then crop the centre", low=0.1, high=1)
+  interpolation: str = option("bicubic", "of the evaluation's resize",
+                              choices=("bilinear", "bicubic"))
+  train_interpolation: str = option(
+      "random", "of the training crop's resize; random: either one, per image",
+      choices=("bilinear", "bicubic", "random"))
+  crop_area: tuple[float, ...] = option(
+      (0.08, 1.0), "RandomResizedCrop: area relative to the image's",
+      above=0, high=1, length=2)
+  crop_ratio: tuple[float, ...] = option(
+      (3 / 4, 4 / 3), "RandomResizedCrop: width over height", above=0, length=2)
+  flip: float = option(0.5, "probability of a left-right flip", low=0, high=1)
+  auto_augment: str = option(
+      "", "after crop and flip, in timm's notation: rand-m9-mstd0.5-inc1; 3a; "
+      "empty: none")
+  color_jitter: float = option(
+      0.0, "largest change of brightness, contrast and saturation; ignored "
+      "with rand", low=0)
+  repeats: int = option(
+      1, "repeated augmentation: each image comes this often in a row, and an "
+      "epoch has as many fewer images", low=1)
+  loss: str = option(
+      "ce", "ce: softmax cross-entropy; bce: binary cross-entropy per class",
+      choices=("bce", "ce"))
+  bce_threshold: float = option(
+      0.0, "bce: targets above it become 1, the others 0; 0: unchanged",
+      low=0, high=0.999)
+  label_smoothing: float = option(
+      0.1, "probability mass spread over all classes", low=0, high=0.999)
+  mixup: float = option(
+      0.0, "alpha of mixup's beta distribution; 0: no mixup", low=0)
+  cutmix: float = option(
+      0.0, "alpha of cutmix's beta distribution; 0: no cutmix", low=0)
+  mixup_prob: float = option(
+      1.0, "probability that a micro-batch is mixed", low=0, high=1)
+  mixup_switch_prob: float = option(
+      0.5, "probability of cutmix where both are on", low=0, high=1)
+  erasing: float = option(
+      0.0, "probability that a box of an image is replaced by noise",
+      low=0, high=1)
+  eval_labels: str = option(
+      "split", "split: the evaluation split's labels; real: ImageNet-ReaL; "
+      "number: a folder's name is its class, as in ImageNet-V2",
+      choices=("number", "real", "split"))
+  real_path: str | None = option(None, "eval_labels=real: path of real.json")
+
+  @property
+  def input_size(self) -> tuple[int, int]:
+    return self.image_size, self.image_size
+
+  def check(self, cfg: "Experiment", files: bool) -> Iterator[str]:
+    yield from self._check_images(cfg)
+    for key in ("crop_area", "crop_ratio"):
+      low, high = getattr(self, key)
+      if low > high:
+        yield f"config.task.{key}: ({low}, {high}) is not in ascending order"
+    try:
+      policy = policies.parse(self.auto_augment)
+      if getattr(policy, "n_ops", 0) > _MAX_OPERATIONS:
+        raise ValueError(f"has an n above {_MAX_OPERATIONS}")
+    except ValueError as e:
+      yield f"config.task.auto_augment: {self.auto_augment!r} {e}"
+    if self.eval_labels != "split" and cfg.data.source != "folder":
+      yield (f"config.task.eval_labels: {self.eval_labels} needs "
+             f"config.data.source=folder, not {cfg.data.source}")
+    if files and self.eval_labels == "real" and not _is_file(self.real_path):
+      yield (f"config.task.real_path: {self.real_path!r} is not a file; give "
+             "real.json of github.com/google-research/reassessed-imagenet")
+
+  def _check_images(self, cfg: "Experiment") -> Iterator[str]:
+    side = self.image_size
+    if side > _MAX_SIDE:
+      yield f"config.task.image_size: {side} is above the largest, {_MAX_SIDE}"
+      return
+    largest = _MAX_BATCH_BYTES // (3 * side**2)
+    for section in ("train", "eval"):
+      n = getattr(cfg, section).batch_size
+      if n > largest:
+        yield (f"config.{section}.batch_size: {n} images of {side} x {side} "
+               f"pixels are more than 1 TiB; largest: {largest}")
+
+
+def _is_file(path: str | None) -> bool:
+  try:
+    return path is not None and paths.local("", path).is_file()
+  except errors.ConfigError:
+    return False
+
+
+TASKS: Mapping[str, type[Task]] = {"classification": Classification}

@@ -1,0 +1,70 @@
+"""The devices of a run: how jax starts, and the mesh that it computes on."""
+
+import os
+from collections.abc import Sequence
+from importlib import util
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from metaformer_jax import errors
+from metaformer_jax.config import checks, schema
+from metaformer_jax.runtime import processes
+
+
+def start_jax(cfg: schema.Experiment, coordinator: str | None = None,
+              process_count: int | None = None,
+              process_index: int | None = None) -> Mesh:
+  """Sets up jax, joins the other processes of the run; returns the mesh.
+
+  Args:
+    cfg: the experiment.
+    coordinator, process_count, process_index: as for `processes.start`; 1
+      process runs alone.
+
+  Raises:
+    ConfigError: the mesh does not fit the devices, or an argument is wrong.
+    WorkerLostError: a process did not start.
+  """
+  folder = cfg.log.compilation_cache
+  if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+  if not (jax.config.jax_platforms or processes.on_tpu()
+          or util.find_spec("jax_plugins")):
+    # With libtpu but no TPU, jax would look for one and log five lines.
+    jax.config.update("jax_platforms", "cpu")
+  processes.start(coordinator, process_count, process_index,
+                  cfg.mesh.heartbeat_seconds)
+  return make_mesh(cfg)
+
+
+def make_mesh(cfg: schema.Experiment,
+              devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh that the config asks for.
+
+  Args:
+    cfg: the experiment.
+    devices: to use; by default all of jax's.
+
+  Raises:
+    ConfigError: the axes do not fit the devices, or the batch size the axes.
+  """
+  devices = jax.devices() if devices is None else devices
+  n = len(devices)
+  n_processes = len({device.process_index for device in devices})
+  data, fsdp = cfg.mesh.data, cfg.mesh.fsdp
+  if data == -1:
+    data = max(1, n // fsdp)
+  if fsdp == -1:
+    fsdp = max(1, n // data)
+  if data * fsdp > n or (data * fsdp < n and (
+      -1 in (cfg.mesh.data, cfg.mesh.fsdp) or n_processes > 1)):
+    raise errors.ConfigError(
+        f"config.mesh: data x fsdp = {cfg.mesh.data} x {cfg.mesh.fsdp} does "
+        f"not fit {n} devices; choose sizes with that product")
+  problems = list(checks.check_batch(cfg, data * fsdp))
+  if problems:
+    raise errors.ConfigError("; also ".join(problems))
+  return jax.make_mesh((data, fsdp), ("data", "fsdp"),
+                       axis_types=(AxisType.Auto,) * 2,
+                       devices=devices[:data * fsdp])

@@ -1,0 +1,70 @@
+"""The part of a task's variables that is a network of the model table."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metaformer_jax import errors
+from metaformer_jax.checkpoints import pretrained
+from metaformer_jax.tasks import base
+
+
+def relative_name(name: str, path: str) -> str | None:
+  """A parameter's name within the backbone at `path`; None if it is outside.
+
+  "backbone/stage1/block1/norm1/scale" -> "stage1/block1/norm1/scale".
+  """
+  if not path:
+    return name
+  prefix = f"{path}/"
+  return name.removeprefix(prefix) if name.startswith(prefix) else None
+
+
+def variables_of(variables: Mapping[str, Any], path: str) -> dict[str, Any]:
+  """The backbone's own variables, by collection."""
+  found = {}
+  for collection, tree in variables.items():
+    for part in filter(None, path.split("/")):
+      tree = tree.get(part, {})
+    if tree:
+      found[collection] = tree
+  return found
+
+
+def at_path(variables: Mapping[str, Any], path: str) -> dict[str, Any]:
+  """Inverse of `variables_of`, with nothing but the backbone's variables."""
+  found = {}
+  for collection, tree in variables.items():
+    for part in reversed(list(filter(None, path.split("/")))):
+      tree = {part: tree}
+    found[collection] = tree
+  return found
+
+
+def read_weights(path: str, part: base.Backbone | None,
+                 shapes: Mapping[str, Any]) -> dict[str, Any]:
+  """Reads `config.init` for a task's variables of the given shapes.
+
+  Returns:
+    The variables that are in the file, as numpy arrays; a head with another
+    number of classes is absent.
+
+  Raises:
+    ConfigError: the task has no backbone.
+    WeightsError: the file does not fit it.
+  """
+  if part is None:
+    raise errors.ConfigError(
+        f"config.init: {path!r}, but the task has no pretrained backbone; "
+        "None starts from scratch")
+  own = variables_of(shapes, part.path)
+  whole = own
+  if part.path:
+    image = jax.ShapeDtypeStruct((1, *part.input_size, 3), jnp.float32)
+    whole = jax.eval_shape(part.classifier.init, jax.random.key(0), image)
+    whole = pretrained.merged(whole, own)
+  weights = pretrained.read(path, part.family, whole, part.input_size, kept=own,
+                            new_head=True)
+  return at_path(weights, part.path)

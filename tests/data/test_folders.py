@@ -1,0 +1,184 @@
+"""Class folders: which images, in which order, and what is an error."""
+
+import os
+
+import pytest
+import tiny_imagenet
+from source_files import fails, folder_source, named, records, write
+
+from metaformer_jax.data.sources import folders
+
+
+def image_folder(root):
+  """torchvision.datasets.folder.make_dataset, without torchvision."""
+  found = []
+  for label, name in enumerate(sorted(
+      e.name for e in os.scandir(root) if e.is_dir())):
+    for where, _, files in sorted(os.walk(root / name, followlinks=True)):
+      found += [(os.path.relpath(os.path.join(where, file), root), label)
+                for file in sorted(files)
+                if file.lower().endswith(folders.IMAGE_SUFFIXES)]
+  return found
+
+
+FLAT = ("b/2.JPEG", "b/10.jpg", "b/1.png", "a b/x.TIFF", "Z/q.webp",
+        "Z/Q.webp", "ü/ö.pgm", "10/a.bmp", "9/a.ppm")
+
+
+def test_folder_orders_classes_and_files_as_image_folder(tmp_path):
+  write(tmp_path / "train", *FLAT, "b/notes.txt", "b/jpg", "stray.png",
+        "b/x.gif")
+  source = folder_source(tmp_path)
+  # By code points: digits, upper case, lower case, then the rest.
+  assert named(source) == [
+      ("10/a.bmp", 0), ("9/a.ppm", 1), ("Z/Q.webp", 2), ("Z/q.webp", 2),
+      ("a b/x.TIFF", 3), ("b/1.png", 4), ("b/10.jpg", 4), ("b/2.JPEG", 4),
+      ("ü/ö.pgm", 5)]
+  assert named(source) == image_folder(tmp_path / "train")
+  assert source.n_classes == 6 and len(source) == 9
+  assert source[5]["path"] == str(tmp_path / "train" / "b" / "1.png")
+
+
+NESTED = ("b/y.jpg", "b/a/x.jpg", "b/a-b/x.jpg", "b/a.jpg", "b/a/z/w.PNG",
+          "a/1/2/3.jpg")
+
+
+def test_folder_takes_images_of_nested_folders_and_links(tmp_path):
+  write(tmp_path / "train", *NESTED)
+  write(tmp_path / "elsewhere", "v.jpg")
+  (tmp_path / "train" / "c").symlink_to(tmp_path / "elsewhere")
+  (tmp_path / "train" / "d").mkdir()
+  (tmp_path / "train" / "d" / "link").symlink_to(tmp_path / "elsewhere")
+  got = named(folder_source(tmp_path))
+  assert got[-2:] == [("v.jpg", 2), ("v.jpg", 3)]
+  assert sorted(got[:-2]) == sorted((n, "ab".index(n[0])) for n in NESTED)
+  assert [label for _, label in got] == [0, 1, 1, 1, 1, 1, 2, 3]
+
+
+def test_folder_orders_nested_files_as_image_folder(tmp_path):
+  write(tmp_path / "train", *NESTED)
+  assert named(folder_source(tmp_path)) == image_folder(tmp_path / "train")
+
+
+def test_folder_walks_into_a_folder_with_an_images_name(tmp_path):
+  write(tmp_path / "train", "a/1.jpg", "a/2.jpg/3.jpg")
+  assert named(folder_source(tmp_path)) == [("a/1.jpg", 0),
+                                            ("a/2.jpg/3.jpg", 0)]
+  assert named(folder_source(tmp_path)) == image_folder(tmp_path / "train")
+
+
+def test_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+  write(tmp_path / "train", "a/1.jpg", "a/b/2.jpg")
+  closed, scandir = str(tmp_path / "train" / "a" / "b"), os.scandir
+
+  def scan(path):  # The user who runs the tests may have access to anything.
+    if path == closed:
+      raise PermissionError(13, "Permission denied", path)
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", scan)
+  fails(lambda: folder_source(tmp_path), "config.data.path", closed,
+        "cannot be read")
+
+
+def test_folder_gives_a_path_without_opening_the_file(tmp_path):
+  write(tmp_path / "train", "a/1.jpg", "b/2.jpg")
+  source = folder_source(tmp_path)
+  (tmp_path / "train" / "b" / "2.jpg").unlink()
+  assert source.path(1) == str(tmp_path / "train" / "b" / "2.jpg")
+  with pytest.raises(FileNotFoundError, match=r"b/2\.jpg"):
+    source[1]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "endless"])
+def test_folder_reads_files_only(tmp_path, kind):
+  """Opening a pipe would wait; devices and some files have no end."""
+  write(tmp_path / "train", "a/1.jpg")
+  file = tmp_path / "train" / "a" / "1.jpg"
+  source = folder_source(tmp_path)
+  if kind == "endless":
+    os.truncate(file, 2**40)
+  else:
+    file.unlink()
+    {"pipe": os.mkfifo, "folder": os.mkdir,
+     "device": lambda path: os.symlink("/dev/zero", path)}[kind](file)
+  with pytest.raises(OSError, match=r"a/1\.jpg'?( is not a reg| has 1\d+ b|$)"):
+    source[0]
+
+
+@pytest.mark.parametrize("links", [
+    {"a/b/up": "."}, {"a/b/up": "a"}, {"a/b/to": "a/c", "a/c/to": "a/b"}],
+    ids=str)
+def test_folder_in_a_circle_is_an_error(tmp_path, links):
+  root = tmp_path / "train"
+  write(root, "a/b/1.jpg", "a/c/2.jpg")
+  for name, target in links.items():
+    (root / name).symlink_to(root / target)
+  fails(lambda: folder_source(tmp_path), "config.data.path", "is a link to",
+        "which contains it")
+
+
+def test_folder_ignores_hidden_folders(tmp_path):
+  write(tmp_path / "train", ".cache/x.jpg", "a/x.jpg", "b/x.jpg")
+  source = folder_source(tmp_path)
+  assert named(source) == [("a/x.jpg", 0), ("b/x.jpg", 1)]
+  assert source.n_classes == 2
+
+
+def test_folder_takes_names_that_are_not_utf8(tmp_path):
+  folder = os.fsencode(tmp_path / "train" / "a")
+  os.makedirs(folder)
+  with open(os.path.join(folder, b"caf\xe9.jpg"), "wb") as f:
+    f.write(b"data")
+  assert folder_source(tmp_path)[0]["image"] == b"data"
+
+
+def test_folder_gives_the_bytes_and_labels_of_imagenet(tmp_path):
+  tiny_imagenet.write_folder(tmp_path)
+  got = records(folder_source(tmp_path))
+  assert [(r["image"], r["label"]) for r in got] == [
+      (data, tiny_imagenet.SYNSETS.index(synset))
+      for synset, _, data in tiny_imagenet.train_images()]
+  val = {data: i % 4 for i, (_, data) in
+         enumerate(tiny_imagenet.val_images())}
+  got = records(folder_source(tmp_path, "eval"))
+  assert {r["image"]: r["label"] for r in got} == val
+  assert len(got) == tiny_imagenet.N_VAL
+
+
+def test_folder_val_without_a_class_keeps_the_numbers(tmp_path):
+  write(tmp_path / "train", "a/1.jpg", "b/1.jpg", "c/1.jpg")
+  write(tmp_path / "val", "c/2.jpg", "a/2.jpg")
+  source = folder_source(tmp_path, "eval")
+  assert named(source) == [("a/2.jpg", 0), ("c/2.jpg", 2)]
+  assert source.n_classes == 3
+
+
+def test_folder_val_with_an_unknown_class_is_an_error(tmp_path):
+  write(tmp_path / "train", "husky/1.jpg", "tabby/1.jpg")
+  write(tmp_path / "val", "husky/2.jpg", "taby/2.jpg")
+  fails(lambda: folder_source(tmp_path, "eval"),
+        tmp_path / "val", "'taby'", "did you mean tabby?")
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_folder_of_a_class_without_images_is_an_error(tmp_path, split):
+  folder = "train" if split == "train" else "val"
+  write(tmp_path / "train", "a/1.jpg", "b/1.jpg")
+  write(tmp_path / "val", "a/1.jpg", "b/1.jpg")
+  (tmp_path / folder / "b" / "1.jpg").rename(tmp_path / folder / "b" / "1.txt")
+  fails(lambda: folder_source(tmp_path, split), tmp_path / folder / "b",
+        "no images", ".jpeg")
+
+
+def test_folder_without_classes_is_an_error(tmp_path):
+  write(tmp_path / "train", "1.jpg", ".a/2.jpg")
+  fails(lambda: folder_source(tmp_path), tmp_path / "train",
+        "no class folders")
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_folder_without_the_split_is_an_error(tmp_path, split):
+  if split == "eval":
+    write(tmp_path / "train", "a/1.jpg")
+  fails(lambda: folder_source(tmp_path, split), tmp_path)

@@ -1,0 +1,149 @@
+"""BatchNorm against plain numpy, written from PyTorch's definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from metaformer_jax.models import norms
+
+# All sizes differ, so that mixed-up axes are noticed.
+SHAPE = (8, 5, 7, 6)
+EPS, MOMENTUM = 1e-2, 0.8
+
+
+def normal(shape, seed=0):
+  return np.random.default_rng(seed).normal(0.5, 2, shape).astype(np.float32)
+
+
+def made():
+  """A BatchNorm with parameters and statistics away from 0 and 1."""
+  rng = np.random.default_rng(1)
+  params = {name: rng.normal(1, 0.3, 6).astype(np.float32)
+            for name in ("scale", "bias")}
+  norm = norms.BatchNorm(eps=EPS, momentum=MOMENTUM)
+  variables = norm.init(jax.random.key(0), normal(SHAPE))
+  stats = variables["batch_stats"] | {
+      "mean": rng.normal(0, 1, 6).astype(np.float32),
+      "var": rng.uniform(0.5, 2, 6).astype(np.float32)}
+  return norm, jax.tree.map(
+      jnp.asarray, {"params": params, "batch_stats": stats})
+
+
+def normalised(x, mean, var, params):
+  mean, var = np.asarray(mean), np.asarray(var)
+  params = jax.tree.map(np.asarray, params)
+  return (x - mean) / np.sqrt(var + EPS) * params["scale"] + params["bias"]
+
+
+def train(norm, variables, x, mask=None):
+  y, state = norm.apply(variables, x, mask=mask, train=True,
+                        mutable=["batch_stats"])
+  return y, state["batch_stats"]
+
+
+def valid_mask(heights, widths, shape=SHAPE):
+  rows = np.arange(shape[1]).reshape(1, -1, 1)
+  columns = np.arange(shape[2]).reshape(1, 1, -1)
+  return ((rows < np.reshape(heights, (-1, 1, 1)))
+          & (columns < np.reshape(widths, (-1, 1, 1))))
+
+
+def test_begins_as_the_identity_of_standardised_values():
+  variables = norms.BatchNorm().init(jax.random.key(0), normal(SHAPE))
+  assert not np.any(variables["batch_stats"]["mean"])
+  assert np.all(variables["batch_stats"]["var"] == 1)
+  assert np.all(variables["params"]["scale"] == 1)
+  assert not np.any(variables["params"]["bias"])
+
+
+def test_evaluation_uses_the_running_statistics():
+  norm, variables = made()
+  x, stats = normal(SHAPE), variables["batch_stats"]
+  want = normalised(x, stats["mean"], stats["var"], variables["params"])
+  np.testing.assert_allclose(norm.apply(variables, x), want, atol=1e-5)
+  mask = valid_mask(range(1, 9), 4)
+  assert np.array_equal(norm.apply(variables, x, mask=mask),
+                        norm.apply(variables, x))
+
+
+def test_training_uses_the_biased_variance_and_keeps_the_unbiased():
+  norm, variables = made()
+  x, old = normal(SHAPE), variables["batch_stats"]
+  y, new = train(norm, variables, x)
+  mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+  np.testing.assert_allclose(
+      y, normalised(x, mean, var, variables["params"]), atol=1e-5)
+  np.testing.assert_allclose(
+      new["mean"], MOMENTUM * old["mean"] + (1 - MOMENTUM) * mean, atol=1e-5)
+  unbiased = x.var((0, 1, 2), ddof=1)
+  np.testing.assert_allclose(
+      new["var"], MOMENTUM * old["var"] + (1 - MOMENTUM) * unbiased, atol=1e-5)
+
+
+def test_few_values_tell_the_variances_apart():
+  """With two values, the unbiased variance is twice the biased one."""
+  norm, variables = made()
+  x = normal((2, 1, 1, 6))
+  _, new = train(norm, variables, x)
+  want = (MOMENTUM * variables["batch_stats"]["var"]
+          + (1 - MOMENTUM) * 2 * x.var((0, 1, 2)))
+  np.testing.assert_allclose(new["var"], want, atol=1e-5)
+
+
+def test_training_leaves_the_callers_arrays_alone():
+  norm, variables = made()
+  variables = jax.tree.map(np.array, variables)
+  before = jax.tree.map(np.copy, variables)
+  train(norm, variables, normal(SHAPE))
+  jax.tree.map(np.testing.assert_array_equal, variables, before)
+
+
+def test_initialising_does_not_move_the_running_statistics():
+  variables = norms.BatchNorm().init(
+      jax.random.key(0), normal(SHAPE), train=True)
+  assert not np.any(variables["batch_stats"]["mean"])
+  assert np.all(variables["batch_stats"]["var"] == 1)
+
+
+def test_training_statistics_leave_out_the_padding():
+  norm, variables = made()
+  mask = valid_mask([5, 1, 3, 2, 4, 5, 2, 1], [7, 2, 3, 6, 1, 4, 5, 1])
+  x = np.where(mask[..., None], normal(SHAPE), 1e3).astype(np.float32)
+  y, new = train(norm, variables, x, mask)
+  valid = x[mask]
+  old = variables["batch_stats"]
+  np.testing.assert_allclose(
+      np.asarray(y)[mask], normalised(valid, valid.mean(0), valid.var(0),
+                                      variables["params"]), atol=1e-5)
+  for name, of_batch in (("mean", valid.mean(0)),
+                         ("var", valid.var(0, ddof=1))):
+    np.testing.assert_allclose(
+        new[name], MOMENTUM * old[name] + (1 - MOMENTUM) * of_batch, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_eight_devices_give_the_statistics_of_the_global_batch(masked):
+  norm, variables = made()
+  # Each device's images differ, so that no local statistic is the global one.
+  x = normal(SHAPE) + np.arange(8, dtype=np.float32).reshape(8, 1, 1, 1)
+  mask = valid_mask(np.arange(8) % 5 + 1, np.arange(8) % 7 + 1)
+  mask = mask if masked else None
+  dy = normal(SHAPE, 2)
+
+  @jax.jit
+  def step(params, x, mask):
+    def loss(params):
+      y, stats = train(norm, {**variables, "params": params}, x, mask)
+      valid = 1 if mask is None else mask[..., None]
+      return (y * dy * valid).mean(), (y, stats)
+    return jax.grad(loss, has_aux=True)(params)
+
+  mesh = jax.make_mesh((8,), ("data",))
+  split = NamedSharding(mesh, PartitionSpec("data"))
+  one = step(variables["params"], x, mask)
+  eight = step(variables["params"], *jax.device_put((x, mask), split))
+  assert len(eight[1][0].sharding.device_set) == 8
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6,
+                                                       rtol=1e-5), eight, one)

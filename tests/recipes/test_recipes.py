@@ -1,0 +1,126 @@
+"""Families of configs, their recipes, and the page that lists them."""
+
+import ast
+
+import command_line
+import pytest
+import shipped
+
+import metaformer_jax
+from metaformer_jax import errors, recipes
+from metaformer_jax.recipes import classification
+from metaformer_jax.tools import summarize
+
+TABLE = {"s18": (1,), "s18_384": (2,), "m36": (3,)}
+STUDIES = ("ablations", "study_fashion_mnist")  # Of a model with changes.
+FAMILIES = {path.stem: shipped.names_of(path) for path in shipped.FILES
+            if "VARIANTS" in shipped.names_of(path)}
+
+
+def test_a_variant_is_a_row():
+  assert recipes.variant(TABLE, "s18_384") == (2,)
+
+
+@pytest.mark.parametrize("name, message", [
+    (None, "needs a variant, as in FILE.py:s18; valid: s18, s18_384, m36"),
+    ("", "needs a variant, as in FILE.py:s18; valid: s18, s18_384, m36"),
+    ("s18_385", "'s18_385' is not a variant; did you mean s18_384?"),
+    ("xxl", "'xxl' is not a variant; valid: m36, s18, s18_384")])
+def test_another_variant_is_refused(name, message):
+  with pytest.raises(errors.ConfigError) as caught:
+    recipes.variant(TABLE, name)
+  assert str(caught.value) == message
+
+
+def test_the_command_line_takes_variants():
+  data = ["--config.data.source=digits", "--config.data.path=None",
+          "--config.init=None"]
+  lines = [[f"--config=configs/{name}", *data] for name in (
+      "caformer.py:s18_384", "resnet.py:50", "caformer.py",
+      "deit.py:small_patch16", "ablations.py:identiy", "ablations.py")]
+  fine, resnet, missing, unknown, typo, default = command_line.fork(lines)
+  cfg, workdir = ast.literal_eval(fine.out)
+  assert cfg["model"]["name"] == "caformer_s18_384"
+  assert workdir == "runs/caformer_s18_384"
+  assert ast.literal_eval(resnet.out)[1] == "runs/resnet_50"
+  assert ast.literal_eval(default.out)[1] == "runs/ablations"
+  for result, start in (
+      (missing, "configs/caformer.py: needs a variant, as in FILE.py:s18; "
+       "valid: s18, s18_384, s18_in21k, "),
+      (unknown, "configs/deit.py: 'small_patch16' is not a variant; did you "
+       "mean small_patch16_224?"),
+      (typo, "configs/ablations.py: 'identiy' is not a variant; did you mean "
+       "identity?")):
+    command_line.check_refused(result)
+    assert result.err.startswith(f"ConfigError: {start}")
+
+
+@pytest.mark.parametrize("family, variant", [
+    (family, variant) for family, found in FAMILIES.items()
+    if family not in STUDIES for variant in found["VARIANTS"]])
+def test_a_variant_names_the_model_and_its_published_accuracy(family, variant):
+  found = FAMILIES[family]
+  config = found["get_config"](variant)
+  separator = "" if family == "resnet" else "_"
+  spec = metaformer_jax.get_spec(f"{family}{separator}{variant}")
+  assert config.model.name == spec.name
+  assert config.task.num_classes == spec.num_classes
+  assert config.task.image_size == spec.input_size
+  assert found["VARIANTS"][variant][-1] == spec.top1
+
+
+def test_notes_are_of_variants():
+  for found in FAMILIES.values():
+    for pattern in found.get("NOTES", {}):
+      assert summarize.fnmatch.filter(found["VARIANTS"], pattern), pattern
+
+
+def test_recipes_do_not_depend_on_names():
+  """What differs between families is a parameter."""
+  rates = {"drop_path_rate": 0.2, "head_drop_rate": 0.1}
+  for recipe, arguments in (
+      (classification.metaformer_baseline, {}),
+      (classification.metaformer_in21k, {}),
+      (classification.metaformer_finetune, {"init": "x", "base_lr": 1e-4})):
+    conv, caf = (recipe(name, **rates, **arguments).to_dict()
+                 for name in ("convformer_s18", "caformer_s18"))
+    assert conv.pop("model") == {**caf.pop("model"), "name": "convformer_s18"}
+    assert conv == caf
+  lamb = classification.metaformer_baseline(
+      "convformer_s18", **rates, optimizer="lamb", base_lr=2e-3,
+      warmup_epochs=20.0)
+  assert (lamb.optim.name, lamb.optim.base_lr, lamb.optim.warmup_epochs) == (
+      "lamb", 2e-3, 20.0)
+  assert classification.poolformer("poolformer_s12").train.batch_size == 4096
+  assert classification.poolformer(
+      "poolformer_s12", batch_size=1024).train.batch_size == 1024
+
+
+def test_the_page_is_what_the_tool_prints(monkeypatch, capsys):
+  monkeypatch.chdir(shipped.ROOT)
+  monkeypatch.setattr("sys.argv", ["summarize", "--configs=configs"])
+  summarize.main(summarize.parse())
+  page = (shipped.ROOT / "docs" / "recipes.md").read_text()
+  assert capsys.readouterr().out == page
+  rows = [line.split("`")[1] for line in page.splitlines()
+          if line.startswith("| `configs/")]
+  assert sorted(rows) == sorted(shipped.CONFIGS)
+
+
+@pytest.mark.parametrize("text, says", [
+    ("import nonsense", "x.py: ModuleNotFoundError"),
+    ("from metaformer_jax.config.resolve import default\n"
+     "def get_config():\n"
+     "  config = default()\n"
+     "  config.model.name = 'poolformer_s13'\n"
+     "  return config", "x.py: config.model.name: unknown model"),
+    (None, "has no config files")])
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch, text,
+                                                   says):
+  folder = tmp_path / "mine"
+  (folder / "more").mkdir(parents=True)
+  if text:
+    (folder / "more" / "x.py").write_text(text)
+  monkeypatch.setattr("sys.argv", ["summarize", f"--configs={folder}"])
+  with pytest.raises(errors.ConfigError, match=says):
+    summarize.main(summarize.parse())

@@ -1,0 +1,79 @@
+"""The folder of a run: the lock, its config.json, and obstacles."""
+
+import json
+import pathlib
+import re
+import shutil
+
+import pytest
+import small_disk
+
+from metaformer_jax import errors
+from metaformer_jax.config import schema
+from metaformer_jax.runtime import workdir
+
+
+def test_content_of_a_lock_is_ignored(tmp_path):
+  (tmp_path / "lock").write_bytes(b"\xff" * 300)
+  with workdir.hold(tmp_path):
+    assert (tmp_path / "lock").read_text().startswith("pid ")
+    (tmp_path / "lock").write_bytes(b"\xff" * 300)
+    with pytest.raises(errors.ConfigError, match="is in use"), workdir.hold(
+        tmp_path):
+      pass
+
+
+def test_full_disk_is_a_storage_error(tmp_path):
+  """Not a ConfigError: there may be space when the run is started again."""
+  run = tmp_path / "run"
+  with small_disk.mounted(tmp_path):
+    run.mkdir()
+    (run / "config.json").touch()  # Directory entries need space, too.
+    (run / "config.json").unlink()
+    with (tmp_path / "other").open("wb", 0) as f:
+      with pytest.raises(OSError, match="No space"):
+        while True:
+          f.write(bytes(4096))
+      for enter in (lambda: workdir.hold(run).__enter__(),
+                    lambda: workdir.claim(schema.Experiment(), run)):
+        with pytest.raises(errors.StorageError, match="No space left") as e:
+          enter()
+        assert e.value.exit_code == 1
+      f.truncate(0)
+    with workdir.hold(run):
+      workdir.claim(schema.Experiment(), run)
+      workdir.claim(schema.Experiment(), run)
+    shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("name", ["lock", "config.tmp", "config.json"])
+def test_obstacle_is_named(tmp_path, name):
+  (tmp_path / name).mkdir()
+  with (pytest.raises(errors.ConfigError, match=f"Is a directory.*{name}"),
+        workdir.hold(tmp_path)):
+    workdir.claim(schema.Experiment(), tmp_path)
+
+
+def test_keys_of_another_version_are_refused_in_one_line(tmp_path):
+  path = tmp_path / "config.json"
+  saved = json.dumps({"task": "classification", "train": {"mixup": 0.8}})
+  path.write_text(saved)
+  with pytest.raises(errors.ConfigError) as caught:
+    workdir.claim(schema.Experiment(), tmp_path)
+  assert str(caught.value) == (
+      f"--workdir: {path} cannot be used (was written by another version of "
+      "metaformer_jax: there is no key task, train.mixup); choose a new folder")
+  assert path.read_text() == saved
+
+
+@pytest.mark.parametrize("mark", "[]*?")
+def test_path_that_orbax_would_expand_is_refused(tmp_path, mark, monkeypatch):
+  folder = tmp_path / f"a{mark}b"
+  folder.mkdir()
+  monkeypatch.chdir(folder)  # Of a relative path, too.
+  for path in (folder / "run", pathlib.Path("run")):
+    with pytest.raises(errors.ConfigError, match=re.escape(
+        f"--workdir: {folder}/run has {mark} in it, from which checkpoints "
+        "cannot be restored; choose a path without [ ] * ?")):
+      workdir.check_path(path)
+  workdir.check_path(tmp_path / "run")
