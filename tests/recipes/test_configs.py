@@ -130,8 +130,8 @@ def test_ablation_is_the_papers_model(variant):
     assert model != metaformer_jax.create_model("poolformer_s12")
 
 
-@pytest.mark.parametrize("form", [
-    "folder", pytest.param("tfds", marks=pytest.mark.configs)])
+@pytest.mark.configs
+@pytest.mark.parametrize("form", ["folder", "tfds"])
 def test_s24_trains_on_imagenet(form, imagenet, tmp_path):
   if form == "tfds":
     pytest.importorskip("tensorflow_datasets")
