@@ -48,7 +48,7 @@ def random_resized_crop_box(
 
 def resize_shorter(picture: Image.Image, size: tuple[int, int],
                    interpolation: str) -> Image.Image:
-  """Resizes to the smallest picture of the same ratio that covers a size.
+  """Resizes, keeping the aspect ratio, so that both sides reach a size.
 
   Args:
     picture: RGB.
