@@ -1,5 +1,6 @@
 """Eight fake devices, and strictness, for every test; set before jax starts."""
 
+import gc
 import os
 import tempfile
 
@@ -10,7 +11,12 @@ os.environ["XLA_FLAGS"] = " ".join(
      # would end the process after 40 seconds.
      "--xla_cpu_collective_call_terminate_timeout_seconds=600",
      # Most of the time is compilation, and most programs run once.
-     "--xla_backend_optimization_level=0"]).strip()
+     "--xla_backend_optimization_level=0",
+     "--xla_cpu_use_fusion_emitters=false"]).strip()
+# Programs are many small objects that stay: collecting more often takes a
+# quarter of the time.
+gc.set_threshold(50_000, 20, 100)
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
