@@ -9,9 +9,11 @@ import importlib
 __version__ = "0.1.0"
 
 _WHERE = {
+    "check_mixer": "models.check_mixer",
     "create_model": "models.registry",
     "get_spec": "models.registry",
     "list_models": "models.registry",
+    "load": "inference",
     "load_pretrained": "checkpoints.pretrained",
 }
 

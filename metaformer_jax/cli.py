@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from metaformer_jax import errors
-from metaformer_jax.config import paths
+from metaformer_jax.config import own, paths, saved, typed
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.runtime import workdir as workdir_lib
@@ -41,6 +41,10 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics, curves. A run "
     "in it is resumed. Default: runs/NAME_OF_THE_CONFIG.")
 
+_ALLOW_IMPORT = flags.DEFINE_list(
+    "allow_import", [], "Modules of your own that --config_json, or the folder "
+    "or file of config.init, may name, separated by commas. A config file and "
+    "the command line may name any.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, with several processes; by "
     "default from SLURM, Open MPI or the Cloud TPU.")
@@ -55,16 +59,18 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
 
 def run(main: Callable[[Experiment, pathlib.Path], None], *,
-        elsewhere: bool = False) -> None:
+        elsewhere: bool = False, of_run: bool = False) -> None:
   """Parses the command line, runs `main` and ends the process.
 
   Args:
     main: called with the experiment and the workdir.
     elsewhere: whether the experiment is for another machine, so that the data,
       the weights and the workdir need not exist on this one.
+    of_run: whether the experiment is that of the workdir's run if the command
+      line names no config.
   """
   with one_line_errors():
-    cfg, workdir = parse(elsewhere)
+    cfg, workdir = parse(elsewhere, of_run)
     start_logging()
     main(cfg, workdir)
 
@@ -102,7 +108,14 @@ def one_line_errors():
 
 def resolve(config: Mapping[str, Any], files: bool = True) -> Experiment:
   """`config.resolve.resolve`, with the checks of the data's sources."""
-  return config_lib.resolve(config, files, also=_check_data)
+  return config_lib.resolve(config, files, also=_check_data,
+                            allowed=_allowed())
+
+
+def _allowed() -> list[str]:
+  """The modules of --allow_import."""
+  # Tools with an argument parser, and notebooks, do not parse the flags.
+  return _ALLOW_IMPORT.value if flags.FLAGS.is_parsed() else []
 
 
 def _check_data(cfg: Experiment, files: bool) -> Iterable[str]:
@@ -112,10 +125,11 @@ def _check_data(cfg: Experiment, files: bool) -> Iterable[str]:
   return sources.check(cfg, files)
 
 
-def parse(elsewhere: bool = False) -> tuple[Experiment, pathlib.Path]:
+def parse(elsewhere: bool = False,
+          of_run: bool = False) -> tuple[Experiment, pathlib.Path]:
   """Returns the experiment and the workdir of the command line.
 
-  `elsewhere` is as for `run`.
+  The arguments are as for `run`.
 
   Raises:
     ConfigError: the command line, the file or the config is wrong.
@@ -131,8 +145,8 @@ def parse(elsewhere: bool = False) -> tuple[Experiment, pathlib.Path]:
     print(_help())
     sys.exit(0)
   cleared = _check_overrides()
-  json_path = _read_json()
-  config = _load()
+  json_path = _read_json(of_run)
+  config = _load(json_path)
   logging.getLogger("absl").setLevel(logging.WARNING)
   with config.unlocked():
     for key in cleared:
@@ -161,7 +175,7 @@ def _check_overrides() -> list[str]:
     The optional keys that are set to None, which ml_collections cannot do;
     their overrides are removed from sys.argv.
   """
-  known, optional = config_lib.keys(), config_lib.optional_keys()
+  known, optional = typed.keys(), typed.optional_keys()
   rest, cleared = sys.argv[:1], []
   for arg in sys.argv[1:]:
     match = _OVERRIDE.fullmatch(arg)
@@ -170,9 +184,10 @@ def _check_overrides() -> list[str]:
     if inside:
       raise errors.ConfigError(f"config.{key}: is a section; set one of its "
                                f"keys, e.g. config.{inside[0]}")
-    if key is not None and key not in known:
+    # A task of the user's own has keys that are not known here.
+    if key is not None and key not in known and not key.startswith("task."):
       raise errors.ConfigError(
-          f"config.{key}: no such key{config_lib.did_you_mean(key)}")
+          f"config.{key}: no such key{typed.did_you_mean(key)}")
     if key in optional and value == "None":
       cleared.append(key)
     else:
@@ -181,28 +196,44 @@ def _check_overrides() -> list[str]:
   return cleared
 
 
-def _read_json() -> str | None:
+def _given(flag: str) -> list[str]:
+  """The values of a flag, --flag=VALUE or --flag VALUE.
+
+  The command line can only be parsed once the config's keys are known.
+  """
+  line = "\n".join([*sys.argv[1:], ""])
+  return re.findall(rf"^--?{flag}[=\n](.*)\n", line, re.MULTILINE)
+
+
+def _read_json(of_run: bool) -> str | None:
   """Reads the file of --config_json into the flag `config`.
 
+  Args:
+    of_run: whether to read the config.json of --workdir without such a flag.
+
   Returns:
-    Its path; None if the flag is not given.
+    Its path; None if the config is not read from JSON.
   """
-  # --config_json=PATH or --config_json PATH; overrides can only be parsed once
-  # the config is known.
-  line = "\n".join([*sys.argv[1:], ""])
-  paths = re.findall(r"^--?config_json[=\n](.*)\n", line, re.MULTILINE)
+  paths, allowed = _given("config_json"), ",".join(_given("allow_import"))
+  if of_run and not paths and not _given("config") and _given("workdir"):
+    workdir = pathlib.Path(_given("workdir")[0]).expanduser()
+    config = typed.as_config(saved.read_run(workdir, allowed.split(",")))
+    config.init = None  # The run has read it.
+    delattr(flags.FLAGS, "config")
+    config_flags.DEFINE_config_dict("config", config)
+    return str(workdir / "config.json")
   if not paths:
     return None
-  if len(paths) > 1 or re.search(r"^--?config[=\n]", line, re.MULTILINE):
+  if len(paths) > 1 or _given("config"):
     raise errors.ConfigError(
         "--config_json: cannot be combined with another config; give one")
-  config = config_lib.read_json(pathlib.Path(paths[0]))
+  config = saved.read_json(pathlib.Path(paths[0]), allowed.split(","))
   delattr(flags.FLAGS, "config")
   config_flags.DEFINE_config_dict("config", config)
   return paths[0]
 
 
-def _load() -> ml_collections.ConfigDict:
+def _load(json_path: str | None) -> ml_collections.ConfigDict:
   """Parses the flags, which runs the config file and applies the overrides."""
   missing = ("--config: is missing; give e.g. --config=configs/quickstart.py, "
              "or --config_json")
@@ -229,7 +260,7 @@ def _load() -> ml_collections.ConfigDict:
   if len(rest) > 1:
     raise errors.ConfigError(
         f"command line: {rest[1]!r} is not a flag; write --flag=value")
-  if not (flags.FLAGS["config"].present or _CONFIG_JSON.present):
+  if not (flags.FLAGS["config"].present or json_path):
     raise errors.ConfigError(missing)
   if isinstance(config, dict):
     config = ml_collections.ConfigDict(config)
@@ -254,6 +285,27 @@ def start_jax(cfg: Experiment):
                            _PROCESS_INDEX.value)
 
 
+def start(cfg: Experiment):
+  """Starts jax, imports what is the user's own, and fills in derived values.
+
+  Returns:
+    The experiment with nothing left open, its task, and the mesh.
+
+  Raises:
+    ConfigError: as `start_jax` and `tasks.create`, on all processes; or they
+      have found different values.
+    WorkerLostError: a process did not start.
+  """
+  mesh = start_jax(cfg)
+  from metaformer_jax import tasks  # noqa: PLC0415
+  from metaformer_jax.runtime import processes  # noqa: PLC0415
+
+  with processes.agreeing():
+    cfg, task = tasks.create(cfg)
+  processes.require_same(own.fingerprints(cfg))
+  return cfg, task, mesh
+
+
 def _help() -> str:
   """The flags, and every key of a config with its default and meaning."""
   lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
@@ -262,7 +314,7 @@ def _help() -> str:
   lines += [f"  --{flag.name}  {flag.help}" for flag in
             flags.FLAGS.get_key_flags_for_module(sys.modules["__main__"])]
   lines += ["", "Keys of a config, and their defaults:"]
-  lines += [f"  --config.{line}" for line in config_lib.describe()]
+  lines += [f"  --config.{line}" for line in typed.describe()]
   return "\n".join(lines)
 
 
@@ -299,6 +351,10 @@ def _explain_file(error: BaseException) -> str:
     reason = ""
   if isinstance(error, errors.UserError):
     return f"{file}: {reason}"
+  if isinstance(error, KeyError) and any(
+      arg.startswith(f"--config.task.{reason}=") for arg in sys.argv):
+    key = f"task.{reason}"  # Of an override, which ml_collections looks up.
+    return f"config.{key}: no such key{typed.did_you_mean(key)}"
   if not re.match(r"[\w.]*(Error|Exception|Interrupt)\b", reason):
     reason = f"{type(error).__name__}: {reason}"
   return f"{file}: {reason}"

@@ -13,12 +13,11 @@ from metaformer_jax.config.schema import Experiment
 
 def main(cfg: Experiment, workdir: pathlib.Path) -> None:
   """Runs a checked experiment."""
-  mesh = cli.start_jax(cfg)
+  cfg, task, mesh = cli.start(cfg)
   # Imported late, so that a mistake is reported at once.
-  from metaformer_jax import tasks  # noqa: PLC0415
   from metaformer_jax.training import loop  # noqa: PLC0415
 
-  loop.train_and_evaluate(cfg, tasks.create(cfg), mesh, workdir)
+  loop.train_and_evaluate(cfg, task, mesh, workdir)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
       model=schema.Model(name="poolformer_s12"),
       task=tasks.Classification(image_size=args.image_size),
       train=schema.Train(batch_size=args.batch_size, ema_decay=0.9999))
-  task = classification.create(cfg)
+  task = classification.create(cfg)[1]
   mesh = devices.make_mesh(cfg)
   tx, schedule = optim.create(cfg, 1000, 100.0)
   state = jax.jit(lambda: state_lib.create(task, tx, 0, 0.9999))()

@@ -82,17 +82,22 @@ def experiment(settings):
   from metaformer_jax import tasks  # noqa: PLC0415
   try:
     from metaformer_jax.config import resolve as config_lib  # noqa: PLC0415
+    from metaformer_jax.config import typed  # noqa: PLC0415
     from metaformer_jax.runtime import devices  # noqa: PLC0415
   except ImportError:
     from metaformer_jax import config as config_lib  # noqa: PLC0415
     from metaformer_jax.training import sharding as devices  # noqa: PLC0415
+    typed = config_lib
 
-  known, config = config_lib.keys(), config_lib.default()
+  known, config = typed.keys(), typed.default()
   config.update_from_flattened_dict({
       key if key in known else RENAMED[key]: value
       for key, value in (_SMALL | settings).items()})
-  cfg = config_lib.resolve(config)
-  return cfg, tasks.create(cfg), devices.make_mesh(cfg)
+  made = tasks.create(config_lib.resolve(config))
+  if not isinstance(made, tuple):
+    made = config_lib.resolve(config), made
+  cfg, task = made
+  return cfg, task, devices.make_mesh(cfg)
 
 
 def programs(cfg, task, mesh):

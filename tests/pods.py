@@ -14,8 +14,7 @@ import time
 
 import small_runs
 
-from metaformer_jax.config import resolve as config
-from metaformer_jax.config import schema, tasks
+from metaformer_jax.config import schema, tasks, typed
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -23,7 +22,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 def small(**sections) -> schema.Experiment:
   """A short run with everything that is random, averaged or saved."""
   return schema.Experiment(**({
-      "model": schema.Model(depths=(1,), dims=(16,), token_mixers=("pooling",),
+      "model": schema.Model(name="poolformer_s12", depths=(1,), dims=(16,),
+                            token_mixers=("pooling",),
                             drop_path_rate=0.5),
       "task": tasks.Classification(num_classes=10, image_size=16, mixup=0.8,
                                    cutmix=1.0, erasing=0.25),
@@ -41,24 +41,34 @@ def start(cfg: schema.Experiment, workdir: pathlib.Path, n_processes: int,
           ) -> list[subprocess.Popen]:
   """Starts the processes, each with n_devices; stderr goes to files."""
   path = folder / f"{workdir.name}.json"
-  path.write_text(config.to_json(cfg))
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+  path.write_text(typed.to_json(cfg))
   started = []
-  for i in range(n_processes):
-    others = [] if n_processes == 1 else [
-        f"--coordinator=127.0.0.1:{port}", f"--process_index={i}",
-        f"--process_count={n_processes}"]
+  for i, others in enumerate(flags_of(n_processes)):
     with (folder / f"{workdir.name}.{i}").open("w") as stderr:
       started.append(subprocess.Popen(
           [sys.executable, "-m", "metaformer_jax.main",
            f"--config_json={path}", f"--workdir={workdir}", *others, *flags],
-          cwd=ROOT, stderr=stderr, env={
-              **os.environ, "PYTHONPATH": str(ROOT), **(env or {}), "XLA_FLAGS":
-              f"--xla_force_host_platform_device_count={n_devices} "
-              "--xla_backend_optimization_level=0"}))
+          cwd=ROOT, stderr=stderr, env=environment(n_devices) | (env or {})))
   return started
+
+
+def flags_of(n_processes: int) -> list[list[str]]:
+  """By which each process of a run finds the others."""
+  if n_processes == 1:
+    return [[]]
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  return [[f"--coordinator=127.0.0.1:{port}", f"--process_index={i}",
+           f"--process_count={n_processes}"] for i in range(n_processes)]
+
+
+def environment(n_devices: int) -> dict[str, str]:
+  """Of a process with that many fake devices."""
+  return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS":
+          f"--xla_force_host_platform_device_count={n_devices} "
+          "--xla_backend_optimization_level=0 "
+          "--xla_cpu_use_fusion_emitters=false"}
 
 
 def said(folder: pathlib.Path, workdir: pathlib.Path, i: int = 0) -> str:

@@ -2,7 +2,7 @@
 
 import line_task
 
-from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import typed
 from metaformer_jax.config.schema import Data, Experiment, Train
 from metaformer_jax.preflight import compilation, hlo, report, topologies
 from metaformer_jax.runtime import devices
@@ -29,7 +29,7 @@ def line_on(name, *, values=1, **train):
 
 def small_experiment():
   """A PoolFormer with four blocks on 32x32 images; compiles in seconds."""
-  config = config_lib.default()
+  config = typed.default()
   config.model.name = "poolformer_s12"
   config.task.num_classes = 10
   config.model.depths = (1, 1, 1, 1)

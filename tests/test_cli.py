@@ -12,10 +12,11 @@ import shlex
 import command_line
 import pytest
 
-from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import typed
 
 GOOD = "--config=configs/quickstart.py"
-FOLDER = "--config=configs/poolformer_s12.py --config.data.path=TMP/data"
+FOLDER = ("--config=configs/poolformer_s12.py --config.data.path=TMP/data "
+          "--config.task.num_classes=None")
 
 
 def _case(args, *says):
@@ -102,7 +103,8 @@ LINES = [_case(*row) for row in [
 
 # The text of a config file; indented text is put after _HEAD.
 _HEAD = ("from metaformer_jax import config as c\n\ndef get_config():\n"
-         "  config = c.default()\n  config.data.source = 'digits'\n")
+         "  config = c.default()\n  config.data.source = 'digits'\n"
+         "  config.model.name = 'poolformer_s12'\n")
 FILES = {
     "no_function": ("x = 1\n", "get_config"),
     "syntax": ("def get_config(:\n", "SyntaxError", "line 1"),
@@ -124,8 +126,8 @@ FILES = {
             "config.optim.eps: nan"),
     "bool": ("  config.train.batch_size = True\n  return config\n",
              "config.train.batch_size: True is not an int"),
-    "none": ("  config.data.mean = None\n  return config\n",
-             "config.data.mean: None"),
+    "none": ("  config.task.crop_area = None\n  return config\n",
+             "config.task.crop_area: None"),
     "unset": ("  config.eval.batch_size = config.train.get_ref('steps')\n"
               "  return config\n", "config.eval.batch_size: None"),
     "returns_none": ("get_config = lambda: None\n", "get_config() ", "None"),
@@ -203,7 +205,8 @@ HOSTILE = [_case(*row) for row in [
 # An experiment as data; files that are not are in test_security.py.
 JSON = "--config_json=TMP/part.json"
 PART = ('{"data": {"source": "digits"}, "optim": {"base_lr": 1},'
-        ' "model": {"depths": [1, 2, 3, 4]}, "mesh": {"rules": [["k", -1]]}}')
+        ' "model": {"name": "poolformer_s12", "depths": [1, 2, 3, 4]},'
+        ' "mesh": {"rules": [["k", -1]]}}')
 AS_JSON = [_case(*row) for row in [
     ("--config_json", "--config_json", "Missing value"),
     ("--config_json=", "--config_json: ", "is not a file"),
@@ -333,7 +336,7 @@ def test_the_other_entry_points_take_json(tmp):
 def test_help_names_every_flag_and_key():
   done = command_line.python(["-m", "metaformer_jax.main", "--help"])
   assert (done.returncode, done.stderr) == (0, "")
-  keys = config_lib.keys()
+  keys = typed.keys()
   for name in ("config", "config_json", "workdir",
                *(f"config.{key}" for key in keys)):
     assert f"--{name}" in done.stdout

@@ -21,6 +21,7 @@ from PIL import Image
 
 from metaformer_jax.checkpoints import manifest
 from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import saved
 from metaformer_jax.convert import files
 from metaformer_jax.data import images
 
@@ -29,7 +30,7 @@ ROOM = 2**29
 LOADERS = {
     "weights": files.read_tensors,
     "config": lambda path: config_lib.resolve(
-        config_lib.read_json(pathlib.Path(path))),
+        saved.read_json(pathlib.Path(path))),
     "step": lambda path: manifest.verify(pathlib.Path(path)),
     "picture": lambda path: images.decode(pathlib.Path(path).read_bytes()),
 }

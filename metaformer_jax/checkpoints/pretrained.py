@@ -2,16 +2,17 @@
 
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaformer_jax import errors
+from metaformer_jax import errors, imports
 from metaformer_jax.checkpoints import manager as checkpoints
-from metaformer_jax.config import paths
+from metaformer_jax.config import paths, saved
+from metaformer_jax.config.model import Model
 from metaformer_jax.convert import adapt, files, layouts
 from metaformer_jax.models import registry
 
@@ -22,11 +23,17 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
                     num_classes: int | None = None, in_chans: int = 3,
                     input_size: int | tuple[int, int] | None = None,
                     head_21k: bool = False, rng: jax.Array | None = None,
+                    allow_import: str | Sequence[str] = (),
                     **overrides: Any) -> dict[str, Any]:
   """Returns the variables of a model from a file or folder of weights.
 
+  If the weights tell how they were made, as a run's do, its hyper-parameters,
+  number of classes and image size are the defaults; others that change what the
+  weights compute are an error.
+
   Args:
-    name: one of `metaformer_jax.list_models()`.
+    name: one of `metaformer_jax.list_models()`, or the import path of a user's
+      own.
     path: a .safetensors or .pth file in the official layout, timm's or Hugging
       Face transformers', recognised by its names; a safetensors file that
       `tools.convert` wrote with the names used here; or a run's workdir, its
@@ -34,7 +41,7 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
       one).
     num_classes: of the model. If the file has another number, the last layer is
       re-initialised; 0 omits the head, which the file may omit as well. By
-      default the published number, which the file must have.
+      default the run's or the published number, which the file must have.
     in_chans: channels of the images. If not 3, those of the stem are summed or
       repeated as in timm.
     input_size: side, or height and width, of the images, by default the
@@ -43,6 +50,7 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
     head_21k: from a head of ImageNet-21K's 21,841 classes, take those of
       ImageNet-1K, as the official tool does; the model must have 1000.
     rng: key for a re-initialised last layer.
+    allow_import: names of modules that the weights may name in import paths.
     **overrides: hyper-parameters, as for `create_model`.
 
   Returns:
@@ -52,14 +60,29 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
     ValueError: unknown name or hyper-parameter, or an invalid number.
     WeightsError: one line that lists everything in the file that does not fit.
   """
-  spec = registry.get_spec(name)
-  size = spec.input_size if input_size is None else input_size
+  own = imports.is_path(name)
+  spec = None if own else registry.get_spec(name)
+  if not own:
+    spec.override(**overrides)  # Raises if a name is unknown.
+  published, size = ((None, None) if own else
+                     (spec.num_classes, spec.input_size))
+  made = saved.read_weights(
+      paths.local("", path, errors.WeightsError),
+      [allow_import] if isinstance(allow_import, str) else allow_import)
+  if made is not None:
+    published = made.task.num_classes or published
+    size = made.task.input_size or size
+    overrides = _with_defaults(made.model, name, overrides, path)
+  size = size if input_size is None else input_size
+  if own and None in (size, num_classes or published):
+    raise ValueError(f"{path} does not tell for which images and classes {name}"
+                     " was made: give input_size and num_classes")
   height, width = (size, size) if isinstance(size, int) else size
   if min(height, width, in_chans) < 1 or (num_classes or 0) < 0:
     raise ValueError(
         "num_classes must be at least 0, in_chans and input_size at least 1, "
         f"got {num_classes}, {in_chans} and {input_size}")
-  if head_21k and (num_classes or spec.num_classes) != 1000:
+  if head_21k and (num_classes or published) != 1000:
     raise ValueError("head_21k gives 1000 classes: set num_classes=1000 and a "
                      "model without _in21k in its name")
   image = jnp.zeros((1, height, width, in_chans))
@@ -68,12 +91,12 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
     return registry.create_model(name, num_classes=n, **overrides)
 
   # To omit a head that the file has, its shape must be known.
-  whole = make(num_classes or None)
+  whole = make(num_classes or published)
   target = jax.eval_shape(whole.init, jax.random.key(0), image)
   kept = target if num_classes != 0 else jax.eval_shape(
       make(0).init, jax.random.key(0), image)
-  variables = read(path, spec.family, target, (height, width), kept=kept,
-                   new_head=num_classes is not None and not head_21k,
+  variables = read(path, spec and spec.family, target, (height, width),
+                   kept=kept, new_head=num_classes is not None and not head_21k,
                    head_21k=head_21k)
   missing = layouts.flatten(kept).keys() - layouts.flatten(variables)
   if missing:
@@ -87,14 +110,34 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
   return jax.tree.map(jnp.asarray, variables)
 
 
-def read(path: str | pathlib.Path, family: str, target: Mapping[str, Any],
-         image_size: tuple[int, int], *, kept: Mapping[str, Any] | None = None,
-         new_head: bool = False, head_21k: bool = False) -> dict[str, Any]:
+def _with_defaults(made: Model, name: str, overrides: Mapping[str, Any],
+                   path: str | pathlib.Path) -> dict[str, Any]:
+  """The hyper-parameters with which weights were made, then the overrides.
+
+  Raises:
+    WeightsError: the named model would compute something else with them.
+  """
+  same = name == made.name
+  merged = {**(made.overrides() if same else {}), **overrides}
+  known = {k: v for k, v in merged.items() if k in vars(made)}
+  wanted = Model(name=name, **known)
+  different = saved.model_differences(made, wanted)
+  if different:
+    raise errors.WeightsError(
+        f"{path}: was made with other hyper-parameters than asked for: "
+        f"{'; '.join(different)}")
+  return merged
+
+
+def read(path: str | pathlib.Path, family: str | None,
+         target: Mapping[str, Any], image_size: tuple[int, int], *,
+         kept: Mapping[str, Any] | None = None, new_head: bool = False,
+         head_21k: bool = False) -> dict[str, Any]:
   """Reads weights into the shapes of `target`, as variables of numpy arrays.
 
   Args:
     path: as for `load_pretrained`.
-    family: `ModelSpec.family`.
+    family: `ModelSpec.family`; None for weights with our names only.
     target: variables of the whole model, or their shapes.
     image_size: (height, width) of the model's images.
     kept: the part of `target` to return; all by default. The rest may be

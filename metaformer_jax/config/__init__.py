@@ -7,7 +7,7 @@ dataclasses can be imported without ml_collections.
 
 def __getattr__(name):
   if name == "default":
-    from metaformer_jax.config import resolve  # noqa: PLC0415
+    from metaformer_jax.config import typed  # noqa: PLC0415
 
-    return resolve.default
+    return typed.default
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

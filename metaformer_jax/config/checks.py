@@ -8,8 +8,8 @@ import os
 import re
 from collections.abc import Iterator
 
-from metaformer_jax import errors
-from metaformer_jax.config import paths
+from metaformer_jax import errors, imports
+from metaformer_jax.config import paths, tasks
 from metaformer_jax.config.schema import Experiment, Log
 from metaformer_jax.models import registry
 
@@ -26,13 +26,9 @@ def check(cfg: Experiment, files: bool = True) -> Iterator[str]:
     files: whether the files that it names must be on this machine; False if it
       is for another one.
   """
-  try:
-    spec = registry.get_spec(cfg.model.name)
-  except ValueError as e:
-    yield f"config.model.name: {e}"
-  else:
-    yield from _check_model(cfg, spec)
-  yield from cfg.task.check(cfg, files)
+  if not isinstance(cfg.task, tasks.Own):  # It may have a model of its own.
+    yield from _check_model(cfg)
+  yield from check_task(cfg, files)
   yield from _check_train(cfg)
   yield from _check_mesh(cfg)
   if files:
@@ -53,6 +49,13 @@ def _check_train(cfg: Experiment) -> Iterator[str]:
     n = getattr(getattr(cfg, section), key)
     if n > _MAX_EPOCHS:
       yield f"config.{section}.{key}: {n} is above the largest, {_MAX_EPOCHS}"
+
+
+def check_task(cfg: Experiment, files: bool) -> Iterator[str]:
+  """The task section's checks; an own task's only after it was imported."""
+  yield from cfg.task.check(cfg, files)
+  if isinstance(cfg.task, tasks.Own):
+    return
   try:
     _ = cfg.best_measure
   except errors.ConfigError as e:
@@ -73,7 +76,19 @@ def nearest_multiple(value: int, divisor: int) -> int:
   return max(divisor, (value + divisor // 2) // divisor * divisor)
 
 
-def _check_model(cfg: Experiment, spec) -> Iterator[str]:
+def _check_model(cfg: Experiment) -> Iterator[str]:
+  name = cfg.model.name
+  if name is None:
+    yield ("config.model.name: is missing; name a model of "
+           "metaformer_jax.list_models(), or give weights in config.init")
+    return
+  if imports.is_path(name):
+    return
+  try:
+    spec = registry.get_spec(name)
+  except ValueError as e:
+    yield f"config.model.name: {e}"
+    return
   overrides = cfg.model.overrides()
   for key in overrides:
     if not spec.has(key):

@@ -8,7 +8,10 @@ import types
 import typing
 from typing import Any
 
-from metaformer_jax import errors
+from metaformer_jax import errors, imports
+
+# Of a field that a task of the user's own declares without `option`.
+_NO_LIMITS = dict.fromkeys(("low", "high", "above", "choices", "own", "each"))
 
 # Steps are counted in int32, and runs compute in float32.
 _MAX_INT, _MIN_FLOAT, _MAX_FLOAT = 2**31 - 1, 2.0**-126, 2.0**128
@@ -63,7 +66,7 @@ def convert(value, field):
     raise ValueError("is not a tuple")
   if len(value) > _MAX_LENGTH:
     raise ValueError(f"has more than {_MAX_LENGTH} items")
-  length = field.metadata["length"]
+  length = field.metadata.get("length")
   if length is not None and len(value) != length:
     raise ValueError(f"has {len(value)} items, not {length}")
   item = typing.get_args(kind)[0]
@@ -87,6 +90,7 @@ def convert(value, field):
 
 def _convert_one(value, kind, limits):
   """One value of `kind` within its limits."""
+  limits = {**_NO_LIMITS, **limits}
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     try:
       value = float(value)
@@ -112,9 +116,11 @@ def _convert_one(value, kind, limits):
     _check_text(value)
   if limits["each"] == "odd" and value % 2 == 0:
     raise ValueError(f"is even; nearest: {value + 1}")
-  if limits["choices"] and value not in limits["choices"]:
+  if limits["choices"] and value not in limits["choices"] and not (
+      limits["own"] and imports.is_path(value)):
+    own = " or an import path, module:name" if limits["own"] else ""
     raise ValueError(
-        f"is not a choice{errors.did_you_mean(value, limits['choices'])}")
+        f"is not a choice{own}{errors.did_you_mean(value, limits['choices'])}")
   return value
 
 

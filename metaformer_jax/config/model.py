@@ -9,27 +9,29 @@ import functools
 import operator
 from typing import Any
 
-from metaformer_jax.models import registry, settings
+from metaformer_jax.models import options, registry, settings
 
 
 @dataclasses.dataclass(frozen=True)
 class _Named:
   """The network. Hyper-parameters left at None are as the named model's."""
 
-  name: str = settings.option(
-      "poolformer_s12", "a name of metaformer_jax.list_models()")
-  dtype: str = settings.option(
+  name: str | None = options.option(
+      None, "a name of metaformer_jax.list_models(), or an import path, "
+      "module:name; None: that of config.init")
+  dtype: str = options.option(
       "float32", "of the computation; parameters are float32",
       choices=("float32", "bfloat16"))
 
   def overrides(self) -> dict[str, Any]:
     """The hyper-parameters that are set: keywords for `create_model`.
 
-    Without drop_path_rate, which always is.
+    Without drop_path_rate if it is 0.
     """
-    named = {"drop_path_rate", *(f.name for f in dataclasses.fields(_Named))}
+    named = {f.name for f in dataclasses.fields(_Named)}
     return {k: v for k, v in vars(self).items()
-            if k not in named and v is not None}
+            if k not in named and v is not None
+            and (k, v) != ("drop_path_rate", 0)}
 
 
 def _declarations() -> dict[str, dict[str, dataclasses.Field]]:

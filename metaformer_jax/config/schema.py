@@ -1,7 +1,9 @@
 """What an experiment is: frozen dataclasses, each value with its limits.
 
 Defaults are declared here, in `config.tasks` and in `models.settings`, and
-nowhere else. `resolve` makes an `Experiment` of a `ConfigDict` or of JSON.
+nowhere else. `resolve` makes an `Experiment` of a `ConfigDict`. Values that are
+None follow from others: from the model or `init` (`derived`), or from the data
+(`tasks.create`).
 """
 
 import dataclasses
@@ -10,14 +12,14 @@ from typing import Any
 from metaformer_jax import errors
 from metaformer_jax.config import tasks
 from metaformer_jax.config.model import Model
-from metaformer_jax.models.settings import option
+from metaformer_jax.models.options import option
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
   """The data set: where it is, and how it is read."""
 
-  source: str = option("folder", "kind of data set",
+  source: str = option("folder", "kind of data set", own=True,
                        choices=("digits", "folder", "idx", "tfds"))
   path: str | None = option(
       None, "folder: has a folder per split, with a folder per class; idx: has "
@@ -27,10 +29,10 @@ class Data:
       None, "folder: the folder's name; tfds: the split; None: the source's "
       "default")
   eval_split: str | None = option(None, "as train_split")
-  mean: tuple[float, ...] = option(
-      (0.485, 0.456, 0.406), "of R, G, B in [0, 1]", low=0, high=1, length=3)
-  std: tuple[float, ...] = option(
-      (0.229, 0.224, 0.225), "of R, G, B in [0, 1]", above=0, length=3)
+  mean: tuple[float, ...] | None = option(
+      None, "of R, G, B in [0, 1]; None: the model's", low=0, high=1, length=3)
+  std: tuple[float, ...] | None = option(
+      None, "of R, G, B in [0, 1]; None: the model's", above=0, length=3)
   max_pixels: int = option(
       50_000_000, "an image with more pixels counts as bad and is not decoded",
       low=1)
@@ -98,6 +100,9 @@ class Train:
   max_skipped: int = option(
       10, "steps whose loss or gradient is not finite are skipped; the run "
       "ends after this many in a row", low=1)
+  freeze: tuple[str, ...] = option(
+      (), "parameters that are not trained, as patterns of their paths "
+      "(stage1/*); backbone: all that weights can be loaded into but the head")
   ema_decay: float = option(
       0.0, "decay of the moving average of the parameters and BatchNorm's "
       "statistics, which is what is evaluated; 0: none", low=0, high=0.999999)
@@ -159,7 +164,8 @@ class Experiment:
 
   task: tasks.Task = dataclasses.field(default_factory=tasks.Classification)
   init: str | None = option(
-      None, "initial weights: safetensors, .pth or the workdir of a run")
+      None, "initial weights: safetensors, .pth or the workdir of a run; the "
+      "model is theirs if model.name is None")
   seed: int = option(0, "of initialisation, data order and augmentation",
                      low=0, high=2**31 - 1)
   model: Model = dataclasses.field(default_factory=Model)

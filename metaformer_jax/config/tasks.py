@@ -6,11 +6,11 @@ its task; what all tasks share is in `schema`.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from metaformer_jax import errors
 from metaformer_jax.config import paths, policies
-from metaformer_jax.models.settings import option
+from metaformer_jax.models.options import option
 
 if TYPE_CHECKING:
   from metaformer_jax.config.schema import Experiment
@@ -79,13 +79,18 @@ class Classification(Task):
   RESUMABLE = ("eval_labels", "real_path")
 
   name: str = option("classification", "what is learned")
-  num_classes: int = option(1000, "outputs of the model's head", low=1)
-  image_size: int = option(224, "side of the square input in pixels", low=1)
-  crop_pct: float = option(
-      0.9, "evaluation: resize the shorter side to floor(image_size / "
-      "crop_pct), then crop the centre", low=0.1, high=1)
-  interpolation: str = option("bicubic", "of the evaluation's resize",
-                              choices=("bilinear", "bicubic"))
+  num_classes: int | None = option(
+      None, "outputs of the model's head; None: the data's classes", low=1)
+  class_names: tuple[str, ...] | None = option(
+      None, "names of the classes; None: the data's, if it has any")
+  image_size: int | None = option(
+      None, "side of the square input in pixels; None: the model's", low=1)
+  crop_pct: float | None = option(
+      None, "evaluation: resize the shorter side to floor(image_size / "
+      "crop_pct), then crop the centre; None: the model's", low=0.1, high=1)
+  interpolation: str | None = option(
+      None, "of the evaluation's resize; None: the model's",
+      choices=("bilinear", "bicubic"))
   train_interpolation: str = option(
       "random", "of the training crop's resize; random: either one, per image",
       choices=("bilinear", "bicubic", "random"))
@@ -130,8 +135,8 @@ class Classification(Task):
   real_path: str | None = option(None, "eval_labels=real: path of real.json")
 
   @property
-  def input_size(self) -> tuple[int, int]:
-    return self.image_size, self.image_size
+  def input_size(self) -> tuple[int, int] | None:
+    return self.image_size and (self.image_size, self.image_size)
 
   def check(self, cfg: "Experiment", files: bool) -> Iterator[str]:
     yield from self._check_images(cfg)
@@ -148,12 +153,18 @@ class Classification(Task):
     if self.eval_labels != "split" and cfg.data.source != "folder":
       yield (f"config.task.eval_labels: {self.eval_labels} needs "
              f"config.data.source=folder, not {cfg.data.source}")
+    names, n = self.class_names, self.num_classes
+    if None not in (names, n) and len(names) != n:
+      yield (f"config.task.class_names: {len(names)} names, but "
+             f"config.task.num_classes is {n}")
     if files and self.eval_labels == "real" and not _is_file(self.real_path):
       yield (f"config.task.real_path: {self.real_path!r} is not a file; give "
              "real.json of github.com/google-research/reassessed-imagenet")
 
   def _check_images(self, cfg: "Experiment") -> Iterator[str]:
     side = self.image_size
+    if side is None:
+      return
     if side > _MAX_SIDE:
       yield f"config.task.image_size: {side} is above the largest, {_MAX_SIDE}"
       return
@@ -170,6 +181,20 @@ def _is_file(path: str | None) -> bool:
     return path is not None and paths.local("", path).is_file()
   except errors.ConfigError:
     return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(Task):
+  """The section of a user's own task until its module is imported.
+
+  Attributes:
+    name: import path of the task.
+    settings: the other keys of the section, which the task declares.
+  """
+
+  MEASURES = ()
+
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 TASKS: Mapping[str, type[Task]] = {"classification": Classification}

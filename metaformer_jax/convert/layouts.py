@@ -110,15 +110,18 @@ def _derived(numbers: dict[str, int], embedded: set[int]) -> dict[str, int]:
   return derived
 
 
-def recognize(family: str, keys: Iterable[str], names: Iterable[str]) -> str:
+def recognize(family: str | None, keys: Iterable[str],
+              names: Iterable[str]) -> str:
   """The layout that has most of the keys; "flax" for our own flat names.
+
+  `family` None has our own names only.
 
   Raises:
     WeightsError: no layout has any of the keys.
   """
   keys, names = set(keys), list(names)
   shared = {"flax": len(keys.intersection(names))}
-  for layout in rules.RULES[family]:
+  for layout in _rules(family):
     theirs = {e.key for e in entries(family, layout, names).values()}
     shared[layout] = len(keys & theirs)
   best = max(shared, key=shared.get)
@@ -130,13 +133,13 @@ def recognize(family: str, keys: Iterable[str], names: Iterable[str]) -> str:
   return best
 
 
-def to_flax(family: str, tensors: Tensors, target: Mapping[str, Any],
+def to_flax(family: str | None, tensors: Tensors, target: Mapping[str, Any],
             adapt: Adapt = lambda name, value, shape: value, *,
             unwanted: Collection[str] = ()) -> dict[str, Any]:
   """Converts a whole model; each tensor is used once, each target filled.
 
   Args:
-    family: `ModelSpec.family`.
+    family: `ModelSpec.family`; None for weights with our names only.
     tensors: named as in any layout of the family.
     target: variables of the model, or their shapes and dtypes.
     adapt: called with each flat name, converted array and shape in the target.
@@ -195,16 +198,20 @@ def to_flax(family: str, tensors: Tensors, target: Mapping[str, Any],
   return unflatten(made)
 
 
-def check_layout(family: str, layout: str) -> None:
+def _rules(family: str | None) -> Mapping[str, Any]:
+  return {} if family is None else rules.RULES[family]
+
+
+def check_layout(family: str | None, layout: str) -> None:
   """Raises WeightsError if the family's weights have no such layout."""
-  known = [*rules.RULES[family], "flax"]
+  known = [*_rules(family), "flax"]
   if layout not in known:
     raise errors.WeightsError(
         f"layout {layout!r} is not known for this model"
         f"{errors.did_you_mean(layout, known)}")
 
 
-def to_torch(family: str, variables: Mapping[str, Any], layout: str,
+def to_torch(family: str | None, variables: Mapping[str, Any], layout: str,
              ) -> dict[str, np.ndarray]:
   """Inverse of `to_flax`: tensors by the names of a layout.
 

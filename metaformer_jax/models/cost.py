@@ -27,7 +27,13 @@ class Cost(NamedTuple):
 
 
 def of_model(model: nn.Module, image_size: int) -> Cost:
-  """Counts a model of [B, image_size, image_size, 3] images.
+  """Counts a model of [B, image_size, image_size, 3] images; as `of_inputs`."""
+  return of_inputs(model, jax.ShapeDtypeStruct(
+      (1, image_size, image_size, 3), jnp.float32))
+
+
+def of_inputs(model: nn.Module, *inputs: Any) -> Cost:
+  """Counts a model for what its `init` takes: arrays, or their shapes.
 
   The multiply-accumulates are those of matrix products and convolutions.
   Like fvcore, which the first paper used, this adds 5 for each output value of
@@ -48,11 +54,10 @@ def of_model(model: nn.Module, image_size: int) -> Cost:
       normalizing += 5 * y.size
     return y
 
-  image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
   with nn.intercept_methods(note):
     # Initialisation is a forward pass; drawing values has no products.
     traced, variables = jax.make_jaxpr(model.init, return_shape=True)(
-        jax.random.key(0), image)
+        jax.random.key(0), *inputs)
 
   def count(collection):
     leaves = jax.tree.leaves(variables.get(collection, {}))

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
 
-from metaformer_jax import errors
+from metaformer_jax import errors, imports
 from metaformer_jax.models import activations, norms, settings
 
 # timm's trunc_normal_(std=0.02) truncates at +-2, which is 100 standard
@@ -51,9 +51,12 @@ def lookup(table, kind: str, name):
 
   Raises:
     ValueError: the name is unknown; the message has the nearest one.
+    ConfigError: it is an import path of which nothing can be imported.
   """
   if not isinstance(name, str):
     return name
+  if imports.is_path(name):
+    return imports.load(name)
   if name not in table:
     raise ValueError(
         f"unknown {kind} {name!r}{errors.did_you_mean(name, table)}")

@@ -86,10 +86,11 @@ class Stage(nn.Module):
 class MetaFormer(settings.MetaFormer, nn.Module):
   """Stages of MetaFormer blocks, and a head.
 
-  `settings.MetaFormer` declares the hyper-parameters. In Python, an element of
-  `token_mixers` can also be a factory, called as `factory(dim=..., dtype=...,
-  name=...)`; likewise `norm` (eps, use_bias, dtype, name) and `activation`
-  (name). Not obvious from their names:
+  `settings.MetaFormer` declares the hyper-parameters. An element of
+  `token_mixers` can also be a factory, or the import path of one, as
+  "my_mixers:Shift"; it is called as `factory(dim=..., dtype=..., name=...)`.
+  Likewise `norm` (eps, use_bias, dtype, name) and `activation` (name). Not
+  obvious from their names:
 
   Attributes:
     layer_scale_init: 0 or None for no LayerScale.
@@ -136,10 +137,10 @@ class MetaFormer(settings.MetaFormer, nn.Module):
 
   def _mixer(self, i: int) -> mixers.MixerFactory:
     """The stage's mixer, with the hyper-parameters that it shares with self."""
-    mixer = self.token_mixers[i]
-    if not isinstance(mixer, str):
+    name = self.token_mixers[i]
+    mixer = layers.lookup(mixers.MIXERS, "token mixer", name)
+    if mixer not in mixers.MIXERS.values():  # A user's own.
       return mixer
-    mixer = layers.lookup(mixers.MIXERS, "token mixer", mixer)
     return functools.partial(mixer, **self._shared(mixer))
 
   def _shared(self, cls: Callable[..., Any]) -> dict[str, Any]:

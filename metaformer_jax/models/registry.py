@@ -3,7 +3,7 @@
 import fnmatch
 from typing import Any
 
-from metaformer_jax import errors
+from metaformer_jax import errors, imports
 from metaformer_jax.models import baselines, compared, poolformer, pyramids
 from metaformer_jax.models import spec as spec_lib
 
@@ -30,7 +30,8 @@ def create_model(name: str, *, num_classes: int | None = None,
   """Builds the Linen module of a named model.
 
   Args:
-    name: one of `list_models()`.
+    name: one of `list_models()`; or the import path of a user's own, which is
+      called with the other arguments, without the overrides' checks.
     num_classes: outputs of the head, by default as published; 0 builds no
       head, and the model returns the pooled features.
     dtype: of the computation, e.g. `jnp.bfloat16`; None is float32.
@@ -45,7 +46,11 @@ def create_model(name: str, *, num_classes: int | None = None,
 
   Raises:
     ValueError: unknown name or hyper-parameter.
+    ConfigError: it is an import path of something else.
   """
+  if imports.is_path(name):
+    return imports.call(name, "a model, model(num_classes=, dtype=)",
+                        num_classes=num_classes, dtype=dtype, **overrides)
   spec = get_spec(name)
   settings = spec.override(**overrides)
   if num_classes is None:

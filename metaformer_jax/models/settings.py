@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator
 
 from metaformer_jax.models import limits
+from metaformer_jax.models.options import REQUIRED, option
 
 # Of a ResNet block's convolutions: kernel sizes, channels in units of the
 # stage's width, and which one has the stride.
@@ -17,27 +18,6 @@ RESNET_BLOCKS = {
     "basic": ((3, 3), (1, 1), 1),
     "bottleneck": ((1, 3, 1), (1, 1, 4), 2),
 }
-
-REQUIRED = dataclasses.MISSING
-
-
-def option(default, help_text, *, low=None, high=None, above=None, choices=None,
-           length=None, each=None):
-  """A dataclass field with its meaning and limits.
-
-  Args:
-    default: the value if a config does not set it, or `REQUIRED`.
-    help_text: what it is, and its unit.
-    low, high: inclusive bounds of a number, or of each number of a tuple.
-    above: exclusive lower bound.
-    choices: the valid values of a string, or of each string of a tuple.
-    length: of a tuple.
-    each: `"odd"` for odd numbers only.
-  """
-  return dataclasses.field(default=default, metadata={
-      "help": help_text, "low": low, "high": high, "above": above,
-      "choices": choices, "length": length, "each": each})
-
 
 def _pyramid(stride, dims) -> dict[str, tuple[int, int]]:
   """Of stages that each halve the image, the first at this stride."""
@@ -53,11 +33,24 @@ class Family:
   """
 
   drop_path_rate: float = option(
-      0.0, "stochastic depth of the last block", low=0, high=0.999)
+      0.0, "stochastic depth of the last block", low=0, high=0.999,
+      role="training")
 
   def feature_info(self) -> dict[str, tuple[int, int]]:
     """Stride and channels of each output of the model's `features`."""
     raise NotImplementedError
+
+  def differences(self, other: "Family",
+                  roles: tuple[str, ...] = ("function",)) -> list[str]:
+    """The names of the hyper-parameters that the other has differently.
+
+    Args:
+      other: of the same family.
+      roles: of the hyper-parameters to compare; see `options.option`.
+    """
+    return [f.name for f in dataclasses.fields(self)
+            if f.metadata["role"] in roles
+            and getattr(self, f.name) != getattr(other, f.name)]
 
   def check_structure(self) -> Iterator[str]:
     """Yields what is wrong for every image size and number of classes."""
@@ -85,7 +78,8 @@ class Family:
 class Dropout:
   """Of models with dropout in the blocks."""
 
-  drop_rate: float = option(0.0, "dropout in the blocks", low=0, high=0.999)
+  drop_rate: float = option(0.0, "dropout in the blocks", low=0, high=0.999,
+                            role="training")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -108,7 +102,7 @@ class ConvInit:
   """Of all convolutions of a MetaFormer."""
 
   conv_init: str = option(
-      "torch", "initial weights of the convolutions",
+      "torch", "initial weights of the convolutions", role="training",
       choices=("torch", "trunc_normal"))
 
 
@@ -117,21 +111,22 @@ class Convolution(ConvInit):
   """Of the mixers "depthwise_conv" and "sepconv"."""
 
   conv_kernel_size: int = option(
-      3, "of depthwise_conv and sepconv", low=1, each="odd")
+      3, "of depthwise_conv and sepconv", low=1, each="odd", role="shape")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Attention:
   """Of the mixer "attention"."""
 
-  attention_proj_bias: bool = option(True, "attention ends with a bias")
+  attention_proj_bias: bool = option(True, "attention ends with a bias",
+                                     role="shape")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Activation:
   """Of the MLPs and the mixer "sepconv"."""
 
-  activation: str = option("gelu", "of MLPs and sepconv", choices=(
+  activation: str = option("gelu", "of MLPs and sepconv", own=True, choices=(
       "gelu", "relu", "silu", "squared_relu", "star_relu"))
 
 
@@ -139,41 +134,47 @@ class Activation:
 class MetaFormerBlock(Activation, Dropout):
   """Of the blocks of a MetaFormer, whatever their mixer."""
 
-  mlp_ratio: float = option(4.0, "hidden / outer channels; 0: no MLP", low=0)
-  mlp_bias: bool = option(True, "the MLPs have biases")
+  mlp_ratio: float = option(4.0, "hidden / outer channels; 0: no MLP", low=0,
+                            role="shape")
+  mlp_bias: bool = option(True, "the MLPs have biases", role="shape")
   residual: bool = option(True, "blocks add to their input")
   layer_scale_init: float = option(
-      1e-5, "initial value of LayerScale; 0: none")
+      1e-5, "initial value of LayerScale; 0: none", role="shape")
 
 
 @dataclasses.dataclass(kw_only=True)
 class MetaFormer(Pooling, Convolution, Attention, MetaFormerBlock, Family):
   """MetaFormers, with PoolFormer's defaults (arXiv 2111.11418)."""
 
-  depths: tuple[int, ...] = option(REQUIRED, "blocks of each stage", low=1)
-  dims: tuple[int, ...] = option(REQUIRED, "channels of each stage", low=1)
+  depths: tuple[int, ...] = option(REQUIRED, "blocks of each stage", low=1,
+                                     role="shape")
+  dims: tuple[int, ...] = option(REQUIRED, "channels of each stage", low=1,
+                                   role="shape")
   token_mixers: tuple[str, ...] = option(
-      ("pooling",) * 4, "mixer of each stage", choices=(
+      ("pooling",) * 4, "mixer of each stage", own=True, choices=(
           "attention", "depthwise_conv", "identity", "pooling", "random",
           "sepconv", "spatial_fc"))
   position_embeddings: tuple[int, ...] = option(
-      (), "stages, from 1, that begin by adding one", low=1)
-  norm: str = option("group_norm", "of the blocks", choices=(
+      (), "stages, from 1, that begin by adding one", low=1, role="shape")
+  norm: str = option("group_norm", "of the blocks", own=True, choices=(
       "batch_norm", "group_norm", "layer_norm", "none"))
   norm_eps: float = option(1e-5, "epsilon of the norms", above=0)
-  norm_bias: bool = option(True, "the norms have a bias")
+  norm_bias: bool = option(True, "the norms have a bias", role="shape")
   res_scale_init: tuple[float, ...] = option(
-      (), "initial value of ResScale in each stage, 0: none; empty: none")
-  in_patch_size: int = option(7, "kernel of the stem", low=1)
+      (), "initial value of ResScale in each stage, 0: none; empty: none",
+      role="shape")
+  in_patch_size: int = option(7, "kernel of the stem", low=1, role="shape")
   in_stride: int = option(4, "stride of the stem", low=1)
   in_pad: int = option(2, "padding of the stem", low=0)
   downsample_norm: bool = option(
-      False, "LayerNorm after the stem and before the other downsamplings")
+      False, "LayerNorm after the stem and before the other downsamplings",
+      role="shape")
   head_norm_first: bool = option(
       True, "the head's norm comes before the mean over pixels")
-  head: str = option("linear", "classifier", choices=("linear", "mlp"))
+  head: str = option("linear", "classifier", choices=("linear", "mlp"),
+                     role="shape")
   head_drop_rate: float = option(
-      0.0, "dropout of the head", low=0, high=0.999)
+      0.0, "dropout of the head", low=0, high=0.999, role="training")
 
   def feature_info(self) -> dict[str, tuple[int, int]]:
     return _pyramid(self.in_stride, self.dims)
@@ -220,11 +221,14 @@ class ResNet(Family):
   """ResNets (arXiv 1512.03385)."""
 
   block: str = option(REQUIRED, "kind of the blocks",
-                      choices=tuple(RESNET_BLOCKS))
-  depths: tuple[int, ...] = option(REQUIRED, "blocks of each stage", low=1)
+                      choices=tuple(RESNET_BLOCKS), role="shape")
+  depths: tuple[int, ...] = option(REQUIRED, "blocks of each stage", low=1,
+                                     role="shape")
   widths: tuple[int, ...] = option(
-      (64, 128, 256, 512), "channels of each stage's 3x3 convolutions", low=1)
-  drop_rate: float = option(0.0, "dropout before the head", low=0, high=0.999)
+      (64, 128, 256, 512), "channels of each stage's 3x3 convolutions", low=1,
+      role="shape")
+  drop_rate: float = option(0.0, "dropout before the head", low=0, high=0.999,
+                            role="training")
 
   def feature_info(self) -> dict[str, tuple[int, int]]:
     _, (*_, expansion), _ = RESNET_BLOCKS[self.block]
@@ -245,20 +249,22 @@ class ResNet(Family):
 class PyramidVisionTransformer(NormEps, Dropout, Family):
   """PVT (arXiv 2102.12122)."""
 
-  depths: tuple[int, ...] = option(REQUIRED, "blocks of each stage", low=1)
+  depths: tuple[int, ...] = option(REQUIRED, "blocks of each stage", low=1,
+                                     role="shape")
   dims: tuple[int, ...] = option(
-      (64, 128, 320, 512), "channels of each stage", low=1)
+      (64, 128, 320, 512), "channels of each stage", low=1, role="shape")
   n_heads: tuple[int, ...] = option(
       (1, 2, 5, 8), "attention heads in each stage", low=1)
   mlp_ratios: tuple[float, ...] = option(
       (8.0, 8.0, 4.0, 4.0), "hidden / outer channels of each stage's MLPs",
-      above=0)
+      above=0, role="shape")
   sr_ratios: tuple[int, ...] = option(
       (8, 4, 2, 1), "stride that reduces keys and values in each stage; 1 in "
-      "the last", low=1)
+      "the last", low=1, role="shape")
   patch_size: int = option(4, "side of a patch in the first stage, pixels",
-                           low=1)
-  qkv_bias: bool = option(True, "queries, keys and values have a bias")
+                           low=1, role="shape")
+  qkv_bias: bool = option(True, "queries, keys and values have a bias",
+                          role="shape")
 
   def feature_info(self) -> dict[str, tuple[int, int]]:
     return _pyramid(self.patch_size, self.dims)
@@ -295,9 +301,9 @@ class PyramidVisionTransformer(NormEps, Dropout, Family):
 class OneStage(Family):
   """Base of the models that cut the image into patches once."""
 
-  patch_size: int = option(16, "side of a patch, pixels", low=1)
-  dim: int = option(REQUIRED, "channels", low=1)
-  depth: int = option(REQUIRED, "blocks", low=1)
+  patch_size: int = option(16, "side of a patch, pixels", low=1, role="shape")
+  dim: int = option(REQUIRED, "channels", low=1, role="shape")
+  depth: int = option(REQUIRED, "blocks", low=1, role="shape")
 
   def feature_info(self) -> dict[str, tuple[int, int]]:
     return {"stage4": (self.patch_size, self.dim)}
@@ -322,7 +328,7 @@ class OneMlp(Dropout, OneStage):
   """Base of those with one MLP in a block."""
 
   mlp_ratio: float = option(
-      4.0, "hidden / outer channels of the MLPs", above=0)
+      4.0, "hidden / outer channels of the MLPs", above=0, role="shape")
 
   def check_size(self, side: int, num_classes: int) -> Iterator[str]:
     yield from super().check_size(side, num_classes)
@@ -335,7 +341,7 @@ class VisionTransformer(NormEps, OneMlp):
 
   n_heads: int = option(REQUIRED, "attention heads", low=1)
   distilled: bool = option(
-      False, "a distillation token with a head of its own")
+      False, "a distillation token with a head of its own", role="shape")
 
   def check_structure(self) -> Iterator[str]:
     yield from limits.check_heads("dim", self.dim, self.n_heads)
@@ -350,7 +356,7 @@ class MlpMixer(NormEps, OneStage):
 
   mlp_ratio: tuple[float, ...] = option(
       (0.5, 4.0), "hidden channels of the MLPs over patches and over channels, "
-      "both / dim", above=0, length=2)
+      "both / dim", above=0, length=2, role="shape")
 
   def check_size(self, side: int, num_classes: int) -> Iterator[str]:
     yield from super().check_size(side, num_classes)
@@ -367,7 +373,8 @@ class MlpMixer(NormEps, OneStage):
 class ResMLP(OneMlp):
   """ResMLP (arXiv 2105.03404)."""
 
-  layer_scale_init: float = option(1e-4, "initial value of LayerScale")
+  layer_scale_init: float = option(1e-4, "initial value of LayerScale",
+                                   role="shape")
 
   def block_params(self, n_patches: int) -> float:
     return n_patches**2 + 2 * self.mlp_ratio * self.dim**2

@@ -7,7 +7,7 @@ train/ and val/; with `config.data.source="tfds"` and
 
 import ml_collections
 
-from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import typed
 from metaformer_jax.models import registry
 
 
@@ -19,19 +19,13 @@ def imagenet(name: str, *, drop_path_rate: float) -> ml_collections.ConfigDict:
   random erasing and label smoothing. The learning rate is 1e-3 for a batch of
   1024 and scales with it.
   """
-  spec = registry.get_spec(name)
-  config = config_lib.default()
+  config = typed.default()
   config.model.name = name
-  config.task.num_classes = spec.num_classes
+  config.task.num_classes = registry.get_spec(name).num_classes
   config.model.drop_path_rate = drop_path_rate
   config.model.dtype = "bfloat16"
   config.data.source = "folder"
   config.data.path = "~/data/imagenet"
-  config.task.image_size = spec.input_size
-  config.task.crop_pct = spec.crop_pct
-  config.task.interpolation = spec.interpolation
-  config.data.mean = spec.mean
-  config.data.std = spec.std
   config.task.auto_augment = "rand-m9-mstd0.5-inc1"
   config.data.workers = -1
   config.optim.base_lr = 1e-3

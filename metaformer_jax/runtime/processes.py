@@ -6,6 +6,7 @@ with all, and later a process that fails alone ends at once.
 """
 
 import contextlib
+import json
 import logging
 import os
 import pathlib
@@ -202,6 +203,27 @@ def agreeing() -> Iterator[None]:
     if i == jax.process_index():
       raise failure
     raise kind(message if said == own else f"process {i}: {message}")
+
+
+def require_same(values: Mapping[str, str]) -> None:
+  """Checks that all processes have the same values; all must call it.
+
+  Args:
+    values: short texts, by what they are.
+
+  Raises:
+    ConfigError: on all processes, if any two differ; names what does.
+  """
+  if jax.process_count() == 1:
+    return
+  first, *others = map(json.loads, _exchange(json.dumps(values)))
+  for i, theirs in enumerate(others, 1):
+    different = [name for name in first if theirs.get(name) != first[name]]
+    if different or theirs.keys() != first.keys():
+      raise errors.ConfigError(
+          f"process {i} differs from process 0 in "
+          f"{', '.join(different or sorted(theirs.keys() ^ first.keys()))}; "
+          "all hosts need the same configuration, data and modules")
 
 
 @contextlib.contextmanager

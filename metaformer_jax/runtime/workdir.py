@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import fcntl
+import json
+import logging
 import os
 import pathlib
 import re
@@ -10,8 +12,10 @@ import socket
 from collections.abc import Iterator
 
 from metaformer_jax import errors
-from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import own, saved, typed
 from metaformer_jax.config.schema import Experiment
+
+log = logging.getLogger(__name__)
 
 # Orbax expands these in the whole path, so that nothing could be restored.
 _PATTERN = re.compile(r"[\[\]*?]")
@@ -66,7 +70,7 @@ def claim(cfg: Experiment, workdir: pathlib.Path) -> None:
   path = workdir / "config.json"
   if path.is_file():
     try:
-      different = config_lib.differences(cfg, path)
+      different = saved.differences(cfg, path)
     except (OSError, ValueError) as e:
       raise errors.ConfigError(
           f"--workdir: {path} cannot be used ({e}); choose a new folder") from e
@@ -75,7 +79,26 @@ def claim(cfg: Experiment, workdir: pathlib.Path) -> None:
           f"--workdir: {workdir} has another experiment "
           f"({'; '.join(different)}); choose a new folder")
   with _writing():
-    write(path, config_lib.to_json(cfg))
+    write(path, typed.to_json(cfg))
+    _note_modules(cfg, workdir)
+
+
+def _note_modules(cfg: Experiment, workdir: pathlib.Path) -> None:
+  """Keeps digests of the user's own modules; warns of those that changed."""
+  digests = {name: own.digest(name) for name in own.modules(cfg)}
+  if not digests:
+    return
+  path = workdir / "modules.json"
+  try:
+    before = dict(json.loads(path.read_text()))
+  except (OSError, ValueError, TypeError):
+    before = {}
+  for name in digests:
+    if before.get(name, digests[name]) != digests[name]:
+      log.warning("the module %s has changed since the run in %s was started",
+                  name, workdir)
+  write(path, json.dumps(digests, indent=2) + "\n")
+  own.remember(workdir)
 
 
 def write(path: pathlib.Path, text: str) -> None:

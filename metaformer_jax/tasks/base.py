@@ -54,17 +54,23 @@ class Backbone(NamedTuple):
   Warm start, layer-wise decay and the rules of weight decay find it by this.
 
   Attributes:
-    family: of the conversion rules for its weights (`ModelSpec.family`).
+    family: of the conversion rules for its weights (`ModelSpec.family`); None
+      for a model of the user's own, whose weights have our names only.
     path: of its module in the variables of `Task.model`, as "backbone"; empty
       if it is the whole model.
     input_size: height and width of the images that it is initialised with.
     classifier: the same network with the head that files of weights have.
   """
 
-  family: str
+  family: str | None
   path: str
   input_size: tuple[int, int]
   classifier: nn.Module
+
+
+# What a run asks of a task; `preprocess` and `postprocess` are for tools.
+REQUIRED = ("model", "pretrained", "rng_names", "init_inputs", "train_batches",
+            "loss", "predict", "make_data", "make_evaluators")
 
 
 class Task(Protocol):
@@ -119,4 +125,7 @@ class Task(Protocol):
 
   def postprocess(self, outputs: Any,
                   example: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What `predict` gave for one example, without its batch, for a user."""
+    """What `predict` gave for one example, without its batch, for a user.
+
+    `example` is that of `preprocess`.
+    """

@@ -11,14 +11,15 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from metaformer_jax import errors
+from metaformer_jax import errors, imports
+from metaformer_jax.config import checks, derived, typed
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.data import loader, sources
 from metaformer_jax.data.sources import real_labels
 from metaformer_jax.data.transforms import classification as transforms
 from metaformer_jax.evaluation import topk
 from metaformer_jax.models import registry
-from metaformer_jax.tasks import base, mixing
+from metaformer_jax.tasks import base, mixing, own_models
 
 
 def normalize(image: jax.Array, mean, std) -> jax.Array:
@@ -47,12 +48,12 @@ class Classification:
     cfg = self.cfg.model
     return registry.create_model(
         cfg.name, num_classes=self.cfg.task.num_classes,
-        drop_path_rate=cfg.drop_path_rate, dtype=jnp.dtype(cfg.dtype),
-        **cfg.overrides())
+        dtype=jnp.dtype(cfg.dtype), **cfg.overrides())
 
   @property
   def pretrained(self) -> base.Backbone:
-    family = registry.get_spec(self.cfg.model.name).family
+    name = self.cfg.model.name
+    family = None if imports.is_path(name) else registry.get_spec(name).family
     return base.Backbone(family, "", self.cfg.task.input_size, self.model)
 
   def init_inputs(self) -> tuple[jax.Array]:
@@ -105,11 +106,11 @@ class Classification:
     train = split == "train"
     labels = "split" if train else cfg.task.eval_labels
     source = sources.create(cfg.data, split, numbered=labels == "number")
-    if source.n_classes is not None and (
-        source.n_classes > cfg.task.num_classes):
+    n, outputs = source.n_classes, cfg.task.num_classes
+    if n is not None and (n > outputs or (train and n < outputs)):
       raise errors.ConfigError(
-          f"config.task.num_classes: {cfg.task.num_classes}, but the {split} "
-          f"data has labels of {source.n_classes} classes")
+          f"config.task.num_classes: {outputs}, but the {split} data has "
+          f"labels of {n} classes; None is the training data's number")
     if labels == "real":
       source = real_labels.RealLabels(source, cfg.task.real_path,
                                       cfg.task.num_classes)
@@ -133,15 +134,48 @@ class Classification:
 
     Returns:
       {"classes": int [C], the most probable first; "probabilities": float32
-      [C], of these classes}.
+      [C], of these classes; "names": theirs, if they are known}.
     """
     del example
     logits = np.asarray(outputs, np.float32)
     classes = np.argsort(-logits, kind="stable")
     exponents = np.exp(logits - logits.max())
-    return {"classes": classes,
-            "probabilities": (exponents / exponents.sum())[classes]}
+    found = {"classes": classes,
+             "probabilities": (exponents / exponents.sum())[classes]}
+    names = self.cfg.task.class_names
+    return found | ({"names": [names[i] for i in classes]} if names else {})
 
 
-def create(cfg: Experiment) -> base.Task:
-  return Classification(cfg)
+def create(cfg: Experiment,
+           files: bool = True) -> tuple[Experiment, base.Task]:
+  """As `tasks.create`."""
+  cfg = derived.fill(cfg)
+  own_models.check(cfg)
+  task = cfg.task
+  n, names = task.num_classes, task.class_names
+  if n is None or (names is None and files):
+    n, names = _classes(cfg, n)
+  cfg = dataclasses.replace(cfg, task=dataclasses.replace(
+      task, num_classes=n, class_names=names))
+  typed.refuse(checks.check(cfg, files=False))  # The settings with n outputs.
+  return cfg, Classification(cfg)
+
+
+def _classes(cfg: Experiment,
+             outputs: int | None) -> tuple[int, tuple[str, ...] | None]:
+  """Number and names of the classes, from the training data."""
+  try:
+    n, names = sources.classes(cfg.data)
+  except errors.ConfigError as e:
+    if outputs is not None:  # `make_data` reports it, where data is needed.
+      return outputs, None
+    raise errors.ConfigError(
+        f"config.task.num_classes: None, and the data does not tell it: {e}"
+        ) from e
+  if outputs is None and n is None:
+    raise errors.ConfigError(
+        "config.task.num_classes: None, and config.data.source = "
+        f"{cfg.data.source} does not know the number of its classes; set it")
+  if outputs is None:
+    outputs = n
+  return outputs, tuple(names) if names and len(names) == outputs else None

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from metaformer_jax import cli, errors
-from metaformer_jax.config import schema, tasks
+from metaformer_jax.config import derived, schema, tasks
 from metaformer_jax.data import loader, sources
 from metaformer_jax.data.transforms import classification as transforms
 
@@ -59,10 +59,10 @@ def write_jpegs(folder: pathlib.Path, n: int = 300) -> None:
 
 def measure(path: str, workers: int, n_rounds: int) -> dict[str, float]:
   """The best of n rounds over all images, after a warm-up: {"core", "wall"}."""
-  cfg = schema.Experiment(
+  cfg = derived.fill(schema.Experiment(
       task=tasks.Classification(auto_augment=AUGMENT),
       data=schema.Data(path=path, workers=workers, threads=1),
-      train=schema.Train(batch_size=50))
+      train=schema.Train(batch_size=50)))
   data = loader.create(
       cfg, "train", sources.create(cfg.data, "train"),
       transforms.TrainTransform(cfg.data, cfg.task), n_devices=1,

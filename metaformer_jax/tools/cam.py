@@ -22,13 +22,10 @@ import numpy as np
 from flax import linen as nn
 from PIL import Image
 
-from metaformer_jax import cli, errors, tasks
-from metaformer_jax.checkpoints import pretrained
-from metaformer_jax.config import paths, schema
-from metaformer_jax.config import resolve as config_lib
-from metaformer_jax.config import tasks as task_config
-from metaformer_jax.models import mlp_mixer, pvt, registry, vit
-from metaformer_jax.tasks import base, classification
+from metaformer_jax import cli, errors, inference
+from metaformer_jax.config import tasks
+from metaformer_jax.models import mlp_mixer, pvt, vit
+from metaformer_jax.tasks import classification
 
 log = logging.getLogger("metaformer_jax.tools.cam")
 
@@ -135,83 +132,38 @@ def overlay(image: np.ndarray, cam: np.ndarray, *, alpha: float = 0.5,
   return ((1 - alpha) * image + alpha * colours).round().astype(np.uint8)
 
 
-def experiment(name: str) -> schema.Experiment:
-  """The published classifier of a model of the table.
-
-  Raises:
-    ConfigError: there is no such model.
-  """
-  try:
-    spec = registry.get_spec(name)
-  except ValueError as e:
-    raise errors.ConfigError(f"--model: {e}") from e
-  return schema.Experiment(
-      task=task_config.Classification(
-          num_classes=spec.num_classes, image_size=spec.input_size,
-          crop_pct=spec.crop_pct, interpolation=spec.interpolation),
-      model=schema.Model(name=name),
-      data=schema.Data(mean=spec.mean, std=spec.std))
-
-
-def _experiment(name: str | None, weights: str) -> schema.Experiment:
-  """That of the run whose workdir `weights` is, else of the named model."""
-  workdir = paths.local("--weights", weights)
-  if not (workdir / "config.json").is_file():
-    if name is None:
-      raise errors.ConfigError("--model: is missing; give e.g. "
-                               "--model=poolformer_s12")
-    return experiment(name)
-  try:
-    cfg = config_lib.read_run(workdir)
-  except errors.ConfigError as e:
-    raise errors.ConfigError(f"--weights: {e}") from e
-  if name not in (None, cfg.model.name):
-    raise errors.ConfigError(
-        f"--model: {name}, but {weights} is a run of {cfg.model.name}")
-  return cfg
-
-
-def read_example(path: str | pathlib.Path,
-                 task: base.Task) -> dict[str, np.ndarray]:
-  """Reads an image as an example of a task.
-
-  Raises:
-    ConfigError: it cannot be read or decoded.
-  """
-  try:
-    return task.preprocess(pathlib.Path(path).expanduser().read_bytes())
-  except Exception as e:  # Of many types, as Pillow's are.
-    raise errors.ConfigError(f"{path} cannot be used as an image: {e}") from e
-
-
 def main(args: argparse.Namespace) -> None:
   """Draws the map that the command line names."""
   if pathlib.Path(args.output).suffix != ".png":
     raise errors.ConfigError(f"--output: {args.output} does not end with .png")
-  cfg = _experiment(args.model, args.weights)
+  try:
+    loaded = inference.load(args.weights, model=args.model,
+                            allow_import=args.allow_import.split(","))
+  except errors.ConfigError as e:
+    raise errors.ConfigError(f"--weights: {e}") from e
+  cfg, task = loaded.cfg, loaded.task
+  if not isinstance(cfg.task, tasks.Classification):
+    raise errors.ConfigError(
+        f"--weights: {args.weights} is of the task {cfg.task.name}; only "
+        "classifiers have maps of classes")
   n = cfg.task.num_classes
   if args.label is not None and not 0 <= args.label < n:
     raise errors.ConfigError(
         f"--class: {args.label} is not one of the model's {n}, from 0")
-  task = tasks.create(cfg)
-  example = read_example(args.image, task)
-  batch = {name: value[None] for name, value in example.items()}
   try:
-    published = registry.get_spec(cfg.model.name).num_classes
-    variables = pretrained.load_pretrained(
-        # With a number, a head that does not fit would be re-initialised.
-        cfg.model.name, args.weights,
-        num_classes=None if n == published else n,
-        input_size=cfg.task.input_size, **cfg.model.overrides())
-    outputs = jax.jit(task.predict)(variables, batch)
+    example = loaded.preprocess(args.image)
+    batch = {name: value[None] for name, value in example.items()}
+    outputs = jax.jit(task.predict)(loaded.variables, batch)
     found = task.postprocess(np.asarray(outputs[0]), example)
     label = int(found["classes"][0]) if args.label is None else args.label
     images = classification.normalize(
         batch["image"], cfg.data.mean, cfg.data.std)
     maps = jax.jit(functools.partial(grad_cam, task.model, stage=args.stage))(
-        variables, images, jnp.array([label]))
+        loaded.variables, images, jnp.array([label]))
   except ValueError as e:
     raise errors.ConfigError(f"command line: {e}") from e
+  except errors.DataError as e:
+    raise errors.ConfigError(f"--image: {e}") from e
   if not maps.any():
     log.warning("nothing in %s supports class %d: the map is zero", args.image,
                 label)
@@ -228,7 +180,10 @@ def main(args: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
   """The command line."""
   parser = cli.Parser(__doc__, "cam")
-  parser.add_argument("--model", help="a name of metaformer_jax.list_models()")
+  parser.add_argument("--model", help="a name of metaformer_jax.list_models(), "
+                      "for weights that do not tell it")
+  parser.add_argument("--allow_import", default="", help="modules of your own "
+                      "that the weights may name, separated by commas")
   parser.add_argument("--weights", required=True,
                       help="safetensors, .pth, or a run's workdir")
   parser.add_argument("--image", required=True, help="an image file")

@@ -19,8 +19,7 @@ from typing import Any
 
 from metaformer_jax import cli, errors
 from metaformer_jax.checkpoints import manifest
-from metaformer_jax.config import paths, schema, tasks
-from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import paths, saved, schema, tasks
 from metaformer_jax.runtime import workdir as workdir_lib
 
 
@@ -133,7 +132,7 @@ def _best_measure(args: argparse.Namespace,
   cfg = schema.Experiment()
   if (workdir / "config.json").exists():
     try:
-      cfg = config_lib.read_run(workdir)
+      cfg = saved.read_run(workdir)
     except errors.ConfigError as e:
       if not args.best_metric:
         raise errors.ConfigError(f"{e}; give --best_metric") from e

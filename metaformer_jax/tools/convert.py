@@ -11,6 +11,8 @@ with strict=True.
 """
 
 import argparse
+import dataclasses
+import json
 import logging
 import pathlib
 from typing import Any
@@ -18,10 +20,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from metaformer_jax import cli, errors
+from metaformer_jax import cli, errors, imports, inference
 from metaformer_jax.checkpoints import pretrained
-from metaformer_jax.config import paths
-from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import saved, schema, typed
 from metaformer_jax.convert import files, layouts
 from metaformer_jax.models import registry
 
@@ -33,67 +34,100 @@ def main(args: argparse.Namespace) -> None:
   if pathlib.Path(args.output).suffix != ".safetensors":
     raise errors.ConfigError(
         f"--output: {args.output} does not end with .safetensors")
-  name, settings = _model(args)
   try:
-    spec = registry.get_spec(name)
-    layouts.check_layout(spec.family, args.layout)
+    made, path = inference.experiment(args.input, args.model,
+                                      args.allow_import.split(","))
+  except errors.ConfigError as e:
+    raise errors.ConfigError(f"--input: {e}") from e
+  name, overrides = made.model.name, made.model.overrides()
+  own = imports.is_path(name)
+  spec = None if own else registry.get_spec(name)
+  family = None if own else spec.family
+  try:
+    layouts.check_layout(family, args.layout)
+    if args.layout != "flax":
+      _check_expressible(made, args.layout)
     variables = pretrained.load_pretrained(
-        name, args.input, in_chans=args.in_chans, head_21k=args.head_21k,
-        **settings)
+        name, path, num_classes=args.num_classes, in_chans=args.in_chans,
+        input_size=args.input_size or made.task.input_size,
+        head_21k=args.head_21k, allow_import=args.allow_import.split(","),
+        **overrides)
   except ValueError as e:
     raise errors.ConfigError(f"command line: {e}") from e
-  family = spec.family
   tensors = layouts.to_torch(
       family, jax.tree.map(np.asarray, variables), args.layout)
   files.write_safetensors(args.output, tensors, {
-      "format": "pt", "model": name, "layout": args.layout})
+      "format": "pt", "model": name, "layout": args.layout,
+      saved.METADATA: _description(made, args)})
   log.info("%s: %d tensors of %s in the %s layout", args.output, len(tensors),
            name, args.layout)
-  settings = {**vars(spec.settings), **settings}
-  if args.layout == "timm" and settings.get("head_norm_first"):
+  if args.layout == "timm" and getattr(spec.settings, "head_norm_first", False):
     log.warning(
         "timm computes PoolFormer's head in another order than the paper's "
         "code, mean before norm: its outputs will differ")
 
 
-def _model(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-  """The model's name, and keywords for `load_pretrained`."""
-  settings = {"num_classes": args.num_classes, "input_size": args.input_size}
-  run = _workdir(args.input)
-  if run:
-    try:
-      cfg = config_lib.read_run(run)
-    except errors.ConfigError as e:
-      raise errors.ConfigError(f"--input: {e}") from e
-    name = cfg.model.name
-    if args.model not in (None, name):
-      raise errors.ConfigError(
-          f"--model: {args.model}, but {args.input} is a run of {name}")
-    if args.num_classes is None:
-      settings["num_classes"] = cfg.task.num_classes
-    if args.input_size is None:
-      settings["input_size"] = cfg.task.input_size
-    return name, {**settings, **cfg.model.overrides()}
-  if args.model is None:
-    raise errors.ConfigError("--model: is missing; give e.g. "
-                             "--model=poolformer_s12")
-  return args.model, settings
+def _check_expressible(made: schema.Experiment, layout: str) -> None:
+  """Checks that the weights alone tell how they are used.
+
+  Raises:
+    ConfigError: a hyper-parameter differs from the published model's, but the
+      names and shapes of the weights would be the same with the published one.
+  """
+  name, overrides = made.model.name, made.model.overrides()
+  published = registry.get_spec(name)
+  settings = published.override(**overrides)
+  image = jax.ShapeDtypeStruct((1, *made.task.input_size, 3), np.float32)
+
+  def shapes(**changed):
+    model = registry.create_model(name, **overrides | changed)
+    return jax.tree.map(lambda x: x.shape, jax.eval_shape(
+        model.init, jax.random.key(0), image))
+
+  own = shapes()
+  hidden = [
+      f"{key}: {getattr(published.settings, key)}, {getattr(settings, key)}"
+      for key in settings.differences(published.settings)
+      if any(shapes(**{key: value}) == own for value in _instead(
+          key, getattr(settings, key), getattr(published.settings, key)))]
+  if hidden:
+    raise errors.ConfigError(
+        f"--layout: {layout} cannot express how this model differs from "
+        f"{name}, and its code would compute something else without an error "
+        f"({'; '.join(hidden)}: published, this one); --layout=flax can")
 
 
-def _workdir(path: str) -> pathlib.Path | None:
-  """The workdir of the run that the folder is, or is a part of."""
-  folder = paths.local("--input", path).absolute()
-  if folder.is_dir():
-    for part in (folder, *folder.parents[:2]):
-      if (part / "config.json").is_file():
-        return part
-  return None
+def _instead(key: str, value: Any, published: Any) -> list[Any]:
+  """What the original code may use instead; of mixers, one at a time."""
+  if key != "token_mixers":
+    return [published]
+  published = (*published, *["identity"] * len(value))
+  return [(*value[:i], published[i], *value[i + 1:])
+          for i in range(len(value)) if value[i] != published[i]]
+
+
+def _description(made: schema.Experiment, args: argparse.Namespace) -> str:
+  """What a file tells of its model, as JSON: for `inference.load`."""
+  task = made.task
+  if args.num_classes or args.head_21k:
+    n = args.num_classes or 1000
+    task = dataclasses.replace(task, num_classes=n, class_names=(
+        task.class_names if n == task.num_classes else None))
+  if args.input_size:
+    task = dataclasses.replace(task, image_size=args.input_size)
+  tree = typed.as_dict(dataclasses.replace(made, task=task))
+  data = {key: tree["data"][key] for key in ("mean", "std")}
+  return json.dumps({"task": tree["task"], "model": tree["model"],
+                     "data": data})
 
 
 def parse() -> argparse.Namespace:
   """The command line."""
   parser = cli.Parser(__doc__, "convert")
-  parser.add_argument("--model", help="a name of metaformer_jax.list_models()")
+  parser.add_argument("--model", help="a name of metaformer_jax.list_models(), "
+                      "for an input that does not tell it")
+  parser.add_argument("--allow_import", default="", help="modules of your own "
+                      "that the input may name, separated by commas")
   parser.add_argument("--input", required=True,
                       help="safetensors, .pth, or a run's folder")
   parser.add_argument("--output", required=True, help="a .safetensors file")

@@ -129,7 +129,7 @@ def _probe_data(cfg: dict[str, Any]) -> dict[str, str]:
   """Reads and transforms one example of each split."""
   from metaformer_jax import cli, tasks  # noqa: PLC0415
 
-  task, found = tasks.create(cli.resolve(cfg)), {}
+  (_, task), found = tasks.create(cli.resolve(cfg)), {}
   for split in ("train", "eval"):
     try:
       data = task.make_data(split)

@@ -1,9 +1,11 @@
 r"""Evaluates a checkpoint of a run and prints its measures as JSON:
 
-    python -m metaformer_jax.tools.evaluate --config=configs/quickstart.py \
-        --workdir=runs/quickstart
+    python -m metaformer_jax.tools.evaluate --workdir=runs/quickstart
 
-Every example of the evaluation split is counted exactly once.
+The experiment is that of the run; --config.KEY=VALUE changes it, as
+--config.data.path=FOLDER for other data, and so does --config=FILE. The model
+must be the run's. Every example of the evaluation split is counted exactly
+once.
 """
 
 import json
@@ -12,6 +14,7 @@ import pathlib
 from absl import flags
 
 from metaformer_jax import cli, errors
+from metaformer_jax.config import saved
 from metaformer_jax.config.schema import Experiment
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -21,13 +24,24 @@ _CHECKPOINT = flags.DEFINE_string(
 def main(cfg: Experiment, workdir: pathlib.Path) -> None:
   """Evaluates the checkpoint that the flags name."""
   checkpoint = which()
-  mesh = cli.start_jax(cfg)
-  from metaformer_jax import tasks  # noqa: PLC0415
+  check_model(cfg, workdir)
+  cfg, task, mesh = cli.start(cfg)
   from metaformer_jax.training import evaluate  # noqa: PLC0415
 
-  result = evaluate.evaluate_checkpoint(cfg, tasks.create(cfg), mesh, workdir,
-                                        checkpoint)
+  result = evaluate.evaluate_checkpoint(cfg, task, mesh, workdir, checkpoint)
   print(json.dumps(result), flush=True)
+
+
+def check_model(cfg: Experiment, workdir: pathlib.Path) -> None:
+  """Raises ConfigError if the run's model computes something else."""
+  if not (workdir / "config.json").is_file():
+    return  # `evaluate_checkpoint` reports it.
+  made = saved.read_run(workdir, None)
+  different = saved.model_differences(made.model, cfg.model)
+  if different:
+    raise errors.ConfigError(
+        f"--workdir: {workdir} is a run of another model "
+        f"({'; '.join(different)}: the run's, this one)")
 
 
 def which() -> str | int:
@@ -42,4 +56,4 @@ def which() -> str | int:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, of_run=True)

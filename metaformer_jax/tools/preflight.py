@@ -88,7 +88,7 @@ def preflight(cfg: Experiment, target: topologies.Slice, *,
   from metaformer_jax.runtime import devices, sharding  # noqa: PLC0415
 
   chips = topologies.devices(target)
-  task = tasks.create(cfg)
+  cfg, task = tasks.create(cfg, files=False)
   n_examples, examples_are = _examples(cfg, task, n_examples)
   versions = dict(sorted(
       (found.name, found.version) for found in metadata.distributions()
@@ -96,10 +96,11 @@ def preflight(cfg: Experiment, target: topologies.Slice, *,
 
   @functools.cache
   def lower_for(batch_size):
-    changed = dataclasses.replace(cfg, train=dataclasses.replace(
-        cfg.train, batch_size=batch_size))
+    changed, task = tasks.create(dataclasses.replace(
+        cfg, train=dataclasses.replace(cfg.train, batch_size=batch_size)),
+                                 files=False)
     return compilation.lower_steps(
-        changed, tasks.create(changed), devices.make_mesh(changed, chips),
+        changed, task, devices.make_mesh(changed, chips),
         n_examples)
 
   @functools.cache

@@ -23,7 +23,7 @@ import statistics
 from typing import Any
 
 from metaformer_jax import cli, errors
-from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import typed
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.config.tasks import Measure
 
@@ -79,7 +79,7 @@ def experiment(study: dict[str, Any], name: str, seed: int,
   config = study["get_config"](name)
   config.seed = seed
   for key, value in settings:
-    known = config_lib.keys()
+    known = typed.keys()
     if key not in known:
       raise errors.ConfigError(f"--set: {key}: no such key"
                                f"{errors.did_you_mean(key, known)}")
@@ -91,19 +91,17 @@ def experiment(study: dict[str, Any], name: str, seed: int,
 
 
 def _train(cfg: Experiment, folder: pathlib.Path) -> None:
-  mesh = cli.start_jax(cfg)
+  cfg, task, mesh = cli.start(cfg)
   import jax  # noqa: PLC0415  Imported after the configs are checked.
 
-  from metaformer_jax import tasks  # noqa: PLC0415
   from metaformer_jax.models import cost  # noqa: PLC0415
   from metaformer_jax.training import loop  # noqa: PLC0415
 
-  task = tasks.create(cfg)
   try:
     summary = loop.train_and_evaluate(cfg, task, mesh, folder)
   except errors.DivergedError as e:  # Also a result of the study.
     summary = {"diverged": str(e)}
-  network = cost.of_model(task.model, cfg.task.image_size)
+  network = cost.of_inputs(task.model, *task.init_inputs())
   beside = folder / f"{_RESULT}.tmp"
   beside.write_text(json.dumps(
       {**summary, **network._asdict()}, indent=2) + "\n")

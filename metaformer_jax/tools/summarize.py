@@ -159,8 +159,8 @@ def _recipe_row(path: str, argument: str, found: dict[str, Any], config,
 def _network(cfg: Experiment) -> dict[str, Any]:
   """What the experiment sets of its network, without its dropout."""
   settings = cfg.model.overrides() | {"num_classes": cfg.task.num_classes}
-  settings.pop("head_drop_rate", None)
-  return settings
+  return {k: v for k, v in settings.items()
+          if k not in ("drop_path_rate", "head_drop_rate")}
 
 
 def page(args: argparse.Namespace) -> str:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from metaformer_jax import errors
 from metaformer_jax.checkpoints import manager, pretrained
+from metaformer_jax.config import paths, saved
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.runtime import (
   accounting,
@@ -112,8 +113,8 @@ class Run:
   def __post_init__(self):
     self._compiled: dict[tuple, Any] = {}
     self._window = metrics.Window()
-    self._skipped = finite.SkippedSteps(self.program.shapes.params,
-                                        self.cfg.train.max_skipped)
+    trained, _ = self.program.frozen.split(self.program.shapes.params)
+    self._skipped = finite.SkippedSteps(trained, self.cfg.train.max_skipped)
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self._learning_rate = 0.0
     self._accounted = self._logged = self.restored_step
@@ -345,6 +346,8 @@ def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
     trees, record = checkpoints.restore(restored, abstract.trees())
     return abstract.with_trees(restored, trees), record
   with processes.agreeing():
+    if cfg.init:
+      _note_differences(cfg)
     weights = cfg.init and backbone.read_weights(
         cfg.init, task.pretrained, {"params": shapes.params,
                                     **shapes.model_state})
@@ -355,6 +358,16 @@ def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
     params = variables.pop("params")
     state = state.replace(params=params, model_state=variables).start_average()
   return state, accounting.Record()
+
+
+def _note_differences(cfg: Experiment) -> None:
+  """Warns if config.model computes something else with the weights' names."""
+  made = saved.read_weights(paths.local("config.init", cfg.init), None)
+  if made is None or made.task.name != cfg.task.name:
+    return
+  for line in saved.model_differences(made.model, cfg.model):
+    log.warning("config.init: %s was made with another value of %s (made "
+                "with, this run)", cfg.init, line)
 
 
 def compile_step(jitted, *arguments):

@@ -10,12 +10,13 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from metaformer_jax import errors
 from metaformer_jax.config import schema
 from metaformer_jax.runtime import sharding
-from metaformer_jax.training import backbone, schedules
+from metaformer_jax.training import backbone, freeze, schedules
 
 # What `no_weight_decay` lists in timm and the official repositories: ViT's, at
 # the top level. Position embeddings of the hybrids and of PVT do decay.
@@ -27,7 +28,8 @@ _STEM = re.compile(r"(stem|patch_embed|pos_embed|cls_token|dist_token)\b")
 
 
 def create(cfg: schema.Experiment, total_steps: int, steps_per_epoch: float,
-           path: str | None = "",
+           path: str | None = "", params: Any = None,
+           frozen: freeze.Frozen = freeze.NOTHING,
            ) -> tuple[optax.GradientTransformation, schedules.Schedule]:
   """Returns the optimizer and its learning rate.
 
@@ -40,6 +42,11 @@ def create(cfg: schema.Experiment, total_steps: int, steps_per_epoch: float,
     steps_per_epoch: batches per epoch.
     path: of the backbone in the parameters (`base.Backbone`); None if there is
       none.
+    params: all parameters, or their shapes; by default those that it updates.
+    frozen: those of `params` that it does not get.
+
+  Raises:
+    ConfigError: as `layer_numbers`, if `params` are given.
   """
   optim = cfg.optim
   schedule = schedules.create(cfg, total_steps, steps_per_epoch)
@@ -52,7 +59,7 @@ def create(cfg: schema.Experiment, total_steps: int, steps_per_epoch: float,
   algorithm = {"adamw": adamw, "lamb": lamb, "sgd": sgd}[optim.name]
   parts += algorithm(optim, functools.partial(decay_mask, path=path))
   if optim.layer_decay < 1:
-    parts.append(scale_by_layer(optim.layer_decay, path))
+    parts.append(scale_by_layer(optim.layer_decay, path, params, frozen))
   parts.append(optax.scale_by_learning_rate(schedule))
   return optax.chain(*parts), schedule
 
@@ -135,16 +142,24 @@ def layer_numbers(params, path: str | None = "") -> Any:
   return jax.tree.map(number, names)
 
 
-def scale_by_layer(decay: float,
-                   path: str | None = "") -> optax.GradientTransformation:
+def scale_by_layer(decay: float, path: str | None = "", params: Any = None,
+                   frozen: freeze.Frozen = freeze.NOTHING,
+                   ) -> optax.GradientTransformation:
   """Scales updates by decay^n, where n is the number of later layers.
 
   Equal to timm's `param_groups_layer_decay`, which scales the learning rate.
+  The arguments are as for `create`.
   """
+  def scales(params):
+    numbers = layer_numbers(params, path)
+    last = max(jax.tree.leaves(numbers))
+    return frozen.split(jax.tree.map(lambda n: decay ** (last - n), numbers))[0]
+
+  known = None if params is None else scales(params)
+
   def update(updates, params=None):
     del params
-    numbers = layer_numbers(updates, path)
-    last = max(jax.tree.leaves(numbers))
-    return jax.tree.map(lambda u, n: u * decay ** (last - n), updates, numbers)
+    return jax.tree.map(jnp.multiply, updates, scales(updates) if known is None
+                        else known)
 
   return optax.stateless(update)

@@ -10,7 +10,7 @@ import optax
 from flax import struct
 
 from metaformer_jax.tasks import base
-from metaformer_jax.training import rng
+from metaformer_jax.training import freeze, rng
 
 # The collections that are averaged like the parameters.
 AVERAGED = ("batch_stats",)
@@ -73,18 +73,37 @@ def average(new: Any, old: Any, decay: float) -> Any:
       if jnp.issubdtype(n.dtype, jnp.floating) else n, new, old)
 
 
+def average_trained(new: tuple[Any, Any], old: tuple[Any, Any], decay: float,
+                    frozen: freeze.Frozen) -> tuple[Any, Any]:
+  """`average` of (parameters, model state); what is frozen stays as it is."""
+  (params, state), (old_params, old_state) = new, old
+  (params, _), (state, _) = frozen.split(params), frozen.split_state(state)
+  old_params, fixed_params = frozen.split(old_params)
+  old_state, fixed_state = frozen.split_state(old_state)
+  params, state = average((params, state), (old_params, old_state), decay)
+  return freeze.merge(params, fixed_params), {
+      name: freeze.merge(tree, fixed_state[name])
+      for name, tree in state.items()}
+
+
 def _copy(tree):
   """A copy in new buffers, as each array of a state is donated once."""
   return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
+def init(task: base.Task, seed: int) -> dict[str, Any]:
+  """The initial variables of a task's model; traced."""
+  return dict(task.model.init(rng.named(seed, "init"), *task.init_inputs()))
+
+
 def create(task: base.Task, tx: optax.GradientTransformation, seed: int,
-           ema_decay: float) -> TrainState:
+           ema_decay: float,
+           frozen: freeze.Frozen = freeze.NOTHING) -> TrainState:
   """The state before the first step; traced, so that it is made in place."""
-  variables = dict(task.model.init(rng.named(seed, "init"),
-                                   *task.init_inputs()))
+  variables = init(task, seed)
   params = variables.pop("params")
   off = None if not ema_decay else {}
   return TrainState(
       step=jnp.zeros((), jnp.int32), params=params, model_state=variables,
-      opt_state=tx.init(params), ema_params=off, ema_state=off).start_average()
+      opt_state=tx.init(frozen.split(params)[0]), ema_params=off,
+      ema_state=off).start_average()

@@ -17,7 +17,7 @@ from metaformer_jax import errors
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.runtime import sharding
 from metaformer_jax.tasks import base
-from metaformer_jax.training import finite, optim, rng
+from metaformer_jax.training import finite, freeze, optim, rng
 from metaformer_jax.training import state as state_lib
 from metaformer_jax.training.schedules import Schedule
 from metaformer_jax.training.state import TrainState
@@ -25,23 +25,27 @@ from metaformer_jax.training.state import TrainState
 
 def train_step(state: TrainState, batch: base.Batch, *, task: base.Task,
                tx: optax.GradientTransformation, schedule: Schedule, seed: int,
-               ema_decay: float, accumulate: int):
+               ema_decay: float, accumulate: int,
+               frozen: freeze.Frozen = freeze.NOTHING):
   """One optimizer step over the global batch.
 
-  If the loss or a gradient is not finite, only `step` changes.
+  If the loss or a gradient is not finite, only `step` changes. The optimizer
+  sees only what is not `frozen`.
 
   Returns:
     (state, metrics): scalars, and "finite" of `finite.of_step`.
   """
   rngs = rng.for_step(seed, state.step, task.rng_names)
-  grads, metrics, model_state = gradients(task, state, batch, rngs, accumulate)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  grads, metrics, model_state = gradients(task, state, batch, rngs, accumulate,
+                                          frozen)
+  trained, fixed = frozen.split(state.params)
+  updates, opt_state = tx.update(grads, state.opt_state, trained)
+  params = freeze.merge(optax.apply_updates(trained, updates), fixed)
   ema_params, ema_state = state.ema_params, state.ema_state
   if ema_params is not None:
-    ema_params, ema_state = state_lib.average(
+    ema_params, ema_state = state_lib.average_trained(
         (params, state_lib.averaged(model_state)), (ema_params, ema_state),
-        ema_decay)
+        ema_decay, frozen)
   ok = finite.of_step(metrics["loss"], grads)
   metrics |= {"learning_rate": schedule(state.step),
               "grad_norm": optax.tree.norm(grads), "finite": ok}
@@ -52,22 +56,27 @@ def train_step(state: TrainState, batch: base.Batch, *, task: base.Task,
   return state.replace(step=state.step + 1), metrics
 
 
-def gradients(task, state, batch, rngs, accumulate):
+def gradients(task, state, batch, rngs, accumulate, frozen):
   """Means over the batch, computed by `accumulate` micro-batches in sequence.
 
-  Returns (gradients, scalars, model state). Micro-batch i has the examples
-  i, i + k, i + 2k, ...: each device divides its own part of the batch.
+  Returns (gradients of what is trained, scalars, model state). Micro-batch i
+  has the examples i, i + k, i + 2k, ...: each device divides its own part of
+  the batch.
   """
 
-  def loss_fn(params, model_state, batch, rngs):
-    loss, metrics, model_state = task.loss(
-        {"params": params, **model_state}, batch, rngs, train=True)
+  trained, fixed = frozen.split(state.params)
+
+  def loss_fn(trained, model_state, batch, rngs):
+    params = freeze.merge(trained, fixed)
+    with frozen.in_evaluation_mode():
+      loss, metrics, model_state = task.loss(
+          {"params": params, **model_state}, batch, rngs, train=True)
     return loss, (metrics, model_state)
 
   grad_fn = jax.grad(loss_fn, has_aux=True)
   if accumulate == 1:
     grads, (metrics, model_state) = grad_fn(
-        state.params, state.model_state, batch, rngs)
+        trained, state.model_state, batch, rngs)
     return grads, metrics, model_state
 
   def micro_step(carry, inputs):
@@ -75,12 +84,12 @@ def gradients(task, state, batch, rngs, accumulate):
     i, batch = inputs
     keys = {name: jax.random.fold_in(key, i) for name, key in rngs.items()}
     grads, (metrics, model_state) = grad_fn(
-        state.params, model_state, batch, keys)
+        trained, model_state, batch, keys)
     return (jax.tree.map(jnp.add, total, grads), model_state), metrics
 
   micro_batches = jax.tree.map(
       lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  zeros = jax.tree.map(jnp.zeros_like, trained)
   (total, model_state), metrics = jax.lax.scan(
       micro_step, (zeros, state.model_state),
       (jnp.arange(accumulate), micro_batches))
@@ -115,6 +124,7 @@ class Program(NamedTuple):
     n_steps: of the whole run.
     steps_per_epoch: batches per epoch; not always a whole number.
     create: () -> TrainState; to be traced.
+    frozen: the parameters that are not trained.
     shapes: the state's shapes and dtypes.
     shardings: where each array of the state is placed.
     step: `train_step` and `notes`, jitted: (state, batch, flags) -> (state,
@@ -124,6 +134,7 @@ class Program(NamedTuple):
   n_steps: int
   steps_per_epoch: float
   create: Callable[[], TrainState]
+  frozen: freeze.Frozen
   shapes: TrainState
   shardings: TrainState
   step: Any
@@ -158,30 +169,34 @@ def build(cfg: Experiment, task: base.Task, mesh: Mesh,
 
   Raises:
     ConfigError: the run is too long, the settings of the model do not fit each
-      other, or those of `config.mesh.rules` or `optim.layer_decay` not it.
+      other, or `config.mesh.rules`, `optim.layer_decay` or `train.freeze` do
+      not fit the model.
   """
   n_steps = total_steps(cfg, n_examples)
   steps_per_epoch = n_examples / cfg.train.batch_size
   path = None if task.pretrained is None else task.pretrained.path
-  tx, schedule = optim.create(cfg, n_steps, steps_per_epoch, path)
-  create = functools.partial(state_lib.create, task, tx, cfg.seed,
-                             cfg.train.ema_decay)
   try:
-    shapes = jax.eval_shape(create)
+    params = jax.eval_shape(
+        functools.partial(state_lib.init, task, cfg.seed))["params"]
   except ValueError as e:  # A model's error about settings that do not fit.
     raise errors.ConfigError(f"config.model: {e}") from e
-  if cfg.optim.layer_decay < 1:
-    optim.layer_numbers(shapes.params, path)  # Raises if there are none.
+  frozen = freeze.find(cfg.train.freeze, params, task.pretrained)
+  tx, schedule = optim.create(cfg, n_steps, steps_per_epoch, path, params,
+                              frozen)
+  create = functools.partial(state_lib.create, task, tx, cfg.seed,
+                             cfg.train.ema_decay, frozen)
+  shapes = jax.eval_shape(create)
   shardings = sharding.state_shardings(mesh, shapes, cfg.mesh)
 
   def step(state, batch, flags):
     state, metrics = train_step(
         state, batch, task=task, tx=tx, schedule=schedule, seed=cfg.seed,
-        ema_decay=cfg.train.ema_decay, accumulate=cfg.train.accumulate)
+        ema_decay=cfg.train.ema_decay, accumulate=cfg.train.accumulate,
+        frozen=frozen)
     return state, metrics | notes(batch, flags)
 
   return Program(
-      n_steps, steps_per_epoch, create, shapes, shardings,
+      n_steps, steps_per_epoch, create, frozen, shapes, shardings,
       jax.jit(step, donate_argnums=0,
               out_shardings=(shardings, sharding.replicated(mesh))))
 

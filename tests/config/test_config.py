@@ -14,11 +14,11 @@ import shipped
 import source_files
 
 from metaformer_jax import cli, errors
+from metaformer_jax.config import derived, schema, tasks, typed
 from metaformer_jax.config import resolve as config_lib
-from metaformer_jax.config import schema, tasks
 
 NAN, INF = math.nan, math.inf
-DIGITS = {"data.source": "digits"}
+DIGITS = {"data.source": "digits", "model.name": "poolformer_s12"}
 IMAGES = {"data.source": "folder", "data.path": "DATA"}
 
 
@@ -37,6 +37,7 @@ def _load(argument, data):
   if config["data"]["source"] in ("folder", "idx"):
     config["data"]["path"] = str(data)
   config["init"] = None
+  config["task"]["num_classes"] = None  # The folder has one class.
   return config
 
 
@@ -91,7 +92,7 @@ WRONG = [_case({**DIGITS, key: value}, f"config.{key}: {value!r}", *says)
     ("model.depths", (2, 2, 6, 2.0), "holds 2.0, which is not an int"),
     ("model.depths", (2, 2, 6, True), "holds True, which is not an int"),
     ("model.depths", (2, 2, 6, (2,)), "holds (2,), which is not an int"),
-    ("data.mean", None, "is not a tuple"),
+    ("task.crop_area", None, "is not a tuple"),
     ("data.mean", (0, 0, "0"), "holds '0', which is not a float"),
     ("mesh.rules", "ab", "is not a tuple"),
     ("mesh.rules", ("a", 0), "is not a tuple of tuples"),
@@ -240,18 +241,21 @@ def test_what_python_does_not_print_is_refused():
 
 
 def test_default_is_an_experiment_but_for_its_data():
-  config = config_lib.default()
+  config = typed.default()
+  config.model.name = "poolformer_s12"
   assert "config.data.path: None" in _refusal(config)
   config.data.source = "digits"
-  expected = dataclasses.replace(
-      schema.Experiment(), data=schema.Data(source="digits"))
+  expected = derived.fill(schema.Experiment(
+      data=schema.Data(source="digits"),
+      model=schema.Model(name="poolformer_s12")))
   frozen = ml_collections.FrozenConfigDict(config)
-  for given in (config, {"data": {"source": "digits"}}, frozen):
+  for given in (config, _tree(DIGITS, ""), frozen):
     assert cli.resolve(given) == expected
 
 
 def test_values_arrive_in_their_type():
-  config = config_lib.default()
+  config = typed.default()
+  config.model.name = "poolformer_s12"
   config.data.source = "digits"
   config.train.steps = 3
   config.optim.base_lr = 1
@@ -273,21 +277,23 @@ def test_values_arrive_in_their_type():
 
 def test_optional_keys_stay_none():
   optional = {key: value for key, value in _leaves(
-      config_lib.default().to_dict()) if value is None}
+      typed.default().to_dict()) if value is None}
   assert {"model.depths", "model.norm", "data.name", "train.steps",
           "optim.clip_norm"} <= optional.keys()
   cfg = config_lib.resolve(_tree({**optional, **DIGITS}, ""))
   found = dict(_leaves(dataclasses.asdict(cfg)))
-  assert all(found[key] is None for key in optional)
+  follow = {"model.name", "data.mean", "data.std", "task.image_size",
+            "task.crop_pct", "task.interpolation"}
+  assert {key for key in optional if found[key] is not None} == follow
   assert cfg.model.overrides() == {}
 
 
 def test_describe_and_json_have_every_key():
-  keys = config_lib.keys()
-  lines = config_lib.describe()
+  keys = typed.keys()
+  lines = typed.describe()
   assert [line.partition("=")[0] for line in lines] == keys
   assert all(line.partition("  ")[2] for line in lines)
-  saved = json.loads(config_lib.to_json(schema.Experiment()))
+  saved = json.loads(typed.to_json(schema.Experiment()))
   assert [key for key, _ in _leaves(saved)] == keys
 
 
@@ -341,7 +347,7 @@ def test_key_of_another_task_says_whose_it_is(monkeypatch):
       _tree({**boxes, "task.max_boxes": 0}, ""))
   cfg = config_lib.resolve(_tree({**boxes, "task.max_boxes": 3}, ""))
   assert cfg.task == Boxes(max_boxes=3) and cfg.best_measure.name == "map"
-  assert {"task.mixup", "task.max_boxes"} <= {*config_lib.keys()}
+  assert {"task.mixup", "task.max_boxes"} <= {*typed.keys()}
 
 
 def _leaves(tree, prefix=""):

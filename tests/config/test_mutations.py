@@ -22,8 +22,7 @@ import source_files
 from shipped import CONFIGS, load
 
 from metaformer_jax import cli, errors
-from metaformer_jax.config import resolve as config_lib
-from metaformer_jax.config import schema, tasks
+from metaformer_jax.config import saved, schema, tasks, typed
 
 ROOT = command_line.ROOT
 FOLDER = {"data.source": "folder"}
@@ -230,7 +229,7 @@ def from_fields():
       yield key, {key: None}
     misspelt = key[:-2] + key[-1]
     yield misspelt, {misspelt: 1}
-  for section, keys in config_lib.default().to_dict().items():
+  for section, keys in typed.default().to_dict().items():
     if not isinstance(keys, dict):
       continue
     for value in (None, 3, "x", [], [[]]):
@@ -255,15 +254,17 @@ def shipped(argument, data):
   config = load(argument)
   if config.data.source in ("folder", "idx"):
     config.data.path = str(data)
+    config.task.num_classes = 1
   config.init = None
-  return config_lib.to_json(cli.resolve(config))
+  return typed.to_json(cli.resolve(config))
 
 
 def overrides(argument, data):
   """The command line of a shipped config with data of this machine."""
   saved = json.loads(shipped(argument, data))
   return [f"--config={argument}", "--config.init=None",
-          f"--config.data.path={saved['data']['path']}"]
+          f"--config.data.path={saved['data']['path']}",
+          f"--config.task.num_classes={saved['task']['num_classes']}"]
 
 
 def changed(path, data, changes):
@@ -309,7 +310,7 @@ def as_files(pairs, data, tmp_path):
 
 def test_there_are_enough():
   reported = {key for key, _ in CHANGES}
-  assert len(CHANGES) > 700 and set(config_lib.keys()) - reported == set()
+  assert len(CHANGES) > 700 and set(typed.keys()) - reported == set()
   assert len(CONFIGS) > 70
 
 
@@ -317,8 +318,8 @@ def test_no_shipped_config_is_refused(data, tmp_path):
   file, lines = tmp_path / "config.json", []
   for path in CONFIGS:
     file.write_text(shipped(path, data))
-    cfg = cli.resolve(config_lib.read_json(file))
-    assert config_lib.to_json(cfg) == shipped(path, data)
+    cfg = cli.resolve(saved.read_json(file))
+    assert typed.to_json(cfg) == shipped(path, data)
   for i, path in enumerate(CONFIGS[::5]):
     lines.append([*overrides(path, data), "--workdir=run"])
     copy = tmp_path / f"{i}.json"

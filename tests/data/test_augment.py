@@ -9,10 +9,11 @@ import pathlib
 
 import image_files
 import numpy as np
+import preprocessing
 import pytest
 
 from metaformer_jax import errors
-from metaformer_jax.config import policies, resolve, schema, tasks
+from metaformer_jax.config import policies, resolve, schema, tasks, typed
 from metaformer_jax.data import loader
 from metaformer_jax.data.augment import draw, pixels
 from metaformer_jax.data.transforms import classification as transforms
@@ -150,7 +151,8 @@ def test_only_rand_augment_disables_jitter():
     ("rand-p1.5-inc1", "above 1"), ("rand-mx-inc1", "'mx'"),
     ("rand", "has no inc1"), ("3b", "neither")])
 def test_a_bad_policy_is_a_line(text, words):
-  wrong = resolve.default()
+  wrong = typed.default()
+  wrong.model.name = "poolformer_s12"
   wrong.data.source, wrong.task.num_classes = "digits", 10
   wrong.task.auto_augment = text
   with pytest.raises(errors.ConfigError) as caught:
@@ -186,7 +188,7 @@ class Pictures:
 
 def batches(n, position=0, batch_size=10, **kw):
   task = tasks.Classification(image_size=16, auto_augment=RECIPE)
-  transform = transforms.TrainTransform(schema.Data(), task)
+  transform = preprocessing.made(transforms.TrainTransform, schema.Data(), task)
   made = loader.Loader(Pictures(), transform, batch_size, **kw)
   stream = made.train_batches(position)
   got = [next(stream) for _ in range(n)]
@@ -222,11 +224,12 @@ def test_the_recipe_in_one_transform():
   record, changed = Pictures()[3], 0
   for seed in range(40):
     rng = np.random.default_rng(seed)
-    image = transforms.TrainTransform(data, plain)(record, rng)["image"]
+    image = preprocessing.made(transforms.TrainTransform, data, plain)(
+        record, rng)["image"]
     for op in draw.draw(task, rng):
       image = pixels.apply(image, op, (26, 128, 255))
       changed += 1
-    got = transforms.TrainTransform(data, task)(
+    got = preprocessing.made(transforms.TrainTransform, data, task)(
         record, np.random.default_rng(seed))
     np.testing.assert_array_equal(got["image"], image)
   assert 20 < changed < 60

@@ -7,6 +7,7 @@ import os
 import image_files
 import loader_cases
 import numpy as np
+import preprocessing
 import pytest
 import source_files
 from loader_cases import take
@@ -55,7 +56,8 @@ def pictures(folder, transform=transforms.TrainTransform, **kw):
   data = schema.Data(path=str(folder))
   source = sources.create(data, "train")
   assert len(source) == N
-  return loader.Loader(source, transform(data, SMALL), 150, seed=5, **kw)
+  return loader.Loader(
+      source, preprocessing.made(transform, data, SMALL), 150, seed=5, **kw)
 
 
 def order(n_epochs=2):
@@ -277,7 +279,8 @@ def test_vanished_files_are_reported_with_a_path(tmp_path):
                      data=image_files.ODD["1x1"][0])
   data = schema.Data(path=str(tmp_path))
   made = loader.Loader(sources.create(data, "train"),
-                       transforms.TrainTransform(data, SMALL), 1)
+                       preprocessing.made(
+                           transforms.TrainTransform, data, SMALL), 1)
   for file in (tmp_path / "train" / "a").iterdir():
     file.unlink()
   with pytest.raises(errors.DataError, match=(
@@ -294,7 +297,8 @@ def test_a_name_does_not_control_the_terminal(tmp_path, caplog):
       f.write(data)
   data = schema.Data(path=str(tmp_path))
   made = loader.Loader(sources.create(data, "train"),
-                       transforms.TrainTransform(data, SMALL), 2)
+                       preprocessing.made(
+                           transforms.TrainTransform, data, SMALL), 2)
   take(made.train_batches(0), 1)
   message, = caplog.messages
   assert message.isprintable()
@@ -306,6 +310,7 @@ def test_a_name_does_not_control_the_terminal(tmp_path, caplog):
 def test_the_config_limits_the_pixels(transform):
   record = {"image": image_files.ODD["rgb png"][0], "label": 0}
   rng = np.random.default_rng(0)
-  transform(schema.Data(max_pixels=384), SMALL)(record, rng)
+  preprocessing.made(transform, schema.Data(max_pixels=384), SMALL)(record, rng)
   with pytest.raises(ValueError, match=r"max_pixels, 383"):
-    transform(schema.Data(max_pixels=383), SMALL)(record, rng)
+    preprocessing.made(transform, schema.Data(max_pixels=383), SMALL)(
+        record, rng)

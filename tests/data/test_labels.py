@@ -9,7 +9,7 @@ import source_files
 from PIL import Image
 
 from metaformer_jax import errors
-from metaformer_jax.config import resolve
+from metaformer_jax.config import resolve, typed
 from metaformer_jax.evaluation import topk
 from metaformer_jax.tasks import classification
 
@@ -18,12 +18,12 @@ JPEG = image_files.encode(Image.new("RGB", (9, 9)), "JPEG")
 
 @pytest.fixture
 def imagenet(tmp_path):
-  """Two classes, three validation images, and numbered folders in v2/.
+  """Twenty classes, three validation images, and numbered folders in v2/.
 
   Sorted by class, image 2 comes before image 1.
   """
   source_files.write(
-      tmp_path, "train/n01/x.JPEG", "train/n02/x.JPEG",
+      tmp_path, *(f"train/n{i:02}/x.JPEG" for i in range(1, 21)),
       "val/n01/ILSVRC2012_val_00000002.JPEG",
       "val/n02/ILSVRC2012_val_00000001.JPEG",
       "val/n02/ILSVRC2012_val_00000003.JPEG",
@@ -33,11 +33,12 @@ def imagenet(tmp_path):
 
 
 def task(path, split="val", **kw):
-  made = resolve.default()
+  made = typed.default()
+  made.model.name = "poolformer_s12"
   made.data.path, made.data.eval_split = str(path), split
   made.eval.batch_size = 8
   made.task.update({"image_size": 32, "num_classes": 20, **kw})
-  return classification.create(resolve.resolve(made))
+  return classification.create(resolve.resolve(made))[1]
 
 
 def real(path, **kw):
@@ -106,7 +107,7 @@ def test_an_absent_file_is_a_line(imagenet, values, words):
 
 
 def test_other_labels_need_folders():
-  made = resolve.default()
+  made = typed.default()
   made.data.source, made.task.eval_labels = "digits", "number"
   with pytest.raises(errors.ConfigError, match="eval_labels: number"):
     resolve.resolve(made)

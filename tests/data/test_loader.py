@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+import preprocessing
 import pytest
 from loader_cases import Numbers, draw, numbers, take
 
@@ -244,7 +245,8 @@ def test_check_uses_one_example_in_this_process():
 
 def pictures(**kw):
   """Augmented digits, three batches an epoch."""
-  transform = transforms.TrainTransform(
+  transform = preprocessing.made(
+      transforms.TrainTransform,
       schema.Data(), tasks.Classification(image_size=8))
   return loader.Loader(arrays.digits(False), transform, 99, seed=3, **kw)
 

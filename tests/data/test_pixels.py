@@ -8,6 +8,7 @@ import pathlib
 import augment_cases
 import numpy as np
 import PIL
+import preprocessing
 import pytest
 from numba.core import caching
 from PIL import Image, ImageStat
@@ -35,7 +36,7 @@ def difference(got, want):
 def test_evaluation_gives_timms_pixels(name, kind):
   task = tasks.Classification(image_size=32, crop_pct=0.9, interpolation=kind)
   data = TIMM[f"file {name}"].tobytes()
-  got = transforms.EvalTransform(schema.Data(), task)(
+  got = preprocessing.made(transforms.EvalTransform, schema.Data(), task)(
       {"image": data, "label": 0})["image"]
   assert difference(got, TIMM[f"eval {name} {kind}"]) <= 1
 

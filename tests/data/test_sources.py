@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from source_files import folder_source, named, records, write, write_mnist
 
+from metaformer_jax import errors
 from metaformer_jax.config import schema, tasks
 from metaformer_jax.data import sources
 from metaformer_jax.data.sources import arrays
@@ -25,8 +26,8 @@ def test_create_opens_the_split_that_the_config_names(tmp_path):
   kw = {"train_split": "fit", "eval_split": "held out"}
   assert len(folder_source(tmp_path, "train", **kw)) == 3
   assert named(folder_source(tmp_path, "eval", **kw)) == [("b/4.jpg", 1)]
-  with pytest.raises(ValueError, match="unknown source 'zip'"):
-    sources.create(data(source="zip"), "train")
+  with pytest.raises(errors.ConfigError, match="there is no module 'no_such"):
+    sources.create(data(source="no_such_module:Zip"), "train")
 
 
 def test_a_pickled_source_is_the_same_source(tmp_path):
@@ -68,7 +69,8 @@ def test_a_valid_experiment_has_no_mistakes(folder):
   (folder / "idx").mkdir()
   write_mnist(folder / "idx")
   assert check(source="digits") == []
-  assert check(source="folder", path=str(folder)) == []
+  two = tasks.Classification(num_classes=2)
+  assert check(two, source="folder", path=str(folder)) == []
   assert check(source="idx", path=str(folder / "idx")) == []
   for path in (None, str(folder), "gs://bucket/data"):
     assert check(source="tfds", name="imagenet2012", path=path) == []
@@ -124,7 +126,8 @@ def test_missing_splits_are_named_with_the_nearest_folder(folder):
       "did you mean train?)",
       f"config.data.eval_split: {folder} has no folder 'vall' (in {folder}; "
       "did you mean val?)"]
-  assert check(eval_split="empty", **kw) == [
+  two = tasks.Classification(num_classes=2)
+  assert check(two, eval_split="empty", **kw) == [
       f"config.data.path: {folder / 'empty'} has no class folders"]
 
 
@@ -143,14 +146,18 @@ def test_fashion_mnist_names_its_package(tmp_path):
       "is not a folder; install Debian's package dataset-fashion-mnist")
 
 
-def test_more_classes_than_outputs_are_a_line(folder):
+@pytest.mark.parametrize("n", [10, 12, 1000])
+def test_another_number_of_classes_is_a_line(folder, n):
   kw = {"source": "folder", "path": str(folder), "train_split": "big"}
-  assert check(**kw) == [
-      "config.task.num_classes: 10 is less than the data's; nearest: 11"]
-  assert check(tasks.Classification(num_classes=11), **kw) == []
+  assert check(tasks.Classification(num_classes=n), **kw) == [
+      f"config.task.num_classes: {n}, but the training data has 11 classes; "
+      "set it to 11, or to None"]
+  for fits in (11, None):
+    assert check(tasks.Classification(num_classes=fits), **kw) == []
   assert check(tasks.Classification(num_classes=9), source="digits",
                files=False) == [
-      "config.task.num_classes: 9 is less than the data's; nearest: 10"]
+      "config.task.num_classes: 9, but the training data has 10 classes; set "
+      "it to 10, or to None"]
 
 
 def test_a_task_without_classes_takes_any_number_of_them(folder):

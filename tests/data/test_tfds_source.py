@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import numpy as np
+import preprocessing
 import pytest
 import tiny_imagenet
 from source_files import fails, records
@@ -66,7 +67,8 @@ def copied(data_dir, tmp_path):
 
 
 def evaluation(side):
-  return transforms.EvalTransform(
+  return preprocessing.made(
+      transforms.EvalTransform,
       schema.Data(), tasks.Classification(image_size=side))
 
 
@@ -82,6 +84,7 @@ def pairs(source):
 # What is read.
 
 
+@pytest.mark.slow
 def test_train_records_are_the_archives_images(data_dir):
   source = create(data_dir)
   assert len(source) == N_TRAIN == 12 and source.n_classes == 1000
@@ -237,7 +240,8 @@ from metaformer_jax.config import schema, tasks
 from metaformer_jax.data.sources import tfds
 from metaformer_jax.data.transforms import classification
 transform = classification.EvalTransform(
-    schema.Data(), tasks.Classification(image_size=8))
+    schema.Data(mean=(0.5,) * 3), tasks.Classification(
+        image_size=8, crop_pct=0.9, interpolation="bicubic"))
 total = 0
 for data_dir in sys.argv[1:1 + {len(FORMATS)}]:
   source = tfds.create("imagenet2012", data_dir, None, True)

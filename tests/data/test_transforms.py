@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import numpy as np
+import preprocessing
 import pytest
 from image_files import encode
 from PIL import Image
@@ -258,7 +259,8 @@ def task(**kw):
 
 
 def evaluate(image, **kw):
-  transform = transforms.EvalTransform(schema.Data(), task(**kw))
+  transform = preprocessing.made(transforms.EvalTransform, schema.Data(),
+                                 task(**kw))
   return transform({"image": image, "label": 3})
 
 
@@ -303,7 +305,8 @@ WHOLE = {"crop_area": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
 
 
 def train(image, seed, **kw):
-  transform = transforms.TrainTransform(
+  transform = preprocessing.made(
+      transforms.TrainTransform,
       schema.Data(), task(**{"image_size": 16, **kw}))
   return transform({"image": image, "label": 7}, np.random.default_rng(seed))
 

@@ -52,6 +52,7 @@ def test_this_machine_passes_and_nothing_is_left_behind(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_exit_code_2_for_an_experiment_that_cannot_run_here(tmp_path):
   code, lines, _ = run(
       "--config=configs/quickstart.py", "--config.train.batch_size=100",
@@ -70,6 +71,7 @@ def test_exit_code_2_for_an_experiment_that_cannot_run_here(tmp_path):
        "micro-batches; nearest: 104")]
 
 
+@pytest.mark.slow
 def test_a_jax_that_hangs_and_failed_imports_are_reported(tmp_path):
   (tmp_path / "jax").mkdir()
   (tmp_path / "jax" / "__init__.py").write_text(
@@ -110,7 +112,8 @@ def test_a_jax_that_crashes_is_reported(tmp_path):
 
 def test_an_image_that_cannot_be_read_is_reported(tmp_path):
   source_files.write(tmp_path, "train/cat/0.jpg", "val/cat/0.jpg")
-  cfg = schema.Experiment(data=schema.Data(path=str(tmp_path)),
+  cfg = schema.Experiment(model=schema.Model(name="poolformer_s12"),
+                          data=schema.Data(path=str(tmp_path)),
                           task=tasks.Classification(num_classes=1))
   found, problem = doctor.probe("data", dataclasses.asdict(cfg), 90,
                                 JAX_PLATFORMS="cpu")

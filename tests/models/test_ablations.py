@@ -18,6 +18,7 @@ import pytest
 import metaformer_jax
 from metaformer_jax import errors
 from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import typed
 from metaformer_jax.models import cost
 from metaformer_jax.tasks import classification
 
@@ -80,14 +81,16 @@ def test_costs_are_the_published(row):
 @pytest.mark.parametrize("row", TABLE)
 def test_config_builds_the_same_module(row):
   overrides = TABLE[row][0]
-  config = config_lib.default()
+  config = typed.default()
+  config.model.name = "poolformer_s12"
   config.data.source = "digits"
   for key, value in overrides.items():
     config.model[key] = value
   cfg = config_lib.resolve(config)
   assert cfg.model.overrides() == overrides
-  assert classification.create(cfg).model == metaformer_jax.create_model(
-      "poolformer_s12", dtype=jnp.dtype("float32"), **overrides)
+  assert classification.create(cfg)[1].model == metaformer_jax.create_model(
+      "poolformer_s12", num_classes=10, dtype=jnp.dtype("float32"),
+      **overrides)
 
 
 # --- The command line ------------------------------------------------------
@@ -132,9 +135,10 @@ def test_command_line_sets_every_ablation(tmp_path):
   """All in one process: the config's flags are absl's, which are global."""
   config = tmp_path / "digits.py"
   config.write_text(
-      "from metaformer_jax.config import resolve as config\n"
+      "from metaformer_jax import config\n"
       "def get_config():\n"
       "  c = config.default()\n"
+      "  c.model.name = 'poolformer_s12'\n"
       "  c.data.source = 'digits'\n"
       "  return c\n")
   code = (
@@ -207,7 +211,8 @@ def test_mistakes_in_python_are_told_in_one_line(settings, message):
     ({"head": "mpl"}, "did you mean mlp"),
 ])
 def test_mistakes_in_configs_are_told_in_one_line(settings, message):
-  config = {"data": {"source": "digits"}, "model": settings}
+  config = {"data": {"source": "digits"},
+            "model": {"name": "poolformer_s12", **settings}}
   if message is None:
     config_lib.resolve(config)
     return

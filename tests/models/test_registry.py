@@ -9,6 +9,7 @@ import pytest
 
 import metaformer_jax
 from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import typed
 from metaformer_jax.convert import rules
 from metaformer_jax.models import cost, settings
 from metaformer_jax.tools import summarize
@@ -80,7 +81,7 @@ def test_every_name_of_both_papers_is_there():
 
 def test_every_model_is_a_valid_config():
   for name in metaformer_jax.list_models():
-    config = config_lib.default()
+    config = typed.default()
     config.model.name = name
     config.data.source = "digits"
     assert config_lib.resolve(config).model.overrides() == {}

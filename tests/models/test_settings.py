@@ -9,6 +9,7 @@ import pytest
 import metaformer_jax
 from metaformer_jax.config import model as model_lib
 from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import typed
 from metaformer_jax.models import (
   activations,
   mixers,
@@ -187,7 +188,7 @@ def test_config_sets_every_hyper_parameter(name):
     if f.name in ("drop_path_rate", "in_pad"):
       continue
     value = other_value(f, getattr(spec.settings, f.name))
-    config = config_lib.default()
+    config = typed.default()
     config.data.source = "digits"
     config.model.name = name
     config.model[f.name] = value

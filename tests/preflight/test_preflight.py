@@ -181,7 +181,7 @@ def test_a_report_of_what_does_not_fit_says_what_would():
 def test_train_batch_has_the_shapes_of_the_data():
   config = cases.small_experiment()
   config.train.batch_size = 16
-  task = tasks.create(config_lib.resolve(config))
+  _, task = tasks.create(config_lib.resolve(config))
   with contextlib.closing(task.make_data("train").train_batches(0)) as batches:
     given = next(batches)
   said, = task.train_batches(16)
@@ -210,7 +210,7 @@ def test_fsdp_splits_the_state():
                             mesh=Mesh(fsdp=8, min_size=0))
   mesh = devices.make_mesh(
       cfg, topologies.devices(topologies.parse("v5e-8")))
-  made = step.build(cfg, tasks.create(cfg), mesh, 100)
+  made = step.build(cfg, tasks.create(cfg)[1], mesh, 100)
   whole = sharding.n_bytes(made.shapes)
   shared = compilation.state_on_device(made)
   assert whole / 8 <= shared < 1.1 * whole / 8

@@ -9,6 +9,7 @@ import preflight_cases as cases
 import pytest
 
 from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import typed
 from metaformer_jax.models import cost, registry
 from metaformer_jax.preflight import compilation, topologies
 from metaformer_jax.tools import preflight as tool
@@ -25,7 +26,7 @@ def environment(monkeypatch):
 def preflight(tmp_path, *arguments):
   """Runs the command with the small experiment as JSON."""
   path = tmp_path / "small.json"
-  path.write_text(config_lib.to_json(
+  path.write_text(typed.to_json(
       config_lib.resolve(cases.small_experiment())))
   return command_line.python([
       "-m", "metaformer_jax.tools.preflight", f"--config_json={path}",
@@ -167,6 +168,7 @@ def test_compiler_settings_and_versions_have_their_own_verdicts(monkeypatch):
   assert tool._key(again, target, {"jax": "1"}) == keys[0]
 
 
+@pytest.mark.slow
 def test_exit_code_1_if_it_does_not_fit(tmp_path):
   done = preflight(tmp_path, "--topology=v5e-1",
                    "--config.train.batch_size=1048576")

@@ -8,6 +8,7 @@ import shipped
 
 import metaformer_jax
 from metaformer_jax import errors, recipes
+from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.recipes import classification
 from metaformer_jax.tools import summarize
 
@@ -34,7 +35,7 @@ def test_another_variant_is_refused(name, message):
 
 def test_the_command_line_takes_variants():
   data = ["--config.data.source=digits", "--config.data.path=None",
-          "--config.init=None"]
+          "--config.init=None", "--config.task.num_classes=10"]
   lines = [[f"--config=configs/{name}", *data] for name in (
       "caformer.py:s18_384", "resnet.py:50", "caformer.py",
       "deit.py:small_patch16", "ablations.py:identiy", "ablations.py")]
@@ -65,7 +66,8 @@ def test_a_variant_names_the_model_and_its_published_accuracy(family, variant):
   spec = metaformer_jax.get_spec(f"{family}{separator}{variant}")
   assert config.model.name == spec.name
   assert config.task.num_classes == spec.num_classes
-  assert config.task.image_size == spec.input_size
+  cfg = config_lib.resolve(config, files=False)
+  assert cfg.task.image_size == spec.input_size
   assert found["VARIANTS"][variant][-1] == spec.top1
 
 
@@ -109,7 +111,7 @@ def test_the_page_is_what_the_tool_prints(monkeypatch, capsys):
 
 @pytest.mark.parametrize("text, says", [
     ("import nonsense", "x.py: ModuleNotFoundError"),
-    ("from metaformer_jax.config.resolve import default\n"
+    ("from metaformer_jax.config import default\n"
      "def get_config():\n"
      "  config = default()\n"
      "  config.model.name = 'poolformer_s13'\n"

@@ -18,8 +18,7 @@ import pods
 import pytest
 import small_runs
 
-from metaformer_jax.config import resolve as config
-from metaformer_jax.config import schema
+from metaformer_jax.config import schema, typed
 from metaformer_jax.tasks import classification
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,7 +40,7 @@ class Runs:
 
   def __init__(self, folder: pathlib.Path, cfg: schema.Experiment):
     self.cfg, self._folder = cfg, folder
-    (folder / "config.json").write_text(config.to_json(cfg))
+    (folder / "config.json").write_text(typed.to_json(cfg))
     self._server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "fork_server.py")], text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -127,7 +126,8 @@ KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
 @pytest.mark.parametrize(("numbers", "runs"), [
-    pytest.param((KILL, TERM), (36, 64), id="few"),
+    pytest.param((KILL, TERM), (36, 64), id="few",
+                 marks=pytest.mark.slow),
     pytest.param((KILL,) * 100, (3000, 256), id="kills",
                  marks=pytest.mark.soak),
     pytest.param((TERM, KILL, INT, KILL, TERM) * 10, (1000, 64), id="signals",
@@ -182,7 +182,7 @@ def assert_as_uninterrupted(runs):
 
 def test_the_next_batches_are_the_same():
   cfg = pods.small()
-  data = classification.create(cfg).make_data("train")
+  data = classification.create(cfg)[1].make_data("train")
 
   def batches(step, n):
     stream = data.train_batches(step * cfg.train.batch_size)

@@ -17,8 +17,8 @@ from metaformer_jax.training import loop
 
 def train(cfg, workdir):
   """Trains on the eight devices of this process."""
-  loop.train_and_evaluate(cfg, classification.create(cfg),
-                          devices.make_mesh(cfg), workdir)
+  cfg, task = classification.create(cfg)
+  loop.train_and_evaluate(cfg, task, devices.make_mesh(cfg), workdir)
 
 
 def test_sigterm_to_one_saves_one_step_and_any_number_resumes(tmp_path):

@@ -40,11 +40,12 @@ def pretrained(tmp_path_factory):
   """The workdir of a run of classification."""
   workdir = tmp_path_factory.mktemp("classification")
   cfg = schema.Experiment(
-      model=schema.Model(**MODEL), data=schema.Data(source="digits"),
+      model=schema.Model(name="poolformer_s12", **MODEL),
+      data=schema.Data(source="digits"),
       task=tasks.Classification(num_classes=10, image_size=16),
       train=schema.Train(batch_size=8, steps=2), mesh=schema.Mesh(data=1),
       log=schema.Log(tensorboard=False))
-  loop.train_and_evaluate(cfg, classification.create(cfg),
+  loop.train_and_evaluate(cfg, classification.create(cfg)[1],
                           devices.make_mesh(cfg), workdir)
   return workdir
 

@@ -14,7 +14,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from metaformer_jax.config import schema, tasks
+from metaformer_jax.config import derived, schema, tasks
 from metaformer_jax.tasks import classification, mixing
 
 TIMM = np.load(
@@ -45,6 +45,7 @@ def test_targets_and_mixup_are_timms(lam):
       TIMM[f"mix mixup {lam}"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_cutmix_boxes_and_lambdas_are_timms():
   find = jax.jit(jax.vmap(mixing.cutmix_box))
   rows = TIMM["cutmix boxes"]
@@ -90,6 +91,7 @@ def is_cut(images):
   return ((images == 0) | (images == 1)).all((1, 2))
 
 
+@pytest.mark.slow
 def test_lambdas_are_distributed_as_timms():
   lam, _ = mix(jax.random.key(0), N, 1, 1, 0.8, 0.0)
   theirs = TIMM["draw lambda"][~TIMM["draw cutmix"]]
@@ -100,6 +102,7 @@ def test_lambdas_are_distributed_as_timms():
   np.testing.assert_allclose(1 - lam, images.mean((1, 2)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_either_and_none_are_as_likely_as_told():
   lam, images = mix(jax.random.key(2), N, 4, 4, 0.8, 1.0)
   cut = is_cut(images) & (lam > 0) & (lam < 1)
@@ -163,8 +166,8 @@ class Task(classification.Classification):
 
 @functools.cache  # The loss is compiled once for each task.
 def task(**settings):
-  return Task(schema.Experiment(task=tasks.Classification(
-      num_classes=10, image_size=32, **settings)))
+  return Task(derived.fill(schema.Experiment(task=tasks.Classification(
+      num_classes=10, image_size=32, **settings))))
 
 
 RECIPE = {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.25}

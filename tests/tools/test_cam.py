@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 import metaformer_jax
-from metaformer_jax import errors
+from metaformer_jax import errors, inference
 from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import typed
 from metaformer_jax.convert import files, layouts
 from metaformer_jax.models import registry
 from metaformer_jax.tasks import classification
@@ -154,7 +155,9 @@ def features_and_head(name, i):
   return x, head
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in (
+        "poolformer_s12", "pvt_tiny"))) for name in MODELS])
 def test_map_is_the_papers_with_alpha_by_finite_differences(name):
   """1e-4 of the largest: alpha of float64 heads in numpy."""
   maps, logits = maps_of(name), recorded(name)[0]
@@ -268,7 +271,7 @@ def arguments(folder, **changed):
   return argparse.Namespace(**{
       "model": "tiny", "weights": str(folder / "tiny.safetensors"),
       "image": str(folder / "picture"), "output": str(folder / "cam.png"),
-      "label": None, "stage": None, **changed})
+      "label": None, "stage": None, "allow_import": "", **changed})
 
 
 @pytest.mark.parametrize("label", [None, 2])
@@ -276,7 +279,7 @@ def test_the_tool_draws_what_the_function_gives(tiny, tmp_path, capsys, label):
   model, variables, spec, pixels = tiny
   cam.main(arguments(tmp_path, label=label))
   told = json.loads(capsys.readouterr().out)
-  cfg = cam.experiment("tiny")
+  cfg = inference.published("tiny")
   assert cfg.task.crop_pct == 0.9 and cfg.task.interpolation == "bicubic"
   # floor(32 / 0.9) = 35 pixels for 60, and 46 for 80; then the centre.
   picture = np.asarray(Image.fromarray(pixels).resize(
@@ -298,8 +301,8 @@ def test_the_tool_draws_what_the_function_gives(tiny, tmp_path, capsys, label):
     ({"output": "cam.jpg"}, "--output: cam.jpg does not end with .png"),
     ({"label": 5}, "--class: 5 is not one of the model's 5"),
     ({"label": -1}, "--class: -1 is not"),
-    ({"model": None}, "--model: is missing"),
-    ({"model": "tinyy"}, "--model: unknown model 'tinyy'; did you mean tiny?"),
+    ({"model": None}, "--weights: .*does not tell its model"),
+    ({"model": "tinyy"}, "--weights: unknown model .tinyy.; did you mean tiny"),
     ({"stage": "stage4"}, "no stage 'stage4'.*did you mean stage"),
     ({"image": "no_file"}, "no_file cannot be used as an image"),
     ({"image": "{folder}/tiny.safetensors"}, "cannot identify an image"),
@@ -320,15 +323,15 @@ def test_mistakes_are_a_line(tiny, tmp_path, changed, message):
 def test_a_run_tells_its_model_and_preprocessing(tiny, tmp_path):
   run = tmp_path / "run"
   run.mkdir()
-  config = config_lib.default()
+  config = typed.default()
   config.model.name, config.task.num_classes = "tiny", 5
   config.task.image_size, config.task.crop_pct = 24, 1.0
   config.data.source = "digits"
   cfg = config_lib.resolve(config)
-  (run / "config.json").write_text(config_lib.to_json(cfg))
-  assert cam._experiment(None, str(run)) == cfg
-  with pytest.raises(errors.ConfigError, match="is a run of tiny"):
-    cam._experiment("poolformer_s12", str(run))
+  (run / "config.json").write_text(typed.to_json(cfg))
+  assert inference.experiment(run) == (cfg, run)
+  with pytest.raises(errors.ConfigError, match="is of tiny, not poolformer"):
+    inference.experiment(run, "poolformer_s12")
 
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path):

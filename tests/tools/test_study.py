@@ -16,7 +16,7 @@ LOSS = Measure("loss", False)
 FAMILIES = [path for path in shipped.FILES
             if "VARIANTS" in shipped.names_of(path)]
 CONFIG = '''
-from metaformer_jax.config.resolve import default
+from metaformer_jax.config import default
 
 SEEDS = (0, 1)
 VARIANTS = {"pooling": ({}, 77.2),

@@ -25,8 +25,9 @@ class Interrupted(Exception):
 def experiment_of(**model) -> schema.Experiment:
   return schema.Experiment(
       task=task_config.Classification(num_classes=10, image_size=16),
-      model=schema.Model(**{"depths": (1,), "dims": (16,),
-                            "token_mixers": ("pooling",), **model}),
+      model=schema.Model(**{"name": "poolformer_s12", "depths": (1,),
+                            "dims": (16,), "token_mixers": ("pooling",),
+                            **model}),
       data=schema.Data(source="digits"),
       optim=schema.Optim(base_lr=0.5, warmup_epochs=0.0),
       train=schema.Train(batch_size=16, steps=N_STEPS, ema_decay=0.5,
@@ -40,7 +41,7 @@ def experiment_of(**model) -> schema.Experiment:
 def create(cfg):
   """A function that makes the state before the first step."""
   tx, _ = optim.create(cfg, N_STEPS, 1)
-  return functools.partial(state_lib.create, classification.create(cfg), tx,
+  return functools.partial(state_lib.create, classification.create(cfg)[1], tx,
                            cfg.seed, cfg.train.ema_decay)
 
 
@@ -70,14 +71,15 @@ def interrupt_after(monkeypatch, n_batches):
 
 
 @pytest.mark.parametrize("model,collection", [
-    ({"norm": "batch_norm"}, "batch_stats"),
+    pytest.param({"norm": "batch_norm"}, "batch_stats",
+                 marks=pytest.mark.slow),
     ({"token_mixers": ("random",), "activation": "star_relu",
       "res_scale_init": (1.0,), "layer_scale_init": 0.0}, "frozen")],
     ids=["batch norm", "like randformer"])
 def test_state_is_trained_saved_resumed_and_evaluated(
     tmp_path, monkeypatch, model, collection):
   cfg = experiment_of(**model)
-  task, mesh = classification.create(cfg), devices.make_mesh(cfg)
+  task, mesh = classification.create(cfg)[1], devices.make_mesh(cfg)
   whole = loop.train_and_evaluate(cfg, task, mesh, tmp_path / "whole")
   with monkeypatch.context() as patch, pytest.raises(Interrupted):
     interrupt_after(patch, 2)
@@ -115,7 +117,7 @@ def test_state_is_trained_saved_resumed_and_evaluated(
 
 def test_initialising_on_images_changes_no_statistics():
   cfg = experiment_of(norm="batch_norm")
-  task = classification.create(cfg)
+  task = classification.create(cfg)[1]
   x = np.random.default_rng(0).normal(3, 2, (4, 16, 16, 3)).astype(np.float32)
   stats = jax.jit(functools.partial(task.model.init, train=True))(
       jax.random.key(0), x)["batch_stats"]

@@ -47,7 +47,7 @@ def experiment_of(run) -> schema.Experiment:
 def compare(run, path):
   golden = lockstep_cases.Trajectory.load(path)
   cfg = experiment_of(run)
-  task = classification.create(cfg)
+  task = classification.create(cfg)[1]
   tx, schedule = optim.create(cfg, run.n_steps, run.n_batches)
   train_step = jax.jit(functools.partial(
       step.train_step, task=task, tx=tx, schedule=schedule, seed=0,
@@ -100,7 +100,9 @@ def compare_end(run, first, family, variables, want):
         f"{max(of_ways):.1e} of their ways")
 
 
-@pytest.mark.parametrize("run", lockstep_cases.SMALL, ids=lambda r: r.name)
+@pytest.mark.parametrize("run", [
+    pytest.param(run, id=run.name, marks=[pytest.mark.slow] * bool(i))
+    for i, run in enumerate(lockstep_cases.SMALL)])
 def test_trains_as_pytorch(run):
   compare(run, GOLDEN / f"{run.name}.npz")
 

@@ -23,7 +23,8 @@ def experiment_of(**sections) -> schema.Experiment:
   """A small PoolFormer on digits, with some sections changed."""
   return small_runs.changed(schema.Experiment(
       model=schema.Model(
-          depths=(1, 1), dims=(32, 64), token_mixers=("pooling",) * 2,
+          name="poolformer_s12", depths=(1, 1), dims=(32, 64),
+          token_mixers=("pooling",) * 2,
           layer_scale_init=0.1),
       task=tasks.Classification(
           num_classes=10, image_size=32, crop_pct=1.0, crop_area=(0.8, 1.0),
@@ -37,7 +38,7 @@ def experiment_of(**sections) -> schema.Experiment:
 
 def run_steps(cfg, n_steps):
   """Trains on digits; returns the losses and the final state on the host."""
-  task = classification.create(cfg)
+  task = classification.create(cfg)[1]
   mesh = devices.make_mesh(cfg)
   tx, schedule = optim.create(cfg, 20, steps_per_epoch=47)
   create = functools.partial(state_lib.create, task, tx, cfg.seed,
@@ -64,7 +65,9 @@ def on_one_device():
 
 
 @pytest.mark.parametrize("mesh", [
-    {"data": 8}, {"data": 1, "fsdp": 8, "min_size": 64},
+    pytest.param({"data": 8}, marks=pytest.mark.slow),
+    pytest.param({"data": 1, "fsdp": 8, "min_size": 64},
+                 marks=pytest.mark.slow),
     {"data": 4, "fsdp": 2, "min_size": 64,
      "rules": (("head/kernel", -1), ("fc1/kernel", 0))}],
     ids=["data parallel", "fsdp", "both"])
@@ -82,7 +85,8 @@ def test_eight_devices_train_as_one(on_one_device, mesh):
       n_parts == 1 or "rules" in mesh)
 
 
-@pytest.mark.parametrize("accumulate,data", [(2, 1), (8, 4)])
+@pytest.mark.parametrize("accumulate,data", [
+    pytest.param(2, 1, marks=pytest.mark.slow), (8, 4)])
 def test_micro_batches_train_as_one_batch(on_one_device, accumulate, data):
   losses, state = run_steps(experiment_of(
       train={"accumulate": accumulate}, mesh={"data": data}), 20)
@@ -94,8 +98,9 @@ def test_micro_batches_train_as_one_batch(on_one_device, accumulate, data):
 
 
 @pytest.mark.parametrize("model", [
-    {"norm": "batch_norm"}, {"token_mixers": ("random", "pooling")}],
-    ids=["batch norm", "random mixing"])
+    {"norm": "batch_norm"},
+    pytest.param({"token_mixers": ("random", "pooling")},
+                 marks=pytest.mark.slow)], ids=["batch norm", "random mixing"])
 def test_models_with_a_state_train_on_eight_devices_as_on_one(model):
   """Statistics are of the global (micro-)batch; random matrices stay."""
   train = {"accumulate": 2}
@@ -104,7 +109,7 @@ def test_models_with_a_state_train_on_eight_devices_as_on_one(model):
   losses, eight = run_steps(experiment_of(
       model=model, mesh={"data": 4, "fsdp": 2, "min_size": 64}, train=train), 3)
   np.testing.assert_allclose(losses, want, atol=1e-5)
-  first = classification.create(experiment_of(model=model)).model.init(
+  first = classification.create(experiment_of(model=model))[1].model.init(
       rng.named(0, "init"), jnp.zeros((1, 32, 32, 3)))
   params = first.pop("params")
   for tree in (one.params, one.ema_params, one.opt_state[0].mu):
@@ -199,7 +204,8 @@ def test_matrices_that_stay_are_not_averaged():
   cfg = experiment_of(model={"token_mixers": ("random", "pooling"),
                              "norm": "batch_norm"})
   state = jax.eval_shape(functools.partial(
-      state_lib.create, classification.create(cfg), optax.identity(), 0, 0.9))
+      state_lib.create, classification.create(cfg)[1], optax.identity(), 0,
+      0.9))
   assert state.model_state.keys() == {"batch_stats", "frozen"}
   assert state.ema_state.keys() == {"batch_stats"}
 
@@ -236,6 +242,6 @@ def test_sharding_rules_that_do_nothing_are_errors(rules, message):
   cfg = experiment_of(mesh={"data": 2, "fsdp": 4, "rules": rules})
   tx, _ = optim.create(cfg, 10, 10)
   shapes = jax.eval_shape(functools.partial(
-      state_lib.create, classification.create(cfg), tx, 0, 0.9))
+      state_lib.create, classification.create(cfg)[1], tx, 0, 0.9))
   with pytest.raises(errors.ConfigError, match=message):
     sharding.state_shardings(devices.make_mesh(cfg), shapes, cfg.mesh)

@@ -1,11 +1,13 @@
 """Data sets: where records come from.
 
 Each module opens one kind of data set, and checks the configuration of it;
-`config.data.source` chooses the module here.
+`config.data.source` chooses the module here, or names a source of the user's
+own: `source(data, split)`, called with the section and "train" or "eval".
 """
 
 from collections.abc import Iterator
 
+from metaformer_jax import errors, imports
 from metaformer_jax.config import schema
 from metaformer_jax.data.sources import arrays, base, folders, tfds
 
@@ -36,7 +38,35 @@ def create(data: schema.Data, split: str, numbered: bool = False,
     case "tfds":
       return tfds.create(data.name, data.path,
                          data.train_split if train else data.eval_split, train)
-  raise ValueError(f"unknown source {data.source!r}")
+  return _create_own(data, split)
+
+
+def _create_own(data: schema.Data, split: str) -> base.Source:
+  source = imports.call(data.source, "a source, source(data, split)", data,
+                        split)
+  missing = [name for name in ("__len__", "__getitem__", "n_classes")
+             if not hasattr(source, name)]
+  if missing:
+    raise errors.ConfigError(
+        f"config.data.source: {data.source} gave a {type(source).__name__}, "
+        f"which has no {', no '.join(missing)}; a source has a length, records "
+        '{"image", "label"} by index, and n_classes')
+  return source
+
+
+def classes(data: schema.Data) -> base.Classes:
+  """The classes of the training split; images are not read.
+
+  Raises:
+    ConfigError: as `create`.
+  """
+  match data.source:
+    case "folder":
+      return folders.classes(data)
+    case "digits":
+      return arrays.DIGITS
+  source = create(data, "train")
+  return base.Classes(source.n_classes, getattr(source, "class_names", None))
 
 
 def check(cfg: schema.Experiment, files: bool) -> Iterator[str]:
@@ -46,4 +76,5 @@ def check(cfg: schema.Experiment, files: bool) -> Iterator[str]:
     cfg: an experiment; each of its values was checked alone.
     files: whether the data must be on this machine.
   """
-  yield from _CHECKS[cfg.data.source](cfg, files)
+  if not imports.is_path(cfg.data.source):
+    yield from _CHECKS[cfg.data.source](cfg, files)

@@ -33,6 +33,9 @@ class InMemory:
     return {"image": self._images[index], "label": int(self._labels[index])}
 
 
+DIGITS = base.Classes(10, tuple("0123456789"))
+
+
 def digits(train: bool) -> InMemory:
   """scikit-learn's 1,797 handwritten digits, 8x8: 1,500 to train, 297 to test.
 
@@ -48,7 +51,7 @@ def digits(train: bool) -> InMemory:
 
 def check_digits(cfg: schema.Experiment, files: bool) -> Iterator[str]:
   """Yields a line per mistake in an experiment on digits."""
-  yield from base.check_classes(cfg, 10)
+  yield from base.check_classes(cfg, DIGITS.n)
   if files and cfg.data.path:
     yield from base.check_folder(cfg.data)
 

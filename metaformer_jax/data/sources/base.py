@@ -7,8 +7,8 @@ it is pickled to worker processes.
 """
 
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from metaformer_jax import errors
 from metaformer_jax.config import paths, schema
@@ -16,11 +16,24 @@ from metaformer_jax.config import paths, schema
 Record = Mapping[str, Any]
 
 
+class Classes(NamedTuple):
+  """The classes of a data set.
+
+  Attributes:
+    n: labels are below it; None if the source cannot know.
+    names: one for each, by label; None if they have none.
+  """
+
+  n: int | None
+  names: Sequence[str] | None
+
+
 class Source(Protocol):
   """What the loader needs of a data set.
 
   Attributes:
-    n_classes: labels are below it; None if the source cannot know.
+    n_classes: labels are below it; None if the source cannot know. A source may
+      also have `class_names`, one for each.
   """
 
   n_classes: int | None
@@ -57,11 +70,11 @@ def check_folder(data: schema.Data, inside: Iterable[str] = (),
 
 
 def check_classes(cfg: schema.Experiment, n_classes: int) -> Iterator[str]:
-  """Yields a line if the data has more classes than the model's outputs."""
+  """Yields a line if the training data has another number of classes."""
   outputs = cfg.task.num_classes
-  if outputs is not None and n_classes > outputs:
-    yield (f"config.task.num_classes: {outputs} is less than the data's; "
-           f"nearest: {n_classes}")
+  if outputs not in (None, n_classes):
+    yield (f"config.task.num_classes: {outputs}, but the training data has "
+           f"{n_classes} classes; set it to {n_classes}, or to None")
 
 
 def nearest_folder(path: pathlib.Path) -> str:

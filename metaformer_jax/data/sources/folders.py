@@ -127,6 +127,19 @@ def create(data: schema.Data, train: bool, numbered: bool) -> ClassFolders:
   return ClassFolders(split_root, class_names(train_folder))
 
 
+def classes(data: schema.Data) -> base.Classes:
+  """The classes of the training split, without a look at the images.
+
+  Raises:
+    ConfigError: as `create`.
+  """
+  if not data.path:
+    raise errors.ConfigError("config.data.path: is missing")
+  names = class_names(
+      pathlib.Path(data.path).expanduser() / _splits(data)["train_split"])
+  return base.Classes(len(names), names)
+
+
 def check(cfg: schema.Experiment, files: bool) -> Iterator[str]:
   """Yields a line per mistake in an experiment on class folders."""
   if not cfg.data.path:
@@ -150,11 +163,12 @@ def _check_splits(cfg: schema.Experiment) -> Iterator[str]:
       yield (f"config.data.{key}: {cfg.data.path} has no folder {split!r}"
              f"{base.nearest_folder(folder)}")
       continue
-    classes = [p for p in folder.iterdir()
-               if p.is_dir() and not p.name.startswith(".")]
-    if not classes:
+    found = [p for p in folder.iterdir()
+             if p.is_dir() and not p.name.startswith(".")]
+    if not found:
       yield f"config.data.path: {folder} has no class folders"
-    yield from base.check_classes(cfg, len(classes))
+    if key == "train_split":
+      yield from base.check_classes(cfg, len(found))
 
 
 def _image_files(folder: str) -> list[str]:

@@ -112,6 +112,7 @@ class TfdsSource:
     self._records, self._features = records, features
     self._decoders: dict[str, Any] | None = None
     self.n_classes = features["label"].num_classes
+    self.class_names = features["label"].names
 
   def __len__(self) -> int:
     return len(self._records)

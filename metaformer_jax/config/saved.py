@@ -1,0 +1,231 @@
+"""Experiments saved as data: a run's config.json, a file of weights.
+
+Nothing in them is executed. What is imported because of them must be permitted
+(`own.require_allowed`).
+"""
+
+import itertools
+import json
+import pathlib
+from collections.abc import Collection
+from typing import Any
+
+import ml_collections
+import safetensors
+
+from metaformer_jax import errors, imports
+from metaformer_jax.config import conversion, own, typed
+from metaformer_jax.config.model import Model
+from metaformer_jax.config.schema import Experiment
+from metaformer_jax.models import registry
+
+# Sections and keys that may differ when a run is resumed: they change no
+# result beyond the order of a sum. `init` is not read again.
+RESUMABLE = ("mesh", "log", "checkpoint", "eval", "init", "data.workers",
+             "data.threads", "data.path", "data.max_bad_fraction",
+             "train.max_skipped")
+
+# The key of a weights file's metadata that holds an experiment, as JSON.
+METADATA = "experiment"
+
+# Limits of JSON: an experiment takes a few kilobytes, and the values of
+# `mesh.rules` are nested four deep. ImageNet-21K's class names need the rest.
+_MAX_JSON_BYTES, _MAX_JSON_DEPTH = 2**22, 8
+
+
+def read_json(path: pathlib.Path, allowed: Collection[str] = (),
+              ) -> ml_collections.ConfigDict:
+  """Reads an experiment as data, as runs write it to config.json.
+
+  Absent keys take their defaults.
+
+  Args:
+    path: the file.
+    allowed: modules that it may name in import paths.
+
+  Raises:
+    ConfigError: the file cannot be read, is not JSON in UTF-8, is too large or
+      nested too deeply, has a key twice, a value that its key cannot have, or
+      names a module that is not allowed.
+  """
+  try:
+    tree = _read(path)
+  except (OSError, ValueError) as e:
+    raise errors.ConfigError(f"--config_json: {path}: {e}") from e
+  cfg = typed.typed(tree)
+  own.require_allowed(cfg, allowed, f"--config_json: {path}")
+  return typed.as_config(cfg)
+
+
+def find_workdir(path: pathlib.Path) -> pathlib.Path | None:
+  """The workdir of the run that a folder is, or is a part of; else None."""
+  folder = path.absolute()
+  if folder.is_dir():
+    for part in (folder, *folder.parents[:2]):
+      if (part / "config.json").is_file():
+        return part
+  return None
+
+
+def read_run(workdir: pathlib.Path,
+             allowed: Collection[str] | None = ()) -> Experiment:
+  """The experiment of a run, from its workdir's config.json.
+
+  Args:
+    workdir: of the run.
+    allowed: modules that it may name in import paths, besides those that a run
+      of this user in this folder has used; None if the caller imports nothing.
+
+  Raises:
+    ConfigError: as `read_json`, or an earlier version wrote the file.
+  """
+  path = workdir / "config.json"
+  try:
+    cfg = typed.typed(_current(_read(path)))
+  except (OSError, ValueError, errors.ConfigError) as e:
+    raise errors.ConfigError(f"{path}: {e}") from e
+  if not own.is_remembered(workdir):
+    own.require_allowed(cfg, allowed, str(path))
+  return cfg
+
+
+def read_weights(path: pathlib.Path, allowed: Collection[str] | None = (),
+                 ) -> Experiment | None:
+  """The experiment that made the weights, as far as they tell.
+
+  Args:
+    path: a safetensors file, or a run's folder or a part of it.
+    allowed: as for `read_run`.
+
+  Returns:
+    None if the file has no metadata of this package.
+
+  Raises:
+    ConfigError: as `read_run`.
+  """
+  workdir = find_workdir(path)
+  if workdir:
+    return read_run(workdir, allowed)
+  if path.suffix != ".safetensors" or not path.is_file():
+    return None
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      text = (file.metadata() or {}).get(METADATA)
+  except (OSError, safetensors.SafetensorError) as e:
+    raise errors.WeightsError(f"{path}: {e}") from e
+  if text is None:
+    return None
+  try:
+    cfg = typed.typed(_current(_parse_json(text)))
+  except (ValueError, errors.ConfigError) as e:
+    raise errors.ConfigError(f"{path}: its metadata: {e}") from e
+  own.require_allowed(cfg, allowed, str(path))
+  return cfg
+
+
+def differences(cfg: Experiment, path: pathlib.Path) -> list[str]:
+  """What `cfg` changes, "key: old -> new", beyond what a resume may change.
+
+  A key that the saved experiment does not have is newer and had its default.
+
+  Args:
+    cfg: the experiment to run.
+    path: the config.json of a run.
+
+  Raises:
+    OSError, ValueError: the file is not an experiment of this version.
+  """
+  saved = _current(_read(path))
+  task = cfg.task if imports.is_path(cfg.task.name) else type(cfg.task)()
+  defaults, new = (dict(typed.flatten(json.loads(typed.to_json(c))))
+                   for c in (Experiment(task=task), cfg))
+  old = defaults | dict(typed.flatten(saved))
+  resumable = {*RESUMABLE, *(f"task.{key}" for key in cfg.task.RESUMABLE)}
+  absent = "no such key"
+  return [
+      f"{key}: {_short(old[key])} -> {_short(new.get(key, absent))}"
+      for key in sorted(old) if old[key] != new.get(key, absent)
+      and resumable.isdisjoint((key, key.split(".")[0]))]
+
+
+def model_differences(made: Model, wanted: Model) -> list[str]:
+  """How two models compute differently with the same weights.
+
+  Args:
+    made: the model that made the weights.
+    wanted: the one that is to use them.
+
+  Returns:
+    A line for each hyper-parameter, "config.model.key: made, wanted". What
+    shows in the weights' names and shapes, or matters in training only, is left
+    out: reading the weights reports the former.
+  """
+  if imports.is_path(made.name) or imports.is_path(wanted.name):
+    one, other = ({"name": m.name, **m.overrides()} for m in (made, wanted))
+    return [f"config.model.{key}: {one.get(key)}, {other.get(key)}"
+            for key in sorted(one.keys() | other)
+            if one.get(key) != other.get(key)]
+  one, other = (registry.get_spec(m.name).override(**m.overrides())
+                for m in (made, wanted))
+  if type(one) is not type(other):
+    return [f"config.model.name: {made.name}, {wanted.name}"]
+  return [f"config.model.{key}: {getattr(one, key)}, {getattr(other, key)}"
+          for key in one.differences(other)]
+
+
+def _short(value: Any) -> str:
+  text = str(value)
+  return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _read(path: pathlib.Path) -> Any:
+  """Parses a JSON file; OSError or ValueError says why it cannot be."""
+  if not path.is_file():  # Opening a pipe would block.
+    raise ValueError("is not a file")
+  with open(path, "rb") as file:
+    data = file.read(_MAX_JSON_BYTES + 1)
+  if len(data) > _MAX_JSON_BYTES:
+    raise ValueError(f"is larger than {_MAX_JSON_BYTES} bytes")
+  return _parse_json(data.decode())
+
+
+def _current(tree: Any) -> Any:
+  """Returns a saved experiment; ValueError if this version lacks its keys."""
+  if not isinstance(tree, dict):
+    raise ValueError(f"{conversion.shown(tree)} is not a section of keys")
+  shared = {**tree, "task": {}} if own.has_own_task(tree) else tree
+  unknown = sorted(dict(typed.flatten(shared)).keys() - set(typed.keys()))
+  if unknown:
+    more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+    raise ValueError(
+        "was written by another version of metaformer_jax: there is no key "
+        f"{', '.join(unknown[:3])}{more}")
+  return tree
+
+
+def _parse_json(text: str) -> Any:
+  """Parses standard JSON; ValueError says what is wrong with it."""
+
+  def unique(pairs):
+    made = dict(pairs)
+    if len(made) < len(pairs):
+      keys = sorted(key for key, _ in pairs)
+      twice = next(a for a, b in itertools.pairwise(keys) if a == b)
+      raise ValueError(f"has the key {conversion.shown(twice)} twice")
+    return made
+
+  def refuse(constant):
+    raise ValueError(f"holds {constant}, which is not JSON")
+
+  too_deep = ValueError(f"is nested more than {_MAX_JSON_DEPTH} deep")
+  try:
+    tree = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+  except RecursionError as e:
+    raise too_deep from e
+  level = [tree]
+  for _ in range(_MAX_JSON_DEPTH):
+    level = [child for node in level if isinstance(node, (dict, list))
+             for child in (node.values() if isinstance(node, dict) else node)]
+  if any(isinstance(node, (dict, list)) for node in level):
+    raise too_deep
+  return tree

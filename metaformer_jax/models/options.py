@@ -1,0 +1,28 @@
+"""How a hyper-parameter, or another value of an experiment, is declared."""
+
+import dataclasses
+
+REQUIRED = dataclasses.MISSING
+
+
+def option(default, help_text, *, low=None, high=None, above=None, choices=None,
+           own=False, length=None, each=None, role="function"):
+  """A dataclass field with its meaning and limits.
+
+  Args:
+    default: the value if a config does not set it, or `REQUIRED`.
+    help_text: what it is, and its unit.
+    low, high: inclusive bounds of a number, or of each number of a tuple.
+    above: exclusive lower bound.
+    choices: the valid values of a string, or of each string of a tuple.
+    own: whether an import path of a user's own is valid, too.
+    length: of a tuple.
+    each: `"odd"` for odd numbers only.
+    role: what depends on it besides the initial weights: "training" only; also
+      the "shape" or the names of the weights; or only the "function" that they
+      compute, so that weights alone do not tell it.
+  """
+  return dataclasses.field(default=default, metadata={
+      "help": help_text, "low": low, "high": high, "above": above,
+      "choices": choices, "own": own, "length": length, "each": each,
+      "role": role})

@@ -1,0 +1,261 @@
+"""`metaformer_jax.load`: from names, files of every layout, and runs."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_runs
+
+import metaformer_jax
+from metaformer_jax import errors, inference, tasks
+from metaformer_jax.config import default, resolve, saved, schema, typed
+from metaformer_jax.config import tasks as sections
+from metaformer_jax.convert import files, layouts, rules
+from metaformer_jax.runtime import devices
+from metaformer_jax.tools import convert
+from metaformer_jax.training import evaluate
+
+STAGES = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
+SMALL = {
+    "poolformer_s12": STAGES,
+    "caformer_s18": STAGES,
+    "resnet50": {"depths": (1, 1, 1, 1), "widths": (4, 8, 8, 8)},
+    "deit_small_distilled_patch16_224": {"depth": 1, "dim": 12, "n_heads": 2},
+    "pvt_tiny": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8),
+                 "n_heads": (1, 1, 2, 2)},
+    "mixer_b16_224": {"depth": 1, "dim": 12},
+    "resmlp_12_224": {"depth": 1, "dim": 12},
+}
+CASES = [(name, layout) for name in SMALL for layout in (
+    *rules.RULES[metaformer_jax.get_spec(name).family], "flax")]
+
+
+def published(name, **model):
+  """An experiment of a small form of a model, for images of 32 pixels."""
+  return resolve.resolve({
+      "model": {"name": name, **SMALL[name], **model},
+      "data": {"source": "digits", "mean": (0.1, 0.2, 0.3)},
+      "task": {"num_classes": 10, "image_size": 32,
+               "class_names": [f"digit {i}" for i in range(10)]}})
+
+
+def variables_of(cfg, seed=0):
+  """Random values for all variables of the model."""
+  _, task = tasks.create(cfg, files=False)
+  shapes = jax.eval_shape(task.model.init, jax.random.key(0),
+                          *task.init_inputs())
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+      lambda s: rng.uniform(0.05, 0.3, s.shape).astype(s.dtype), shapes)
+
+
+def check_equal(got, want):
+  jax.tree.map(np.testing.assert_array_equal, dict(got), dict(want))
+
+
+def write(path, cfg, variables, layout, told=True):
+  family = metaformer_jax.get_spec(cfg.model.name).family
+  files.write_safetensors(
+      path, layouts.to_torch(family, variables, layout),
+      {saved.METADATA: typed.to_json(cfg)} if told else {})
+
+
+@pytest.mark.parametrize("name,layout", CASES)
+def test_every_family_and_layout(name, layout, tmp_path):
+  cfg = published(name)
+  variables = variables_of(cfg)
+  path = tmp_path / "weights.safetensors"
+  write(path, cfg, variables, layout)
+  loaded = metaformer_jax.load(path)
+  check_equal(loaded.variables, variables)
+  assert loaded.class_names[3] == "digit 3"
+  assert loaded.cfg.data.mean == (0.1, 0.2, 0.3)
+  # The same, for who names the model.
+  check_equal(metaformer_jax.load_pretrained(name, path), variables)
+  if layout != "flax":  # The values are the same.
+    return
+  image = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
+  found, = loaded.predict(image)
+  example = loaded.preprocess(image)["image"]
+  assert example.shape == (32, 32, 3)
+  x = (example / 255 - np.array(cfg.data.mean)) / np.array(cfg.data.std)
+  want = np.asarray(jax.nn.softmax(loaded.model.apply(
+      variables, jnp.asarray(x[None], jnp.float32))))[0]
+  np.testing.assert_allclose(found["probabilities"], np.sort(want)[::-1],
+                             rtol=2e-3)
+  assert found["names"] == [f"digit {i}" for i in found["classes"]]
+
+
+@pytest.mark.parametrize("settings", [
+    {"pool_size": 5}, {"pool_subtract": False}, {"norm": "layer_norm"},
+    {"activation": "relu"}, {"token_mixers": ("identity",) * 4},
+    {"residual": False}, {"norm_eps": 1e-3}, {"head_norm_first": False},
+    {"in_pad": 3}], ids=lambda settings: next(iter(settings)))
+def test_settings_that_the_weights_do_not_show(settings, tmp_path):
+  """They are taken from the file; others are an error; layouts are refused."""
+  (key, value), = settings.items()
+  cfg = published("poolformer_s12", **settings)
+  variables = variables_of(cfg)
+  path = tmp_path / "weights.safetensors"
+  write(path, cfg, variables, "flax")
+  assert getattr(metaformer_jax.load(path).model, key) == value
+  usual = getattr(metaformer_jax.get_spec("poolformer_s12").settings, key)
+  for read in (lambda: metaformer_jax.load(path, **{key: usual}),
+               lambda: metaformer_jax.load_pretrained(
+                   "poolformer_s12", path, **{key: usual})):
+    with pytest.raises(errors.WeightsError, match=f"model.{key}: "):
+      read()
+  arguments = convert_arguments(path, tmp_path / "out.safetensors")
+  for layout in ("official", "timm"):
+    with pytest.raises(errors.ConfigError, match=f"cannot express.*{key}: "):
+      convert.main(dataclasses.replace(arguments, layout=layout))
+  convert.main(arguments)
+  again = metaformer_jax.load(tmp_path / "out.safetensors")
+  assert getattr(again.model, key) == value
+  check_equal(again.variables, variables)
+
+
+@dataclasses.dataclass(frozen=True)
+class convert_arguments:
+  input: pathlib.Path
+  output: pathlib.Path
+  layout: str = "flax"
+  model: str | None = None
+  num_classes: int | None = None
+  head_21k: bool = False
+  in_chans: int = 3
+  input_size: int | None = None
+  allow_import: str = ""
+
+
+@pytest.mark.parametrize("settings", [
+    {"mlp_ratio": 2.0}, {"mlp_bias": False}, {"layer_scale_init": 0.0},
+    {"drop_path_rate": 0.3}], ids=lambda settings: next(iter(settings)))
+def test_settings_that_show_or_do_not_matter_are_exported(settings, tmp_path):
+  cfg = published("poolformer_s12", **settings)
+  path = tmp_path / "weights.safetensors"
+  write(path, cfg, variables_of(cfg), "flax")
+  convert.main(convert_arguments(path, tmp_path / "out.safetensors", "timm"))
+
+
+def test_every_setting_says_what_depends_on_it():
+  """Settings that the tensors' names and shapes do not show change the output.
+
+  Settings with the role "shape" change a name or a shape, or one has no
+  parameters to change; settings for training change neither.
+  """
+  one = published("poolformer_s12")
+  like = variables_of(one)
+  for key, value, role in (
+      ("pool_size", 5, "function"), ("activation", "silu", "function"),
+      ("mlp_bias", False, "shape"), ("norm_bias", False, "shape"),
+      ("drop_rate", 0.5, "training"),
+      ("conv_init", "trunc_normal", "training")):
+    settings = metaformer_jax.get_spec("poolformer_s12").settings
+    field, = (f for f in dataclasses.fields(settings) if f.name == key)
+    assert field.metadata["role"] == role
+    other = variables_of(published("poolformer_s12", **{key: value}))
+    same = layouts.flatten(other).keys() == layouts.flatten(like).keys()
+    assert same == (role != "shape"), key
+    if not same:
+      continue
+    x = np.random.default_rng(0).standard_normal((1, 32, 32, 3))
+    outputs = [metaformer_jax.create_model(
+        "poolformer_s12", num_classes=10, **STAGES, **more).apply(like, x)
+        for more in ({}, {key: value})]
+    assert np.array_equal(*outputs) == (role == "training"), key
+
+
+def test_runs_of_every_kind_of_override(tmp_path):
+  """The model of a run is that of its evaluation, whatever it changed."""
+  config = default()
+  config.update_from_flattened_dict({
+      "model.name": "caformer_s18", "model.depths": (1, 1),
+      "model.dims": (8, 16), "model.token_mixers": ("sepconv", "attention"),
+      "model.conv_kernel_size": 5, "model.res_scale_init": (0.0, 0.9),
+      "model.norm_eps": 1e-3, "model.head_norm_first": True,
+      "model.norm": "batch_norm", "model.norm_bias": True,
+      "data.source": "digits",
+      "data.mean": (0.4,) * 3, "task.image_size": 16, "train.batch_size": 32,
+      "train.steps": 2, "train.ema_decay": 0.5, "log.tensorboard": False})
+  cfg, task = tasks.create(resolve.resolve(config))
+  small_runs.run(cfg, task, tmp_path / "run")
+  loaded = metaformer_jax.load(tmp_path / "run")
+  assert loaded.cfg == cfg and loaded.model == task.model
+  result = evaluate.evaluate_checkpoint(
+      cfg, task, devices.make_mesh(cfg), tmp_path / "run", "last")
+  right = n = 0
+  predict = jax.jit(loaded.task.predict)
+  for batch in loaded.task.make_data("eval").eval_batches():
+    logits = np.asarray(predict(loaded.variables, batch))
+    right += ((logits.argmax(-1) == batch["label"]) & batch["mask"]).sum()
+    n += batch["mask"].sum()
+  assert right / n == pytest.approx(result["top1"], abs=1e-6)
+  same = metaformer_jax.load_pretrained("caformer_s18", tmp_path / "run")
+  check_equal(same, loaded.variables)
+  ten = metaformer_jax.load(tmp_path / "run", num_classes=7)
+  assert ten.variables["params"]["head"]["fc2"]["bias"].shape == (7,)
+  assert ten.class_names is None
+
+
+def test_names_of_published_weights(tmp_path, monkeypatch):
+  monkeypatch.setattr(inference, "WEIGHTS", str(tmp_path / "cache"))
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(errors.ConfigError) as caught:
+    metaformer_jax.load("resnet18")
+  assert "resnet18" in str(caught.value)
+  with pytest.raises(errors.ConfigError, match="did you mean resnet18"):
+    metaformer_jax.load("resnet19")
+  with pytest.raises(errors.ConfigError, match=r"poolformer_s12\.pth\.tar"):
+    metaformer_jax.load("poolformer_s12")
+  cfg = schema.Experiment(task=sections.Classification(num_classes=1000),
+                          model=schema.Model(name="resnet18"))
+  variables = variables_of(cfg)
+  (tmp_path / "cache").mkdir()
+  write(tmp_path / "cache/resnet18.safetensors", cfg, variables, "timm", False)
+  loaded = metaformer_jax.load("resnet18")
+  assert loaded.cfg.task.image_size == 224
+  check_equal(loaded.variables, variables)
+  # An existing path wins.
+  write(tmp_path / "resnet18", cfg, variables_of(cfg, seed=1), "timm", False)
+  with pytest.raises(errors.ConfigError, match="does not tell its model"):
+    metaformer_jax.load("resnet18")
+  other = metaformer_jax.load("resnet18", model="resnet18")
+  assert not np.array_equal(
+      other.variables["params"]["head"]["bias"],
+      loaded.variables["params"]["head"]["bias"])
+
+
+@pytest.mark.parametrize("call,words", [
+    (lambda path: metaformer_jax.load(path, model="resnet50"),
+     "is of poolformer_s12, not resnet50"),
+    (lambda path: metaformer_jax.load(path, pool_sise=3), "pool_sise"),
+    (lambda path: metaformer_jax.load(path.with_name("none.safetensors")),
+     "does not exist"),
+    (lambda path: metaformer_jax.load_pretrained("resnet50", path),
+     "config.model.name: poolformer_s12, resnet50")])
+def test_what_does_not_fit_is_one_line(tmp_path, call, words):
+  cfg = published("poolformer_s12")
+  path = tmp_path / "weights.safetensors"
+  write(path, cfg, variables_of(cfg), "timm")
+  with pytest.raises(errors.ConfigError) as caught:
+    call(path)
+  assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_metadata_is_what_convert_writes(tmp_path):
+  cfg = published("poolformer_s12")
+  path = tmp_path / "weights.safetensors"
+  write(path, cfg, variables_of(cfg), "flax")
+  convert.main(convert_arguments(path, tmp_path / "3.safetensors", "timm",
+                                 num_classes=3, input_size=64))
+  loaded = metaformer_jax.load(tmp_path / "3.safetensors")
+  assert loaded.cfg.task.num_classes == 3 and loaded.class_names is None
+  assert loaded.cfg.task.image_size == 64
+  assert loaded.cfg.data.mean == (0.1, 0.2, 0.3)
+  made = saved.read_weights(tmp_path / "3.safetensors")
+  assert json.loads(typed.to_json(made))["model"]["name"] == "poolformer_s12"
