@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import jax
@@ -63,7 +63,9 @@ class Loaded:
         return self.task.preprocess(
             pathlib.Path(image).expanduser().read_bytes())
       if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
+        known = image.mode in ("L", "RGB", "RGBA") or (
+            image.mode.startswith("I;16"))
+        image = np.asarray(image if known else image.convert("RGB"))
       return self.task.preprocess(image)
     except Exception as e:  # Of many types, as Pillow's are.
       shown = (image if isinstance(image, (str, pathlib.Path))
@@ -76,7 +78,7 @@ class Loaded:
 
     Args:
       images: one, or several.
-      batch_size: images per call of the model, which is compiled once.
+      batch_size: images per call of the model, at most.
 
     Returns:
       The task's `postprocess` of each: for a classifier {"classes": int [C],
@@ -89,6 +91,8 @@ class Loaded:
     if isinstance(images, (str, bytes, pathlib.Path, Image.Image)) or (
         getattr(images, "ndim", 4) < 4):
       images = [images]
+    if isinstance(images, Sized):  # No more than there are.
+      batch_size = max(1, min(batch_size, len(images)))
     return list(self._predict(iter(images), batch_size))
 
   def _predict(self, images: Iterator[Picture],

@@ -27,7 +27,7 @@ from metaformer_jax import errors
 log = logging.getLogger(__name__)
 
 # Length of the messages between processes in bytes.
-_MESSAGE = 1024
+_MESSAGE = 4096
 
 
 def start(coordinator: str | None, count: int | None, index: int | None,

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from metaformer_jax import errors
+from metaformer_jax import errors, imports
 from metaformer_jax.config import own
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.models import check_mixer, registry
@@ -21,15 +21,25 @@ def check(cfg: Experiment) -> None:
   paths = own.paths(cfg)
   if not any(key.startswith("config.model.") for key in paths):
     return
-  model = cfg.model
-  for name in dict.fromkeys(paths.get("config.model.token_mixers", ())):
+  for name, dim in _mixers(cfg).items():
     try:
-      check_mixer.check_mixer(name, dtype=jnp.dtype(model.dtype),
+      check_mixer.check_mixer(name, dim=dim, dtype=jnp.dtype(cfg.model.dtype),
                               checks=_CHECKS)
     except ValueError as e:
       raise errors.ConfigError(f"config.model.token_mixers: {e}") from e
   _check_whole(cfg, ", ".join(f"{key} = {', '.join(dict.fromkeys(names))}"
                               for key, names in paths.items()))
+
+
+def _mixers(cfg: Experiment) -> dict[str, int]:
+  """The import paths of mixers, and the channels of the stage of each."""
+  found = own.paths(cfg).get("config.model.token_mixers", ())
+  if imports.is_path(cfg.model.name) or not found:
+    return {}
+  settings = registry.get_spec(cfg.model.name).override(
+      **cfg.model.overrides())
+  return {name: dim for name, dim in zip(settings.token_mixers, settings.dims)
+          if name in found}
 
 
 def _check_whole(cfg: Experiment, what: str) -> None:
