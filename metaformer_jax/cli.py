@@ -217,7 +217,7 @@ def _read_json(of_run: bool) -> str | None:
   paths, allowed = _given("config_json"), ",".join(_given("allow_import"))
   if of_run and not paths and not _given("config") and _given("workdir"):
     workdir = pathlib.Path(_given("workdir")[0]).expanduser()
-    config = typed.as_config(saved.read_run(workdir, allowed.split(",")))
+    config = typed.as_config(saved.read_run(workdir, allowed))
     config.init = None  # The run has read it.
     delattr(flags.FLAGS, "config")
     config_flags.DEFINE_config_dict("config", config)
@@ -227,7 +227,7 @@ def _read_json(of_run: bool) -> str | None:
   if len(paths) > 1 or _given("config"):
     raise errors.ConfigError(
         "--config_json: cannot be combined with another config; give one")
-  config = saved.read_json(pathlib.Path(paths[0]), allowed.split(","))
+  config = saved.read_json(pathlib.Path(paths[0]), allowed)
   delattr(flags.FLAGS, "config")
   config_flags.DEFINE_config_dict("config", config)
   return paths[0]
@@ -289,7 +289,7 @@ def start(cfg: Experiment):
   """Starts jax, imports what is the user's own, and fills in derived values.
 
   Returns:
-    The experiment with nothing left open, its task, and the mesh.
+    The experiment with all derived values, its task, and the mesh.
 
   Raises:
     ConfigError: as `start_jax` and `tasks.create`, on all processes; or they

@@ -32,7 +32,7 @@ def module_of(path: str) -> str:
 def load(path: str) -> Callable[..., Any]:
   """Imports the module and returns what the path names, something callable.
 
-  The working directory is searched first, as for `python -m`.
+  The working directory is on the path, as for `python -m`.
 
   Raises:
     ConfigError: the module is not found or fails, or has no such attribute.
@@ -44,7 +44,7 @@ def load(path: str) -> Callable[..., Any]:
     importlib.invalidate_caches()  # The file may be newer than the process.
   try:
     found = module = importlib.import_module(module_name)
-  except Exception as e:  # The module is a program.
+  except (Exception, SystemExit) as e:  # The module is a program.
     if isinstance(e, ModuleNotFoundError) and (
         f"{module_name}.".startswith(f"{e.name}.")):
       raise errors.ConfigError(

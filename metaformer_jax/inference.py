@@ -28,12 +28,12 @@ _SUFFIXES = (".safetensors", ".pth.tar", ".pth")
 Picture = str | pathlib.Path | bytes | Image.Image | np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Loaded:
   """A model with its weights.
 
   Attributes:
-    cfg: the experiment that made them, as far as they tell.
+    cfg: the experiment that made them, as far as they record it.
     task: what they were made for.
     variables: for `model.apply`.
   """
@@ -126,12 +126,11 @@ def experiment(weights: str | pathlib.Path, model: str | None = None,
   Raises:
     ConfigError: as `load`.
   """
-  allowed = [allow_import] if isinstance(allow_import, str) else allow_import
   path = paths.local("", weights)
   if not path.exists() and model is None and "/" not in str(weights) and (
       not path.suffix):
     path, model = _published_weights(str(weights)), str(weights)
-  cfg = saved.read_weights(path, allowed)
+  cfg = saved.read_weights(path, allow_import)
   if cfg is not None:
     if model not in (None, cfg.model.name):
       raise errors.ConfigError(f"{weights} is of {cfg.model.name}, not {model}")
@@ -140,7 +139,7 @@ def experiment(weights: str | pathlib.Path, model: str | None = None,
     raise errors.ConfigError(f"{weights}: does not exist")
   if model is None:
     raise errors.ConfigError(
-        f"{weights}: does not tell its model; name it, as in model="
+        f"{weights}: does not record its model; name it, as in model="
         "'poolformer_s12' (--model=poolformer_s12)")
   return published(model), path
 
@@ -190,7 +189,7 @@ def load(weights: str | pathlib.Path, *, model: str | None = None,
       ~/.cache/metaformer_jax/weights; a file of weights; or a run's workdir,
       its checkpoints folder or one step in it. An existing path wins over a
       name.
-    model: name of the model, for a file that does not tell it.
+    model: name of the model, for a file that does not record it.
     num_classes: of a new head, if not those of the weights.
     allow_import: names of modules of the user's own that the weights may name;
       not needed for a run of the same user in the same folder.
@@ -198,8 +197,8 @@ def load(weights: str | pathlib.Path, *, model: str | None = None,
       they change what the weights compute.
 
   Raises:
-    ConfigError: there are no such weights, they do not tell their model, name a
-      module that is not allowed, or do not fit it.
+    ConfigError: there are no such weights, they do not record their model, name
+      a module that is not allowed, or do not fit it.
   """
   cfg, path = experiment(weights, model, allow_import)
   try:

@@ -27,7 +27,7 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
                     **overrides: Any) -> dict[str, Any]:
   """Returns the variables of a model from a file or folder of weights.
 
-  If the weights tell how they were made, as a run's do, its hyper-parameters,
+  If the weights record how they were made, as a run's do, its hyper-parameters,
   number of classes and image size are the defaults; others that change what the
   weights compute are an error.
 
@@ -67,16 +67,15 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
   published, size = ((None, None) if own else
                      (spec.num_classes, spec.input_size))
   made = saved.read_weights(
-      paths.local("", path, errors.WeightsError),
-      [allow_import] if isinstance(allow_import, str) else allow_import)
+      paths.local("", path, errors.WeightsError), allow_import)
   if made is not None:
     published = made.task.num_classes or published
     size = made.task.input_size or size
     overrides = _with_defaults(made.model, name, overrides, path)
   size = size if input_size is None else input_size
   if own and None in (size, num_classes or published):
-    raise ValueError(f"{path} does not tell for which images and classes {name}"
-                     " was made: give input_size and num_classes")
+    raise ValueError(f"{path} does not record for which images and classes "
+                     f"{name} was made: give input_size and num_classes")
   height, width = (size, size) if isinstance(size, int) else size
   if min(height, width, in_chans) < 1 or (num_classes or 0) < 0:
     raise ValueError(

@@ -1,12 +1,11 @@
 """Values of an experiment that follow from others: those left at None."""
 
 import dataclasses
-from collections.abc import Collection
 from typing import Any
 
 from metaformer_jax import errors
-from metaformer_jax.config import paths, saved
-from metaformer_jax.config.schema import Data, Experiment
+from metaformer_jax.config import own, paths, saved
+from metaformer_jax.config.schema import Experiment
 from metaformer_jax.models import registry, spec
 
 # Of the data section and the task section, by their names in `ModelSpec`.
@@ -16,7 +15,7 @@ _TASK = {"image_size": "input_size", "crop_pct": "crop_pct",
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(spec.ModelSpec)}
 
 
-def fill(cfg: Experiment, allowed: Collection[str] = ()) -> Experiment:
+def fill(cfg: Experiment, allowed: own.Allowed = ()) -> Experiment:
   """Fills in what follows from `config.init` and from the model.
 
   A model without a name is that of `config.init`, with its hyper-parameters
@@ -28,7 +27,7 @@ def fill(cfg: Experiment, allowed: Collection[str] = ()) -> Experiment:
     allowed: modules that `config.init` may name in import paths.
 
   Raises:
-    ConfigError: the model has no name, and `config.init` does not tell it.
+    ConfigError: the model has no name, and `config.init` does not record it.
   """
   if cfg.model.name is None:
     cfg = _from_init(cfg, allowed)
@@ -40,14 +39,14 @@ def fill(cfg: Experiment, allowed: Collection[str] = ()) -> Experiment:
                        {key: row[name] for key, name in _TASK.items()})
 
 
-def _from_init(cfg: Experiment, allowed: Collection[str]) -> Experiment:
+def _from_init(cfg: Experiment, allowed: own.Allowed) -> Experiment:
   if cfg.init is None:
     return cfg  # `checks` reports it.
   made = saved.read_weights(paths.local("config.init", cfg.init), allowed)
   if made is None:
     raise errors.ConfigError(
         f"config.model.name: is missing, and config.init = {cfg.init!r} does "
-        "not tell it: only workdirs and files of tools.convert do")
+        "not record it: only workdirs and files of tools.convert do")
   keep = {k: v for k, v in vars(cfg.model).items() if v is not None}
   model = dataclasses.replace(made.model, **keep)
   cfg = dataclasses.replace(cfg, model=model)
@@ -62,7 +61,7 @@ def _preprocessed(cfg: Experiment, data: dict[str, Any],
                              task=_filled(cfg.task, task))
 
 
-def _filled(section: Data | Any, values: dict[str, Any]) -> Any:
+def _filled(section: Any, values: dict[str, Any]) -> Any:
   missing = {key: value for key, value in values.items()
              if getattr(section, key, ...) is None}
   return dataclasses.replace(section, **missing) if missing else section

@@ -16,6 +16,10 @@ from metaformer_jax import imports
 from metaformer_jax.config import typed
 from metaformer_jax.config.schema import Experiment
 
+# Names of modules that data may name, with their submodules; text has commas
+# between them. None: the caller imports nothing.
+Allowed = str | Collection[str] | None
+
 # A file for each run that used modules of the user's own.
 _REMEMBERED = "~/.cache/metaformer_jax/own_runs"
 
@@ -66,14 +70,12 @@ def has_own_task(tree: Mapping[str, Any]) -> bool:
   return isinstance(task, Mapping) and imports.is_path(task.get("name"))
 
 
-def require_allowed(cfg: Experiment, allowed: Collection[str] | None,
-                    where: str) -> None:
+def require_allowed(cfg: Experiment, allowed: Allowed, where: str) -> None:
   """Checks that data names allowed modules only.
 
   Args:
     cfg: an experiment that was read from data.
-    allowed: names of modules; their submodules are allowed, too. None if the
-      caller imports nothing.
+    allowed: see `Allowed`.
     where: it was read from, for the message.
 
   Raises:
@@ -81,6 +83,8 @@ def require_allowed(cfg: Experiment, allowed: Collection[str] | None,
   """
   if allowed is None:
     return
+  if isinstance(allowed, str):
+    allowed = allowed.split(",")
   problems = [
       f"{where}: {key} names {name}, which is not imported because a file says "
       f"so; if you trust it, add --allow_import={imports.module_of(name)} (in "

@@ -1,9 +1,9 @@
-"""From a ConfigDict to a checked `Experiment` in which little is left open."""
+"""From a ConfigDict to an `Experiment`: typed, completed, checked."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from metaformer_jax.config import checks, derived, typed
+from metaformer_jax.config import checks, derived, own, typed
 from metaformer_jax.config.schema import Experiment
 
 # More checks for `resolve`: (experiment, files) -> a line per mistake.
@@ -12,7 +12,7 @@ Check = Callable[[Experiment, bool], Iterable[str]]
 
 def resolve(config: Mapping[str, Any], files: bool = True,
             also: Check = lambda cfg, files: (),
-            allowed: Collection[str] = ()) -> Experiment:
+            allowed: own.Allowed = ()) -> Experiment:
   """Checks a config and returns it as dataclasses.
 
   Args:

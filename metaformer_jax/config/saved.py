@@ -7,7 +7,6 @@ Nothing in them is executed. What is imported because of them must be permitted
 import itertools
 import json
 import pathlib
-from collections.abc import Collection
 from typing import Any
 
 import ml_collections
@@ -33,8 +32,8 @@ METADATA = "experiment"
 _MAX_JSON_BYTES, _MAX_JSON_DEPTH = 2**22, 8
 
 
-def read_json(path: pathlib.Path, allowed: Collection[str] = (),
-              ) -> ml_collections.ConfigDict:
+def read_json(path: pathlib.Path,
+              allowed: own.Allowed = ()) -> ml_collections.ConfigDict:
   """Reads an experiment as data, as runs write it to config.json.
 
   Absent keys take their defaults.
@@ -58,23 +57,24 @@ def read_json(path: pathlib.Path, allowed: Collection[str] = (),
 
 
 def find_workdir(path: pathlib.Path) -> pathlib.Path | None:
-  """The workdir of the run that a folder is, or is a part of; else None."""
+  """The workdir of a workdir, its checkpoints or a step in them; else None."""
   folder = path.absolute()
-  if folder.is_dir():
-    for part in (folder, *folder.parents[:2]):
-      if (part / "config.json").is_file():
-        return part
-  return None
+  if folder.parent.name == "checkpoints":
+    folder = folder.parent
+  if folder.name == "checkpoints":
+    folder = folder.parent
+  is_run = path.is_dir() and (folder / "config.json").is_file()
+  return folder if is_run else None
 
 
 def read_run(workdir: pathlib.Path,
-             allowed: Collection[str] | None = ()) -> Experiment:
+             allowed: own.Allowed = ()) -> Experiment:
   """The experiment of a run, from its workdir's config.json.
 
   Args:
     workdir: of the run.
     allowed: modules that it may name in import paths, besides those that a run
-      of this user in this folder has used; None if the caller imports nothing.
+      of this user in this folder has used.
 
   Raises:
     ConfigError: as `read_json`, or an earlier version wrote the file.
@@ -89,9 +89,9 @@ def read_run(workdir: pathlib.Path,
   return cfg
 
 
-def read_weights(path: pathlib.Path, allowed: Collection[str] | None = (),
-                 ) -> Experiment | None:
-  """The experiment that made the weights, as far as they tell.
+def read_weights(path: pathlib.Path,
+                 allowed: own.Allowed = ()) -> Experiment | None:
+  """The experiment that made the weights, as far as they record it.
 
   Args:
     path: a safetensors file, or a run's folder or a part of it.

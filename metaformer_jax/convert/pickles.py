@@ -204,18 +204,7 @@ class _Machine:
           stack.append(tuple(reversed(items)))
         case "TUPLE" | "LIST" | "DICT" | "APPENDS" | "SETITEMS" as name:
           items, stack = stack, marked.pop()
-          match name:
-            case "TUPLE":
-              stack.append(tuple(items))
-            case "LIST":
-              stack.append(items)
-            case "DICT":
-              stack.append({})
-              _set_items(stack[-1], items)
-            case "APPENDS":
-              _extend(stack[-1], items)
-            case "SETITEMS":
-              _set_items(stack[-1], items)
+          _collect(name, items, stack)
         case "APPEND":
           item = stack.pop()
           _extend(stack[-1], [item])
@@ -336,6 +325,22 @@ def _extend(target: Any, items: list) -> None:
   if type(target) is not list:
     raise ValueError("items of something that is not a list")
   target.extend(items)
+
+
+def _collect(opcode: str, items: list, stack: list) -> None:
+  """Makes or fills the container that the items above a mark belong to."""
+  match opcode:
+    case "TUPLE":
+      stack.append(tuple(items))
+    case "LIST":
+      stack.append(items)
+    case "DICT":
+      stack.append({})
+      _set_items(stack[-1], items)
+    case "APPENDS":
+      _extend(stack[-1], items)
+    case "SETITEMS":
+      _set_items(stack[-1], items)
 
 
 def _set_items(target: Any, items: list) -> None:

@@ -18,9 +18,9 @@ def option(default, help_text, *, low=None, high=None, above=None, choices=None,
     own: whether an import path of a user's own is valid, too.
     length: of a tuple.
     each: `"odd"` for odd numbers only.
-    role: what depends on it besides the initial weights: "training" only; also
-      the "shape" or the names of the weights; or only the "function" that they
-      compute, so that weights alone do not tell it.
+    role: what depends on it: the names or shapes of the weights ("shape");
+      training only, as initial values and dropout ("training"); or what the
+      same weights compute ("function").
   """
   return dataclasses.field(default=default, metadata={
       "help": help_text, "low": low, "high": high, "above": above,

@@ -40,17 +40,19 @@ class Family:
     """Stride and channels of each output of the model's `features`."""
     raise NotImplementedError
 
-  def differences(self, other: "Family",
-                  roles: tuple[str, ...] = ("function",)) -> list[str]:
-    """The names of the hyper-parameters that the other has differently.
+  def differences(self, other: "Family") -> list[str]:
+    """Which hyper-parameters with the role "function" differ from another's.
 
-    Args:
-      other: of the same family.
-      roles: of the hyper-parameters to compare; see `options.option`.
+    With the same weights the two models compute something else.
     """
+
+    def value(settings, key):
+      found = getattr(settings, key)
+      return tuple(found) if isinstance(found, list) else found
+
     return [f.name for f in dataclasses.fields(self)
-            if f.metadata["role"] in roles
-            and getattr(self, f.name) != getattr(other, f.name)]
+            if f.metadata["role"] == "function"
+            and value(self, f.name) != value(other, f.name)]
 
   def check_structure(self) -> Iterator[str]:
     """Yields what is wrong for every image size and number of classes."""

@@ -10,7 +10,7 @@ from metaformer_jax.tasks import base
 
 
 def create(cfg: Experiment, files: bool = True) -> tuple[Experiment, base.Task]:
-  """The task of an experiment, and the experiment with nothing left open.
+  """The experiment with all derived values, and its task.
 
   Modules of the user's own are imported here. Every process of a run must come
   to the same result.
@@ -20,8 +20,8 @@ def create(cfg: Experiment, files: bool = True) -> tuple[Experiment, base.Task]:
     files: whether the data must be on this machine.
 
   Raises:
-    ConfigError: a module of the user's own cannot be imported, or has not what
-      is asked of it; or what is left open cannot be found in the data.
+    ConfigError: a module of the user's own cannot be imported or does not keep
+      its contract; or a derived value cannot be found in the data.
   """
   _import_all(cfg)
   name = cfg.task.name

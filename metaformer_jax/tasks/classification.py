@@ -170,7 +170,7 @@ def _classes(cfg: Experiment,
     if outputs is not None:  # `make_data` reports it, where data is needed.
       return outputs, None
     raise errors.ConfigError(
-        f"config.task.num_classes: None, and the data does not tell it: {e}"
+        f"config.task.num_classes: None, and the classes cannot be counted: {e}"
         ) from e
   if outputs is None and n is None:
     raise errors.ConfigError(

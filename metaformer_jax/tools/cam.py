@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
     raise errors.ConfigError(f"--output: {args.output} does not end with .png")
   try:
     loaded = inference.load(args.weights, model=args.model,
-                            allow_import=args.allow_import.split(","))
+                            allow_import=args.allow_import)
   except errors.ConfigError as e:
     raise errors.ConfigError(f"--weights: {e}") from e
   cfg, task = loaded.cfg, loaded.task
@@ -181,7 +181,7 @@ def parse() -> argparse.Namespace:
   """The command line."""
   parser = cli.Parser(__doc__, "cam")
   parser.add_argument("--model", help="a name of metaformer_jax.list_models(), "
-                      "for weights that do not tell it")
+                      "for weights that do not record it")
   parser.add_argument("--allow_import", default="", help="modules of your own "
                       "that the weights may name, separated by commas")
   parser.add_argument("--weights", required=True,

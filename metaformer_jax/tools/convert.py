@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
         f"--output: {args.output} does not end with .safetensors")
   try:
     made, path = inference.experiment(args.input, args.model,
-                                      args.allow_import.split(","))
+                                      args.allow_import)
   except errors.ConfigError as e:
     raise errors.ConfigError(f"--input: {e}") from e
   name, overrides = made.model.name, made.model.overrides()
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     variables = pretrained.load_pretrained(
         name, path, num_classes=args.num_classes, in_chans=args.in_chans,
         input_size=args.input_size or made.task.input_size,
-        head_21k=args.head_21k, allow_import=args.allow_import.split(","),
+        head_21k=args.head_21k, allow_import=args.allow_import,
         **overrides)
   except ValueError as e:
     raise errors.ConfigError(f"command line: {e}") from e
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _check_expressible(made: schema.Experiment, layout: str) -> None:
-  """Checks that the weights alone tell how they are used.
+  """Checks that the names and shapes of the weights determine the model.
 
   Raises:
     ConfigError: a hyper-parameter differs from the published model's, but the
@@ -107,7 +107,7 @@ def _instead(key: str, value: Any, published: Any) -> list[Any]:
 
 
 def _description(made: schema.Experiment, args: argparse.Namespace) -> str:
-  """What a file tells of its model, as JSON: for `inference.load`."""
+  """What a file records of its model, as JSON: for `inference.load`."""
   task = made.task
   if args.num_classes or args.head_21k:
     n = args.num_classes or 1000
@@ -125,7 +125,7 @@ def parse() -> argparse.Namespace:
   """The command line."""
   parser = cli.Parser(__doc__, "convert")
   parser.add_argument("--model", help="a name of metaformer_jax.list_models(), "
-                      "for an input that does not tell it")
+                      "for an input that does not record it")
   parser.add_argument("--allow_import", default="", help="modules of your own "
                       "that the input may name, separated by commas")
   parser.add_argument("--input", required=True,

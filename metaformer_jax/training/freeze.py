@@ -18,8 +18,8 @@ from metaformer_jax import errors
 from metaformer_jax.tasks import base
 from metaformer_jax.training import backbone
 
-# The arguments by which modules are told how to run, and their value in
-# evaluation.
+# Arguments of modules that choose between training and evaluation, at their
+# value in evaluation.
 _EVALUATION = {"train": False, "deterministic": True,
                "use_running_average": True}
 

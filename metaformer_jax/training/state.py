@@ -22,7 +22,7 @@ class TrainState:
 
   Attributes:
     step: int32 scalar.
-    params: the trainable parameters.
+    params: all parameters, with those that `train.freeze` does not train.
     model_state: the model's other collections, e.g. "batch_stats".
     opt_state: of the optimizer.
     ema_params: the moving average of `params`; None if it is off.
@@ -100,10 +100,17 @@ def create(task: base.Task, tx: optax.GradientTransformation, seed: int,
            ema_decay: float,
            frozen: freeze.Frozen = freeze.NOTHING) -> TrainState:
   """The state before the first step; traced, so that it is made in place."""
-  variables = init(task, seed)
-  params = variables.pop("params")
+  return of_variables(init(task, seed), tx, ema_decay, frozen)
+
+
+def of_variables(variables: Mapping[str, Any],
+                 tx: optax.GradientTransformation, ema_decay: float,
+                 frozen: freeze.Frozen) -> TrainState:
+  """The state before the first step, with these variables; traced."""
+  model_state = dict(variables)
+  params = model_state.pop("params")
   off = None if not ema_decay else {}
   return TrainState(
-      step=jnp.zeros((), jnp.int32), params=params, model_state=variables,
+      step=jnp.zeros((), jnp.int32), params=params, model_state=model_state,
       opt_state=tx.init(frozen.split(params)[0]), ema_params=off,
       ema_state=off).start_average()

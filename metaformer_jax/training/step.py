@@ -56,7 +56,7 @@ def train_step(state: TrainState, batch: base.Batch, *, task: base.Task,
   return state.replace(step=state.step + 1), metrics
 
 
-def gradients(task, state, batch, rngs, accumulate, frozen):
+def gradients(task, state, batch, rngs, accumulate, frozen=freeze.NOTHING):
   """Means over the batch, computed by `accumulate` micro-batches in sequence.
 
   Returns (gradients of what is trained, scalars, model state). Micro-batch i
@@ -176,16 +176,19 @@ def build(cfg: Experiment, task: base.Task, mesh: Mesh,
   steps_per_epoch = n_examples / cfg.train.batch_size
   path = None if task.pretrained is None else task.pretrained.path
   try:
-    params = jax.eval_shape(
-        functools.partial(state_lib.init, task, cfg.seed))["params"]
+    variables = jax.eval_shape(
+        functools.partial(state_lib.init, task, cfg.seed))
   except ValueError as e:  # A model's error about settings that do not fit.
     raise errors.ConfigError(f"config.model: {e}") from e
+  params = variables["params"]
   frozen = freeze.find(cfg.train.freeze, params, task.pretrained)
   tx, schedule = optim.create(cfg, n_steps, steps_per_epoch, path, params,
                               frozen)
   create = functools.partial(state_lib.create, task, tx, cfg.seed,
                              cfg.train.ema_decay, frozen)
-  shapes = jax.eval_shape(create)
+  shapes = jax.eval_shape(functools.partial(
+      state_lib.of_variables, tx=tx, ema_decay=cfg.train.ema_decay,
+      frozen=frozen), variables)
   shardings = sharding.state_shardings(mesh, shapes, cfg.mesh)
 
   def step(state, batch, flags):

@@ -276,12 +276,12 @@ def test_values_arrive_in_their_type():
 
 
 def test_optional_keys_stay_none():
-  optional = {key: value for key, value in _leaves(
+  optional = {key: value for key, value in typed.flatten(
       typed.default().to_dict()) if value is None}
   assert {"model.depths", "model.norm", "data.name", "train.steps",
           "optim.clip_norm"} <= optional.keys()
   cfg = config_lib.resolve(_tree({**optional, **DIGITS}, ""))
-  found = dict(_leaves(dataclasses.asdict(cfg)))
+  found = dict(typed.flatten(dataclasses.asdict(cfg)))
   follow = {"model.name", "data.mean", "data.std", "task.image_size",
             "task.crop_pct", "task.interpolation"}
   assert {key for key in optional if found[key] is not None} == follow
@@ -294,7 +294,7 @@ def test_describe_and_json_have_every_key():
   assert [line.partition("=")[0] for line in lines] == keys
   assert all(line.partition("  ")[2] for line in lines)
   saved = json.loads(typed.to_json(schema.Experiment()))
-  assert [key for key, _ in _leaves(saved)] == keys
+  assert [key for key, _ in typed.flatten(saved)] == keys
 
 
 @pytest.mark.parametrize("key, says", [
@@ -348,11 +348,3 @@ def test_key_of_another_task_says_whose_it_is(monkeypatch):
   cfg = config_lib.resolve(_tree({**boxes, "task.max_boxes": 3}, ""))
   assert cfg.task == Boxes(max_boxes=3) and cfg.best_measure.name == "map"
   assert {"task.mixup", "task.max_boxes"} <= {*typed.keys()}
-
-
-def _leaves(tree, prefix=""):
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      yield from _leaves(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value

@@ -82,7 +82,7 @@ def test_names_that_do_not_fit_their_number():
 
 def test_a_data_set_that_is_elsewhere_cannot_be_counted():
   config = config_of(**{"data.source": "folder", "data.path": "/no/such"})
-  with pytest.raises(errors.ConfigError, match="data does not tell it"):
+  with pytest.raises(errors.ConfigError, match="classes cannot be counted"):
     tasks.create(resolve.resolve(config, files=False), files=False)
   config.task.num_classes = 7
   cfg, _ = tasks.create(resolve.resolve(config, files=False), files=False)
@@ -112,7 +112,7 @@ def test_the_model_is_that_of_the_weights(tmp_path):
     assert cfg.task.crop_pct == 0.9
 
 
-def test_weights_that_do_not_tell_their_model(tmp_path):
+def test_weights_that_do_not_record_their_model(tmp_path):
   path = tmp_path / "weights.safetensors"
   files.write_safetensors(path, {"x": np.zeros(1, np.float32)}, {})
   config = default()
@@ -120,7 +120,7 @@ def test_weights_that_do_not_tell_their_model(tmp_path):
   with pytest.raises(errors.ConfigError, match="name: is missing; name a"):
     resolve.resolve(config)
   config.init = str(path)
-  with pytest.raises(errors.ConfigError, match="does not tell it"):
+  with pytest.raises(errors.ConfigError, match="does not record it"):
     resolve.resolve(config)
   pathlib.Path(path).write_bytes(b"\1" * 100)
   with pytest.raises(errors.ConfigError, match=str(path)):

@@ -164,15 +164,6 @@ OVERRIDES = [
 ]
 
 
-def flat(tree, prefix=""):
-  """{"a": {"b": 1}} -> ("a.b", 1), ..."""
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      yield from flat(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value
-
-
 def fields(cls=schema.Experiment, prefix=""):
   """(key, its type without None, whether it may be None, its limits)."""
   for f in dataclasses.fields(cls):

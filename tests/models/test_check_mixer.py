@@ -83,6 +83,13 @@ class RefusesMask(Own):
     return x + jnp.roll(x, 1, 1)
 
 
+class BroadcastsMask(Own):
+  """Raises a ValueError, but not because it refuses a mask."""
+
+  def __call__(self, x, *, mask=None, train=False):
+    return x if mask is None else jnp.broadcast_to(mask, x.shape) * x
+
+
 class OneSize(Own):
   def __call__(self, x, *, mask=None, train=False):
     return x + jnp.ones((1, 9, 8, 1))
@@ -113,6 +120,7 @@ def test_others_that_keep_the_contract_pass(mixer):
     (NoMask, "mask", "unexpected keyword argument 'mask'"),
     (IgnoresMask, "mask", "must ignore the pixels where it is false"),
     (CountsPadding, "mask", "other values than alone"),
+    (BroadcastsMask, "mask", "Incompatible types"),
     (OneSize, "other_sizes", "add got incompatible shapes"),
     (DependsOnValues, "jit", "float"),
 ], ids=lambda value: getattr(value, "__name__", None))

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import metaformer_jax
@@ -199,3 +200,50 @@ def test_config_sets_every_hyper_parameter(name):
     assert overrides[f.name] == value
     made = registry.create_model(name, **overrides)
     assert getattr(made, f.name) == value != getattr(spec.settings, f.name)
+
+
+# Models in which every hyper-parameter of the family matters.
+ROLES = {
+    "poolformer_s12": {
+        "depths": (1, 1, 1, 1), "dims": (32, 32, 32, 32), "head": "mlp",
+        "token_mixers": ("pooling", "sepconv", "attention", "depthwise_conv"),
+        "res_scale_init": (0.0, 0.0, 1.0, 1.0), "layer_scale_init": 0.1},
+    "resnet18": {"depths": (1, 1), "widths": (8, 12)},
+    "deit_small_patch16_224": {"depth": 1, "dim": 24, "n_heads": 2},
+    "pvt_tiny": {"depths": (1, 1, 1, 1), "dims": (8, 16, 20, 32)},
+    "mixer_b16_224": {"depth": 1, "dim": 12},
+    "resmlp_12_224": {"depth": 1, "dim": 12},
+}
+
+
+def drawn(shapes):
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+      lambda s: rng.uniform(0.05, 0.3, s.shape).astype(s.dtype), shapes)
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_weights_show_what_the_roles_say(name):
+  """What the same weights compute otherwise has the role "function"."""
+  x = np.random.default_rng(1).standard_normal((1, 64, 64, 3)).astype("f")
+
+  def made(**changed):
+    model = metaformer_jax.create_model(
+        name, num_classes=3, **{**ROLES[name], **changed})
+    return model, jax.eval_shape(model.init, jax.random.key(0), x)
+
+  first, shapes = made()
+  weights = drawn(shapes)
+  want = jax.jit(first.apply)(weights, x)
+  for f in dataclasses.fields(metaformer_jax.get_spec(name).settings):
+    value = other_value(f, getattr(first, f.name))
+    try:
+      model, other = made(**{f.name: value})
+    except ValueError:  # It does not fit the others: it is not silent.
+      continue
+    if other != shapes:
+      assert f.metadata["role"] != "training", f.name
+    elif np.array_equal(jax.jit(model.apply)(weights, x), want):
+      assert f.metadata["role"] != "function", f.name  # An initial value.
+    else:
+      assert f.metadata["role"] == "function", f.name

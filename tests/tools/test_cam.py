@@ -301,7 +301,7 @@ def test_the_tool_draws_what_the_function_gives(tiny, tmp_path, capsys, label):
     ({"output": "cam.jpg"}, "--output: cam.jpg does not end with .png"),
     ({"label": 5}, "--class: 5 is not one of the model's 5"),
     ({"label": -1}, "--class: -1 is not"),
-    ({"model": None}, "--weights: .*does not tell its model"),
+    ({"model": None}, "--weights: .*does not record its model"),
     ({"model": "tinyy"}, "--weights: unknown model .tinyy.; did you mean tiny"),
     ({"stage": "stage4"}, "no stage 'stage4'.*did you mean stage"),
     ({"image": "no_file"}, "no_file cannot be used as an image"),
