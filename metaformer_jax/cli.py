@@ -58,19 +58,25 @@ _PROCESS_INDEX = flags.DEFINE_integer(
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
 
+# Gives the experiment of a command line that names none, or None.
+Otherwise = Callable[[], Experiment | None]
+
+
 def run(main: Callable[[Experiment, pathlib.Path], None], *,
-        elsewhere: bool = False, of_run: bool = False) -> None:
+        elsewhere: bool = False, otherwise: Otherwise = lambda: None,
+        train: bool = True) -> None:
   """Parses the command line, runs `main` and ends the process.
 
   Args:
     main: called with the experiment and the workdir.
     elsewhere: whether the experiment is for another machine, so that the data,
       the weights and the workdir need not exist on this one.
-    of_run: whether the experiment is that of the workdir's run if the command
-      line names no config.
+    otherwise: called, before the flags are parsed, if the command line names no
+      config; `given` has what it may depend on.
+    train: whether the training data must be on this machine.
   """
   with one_line_errors():
-    cfg, workdir = parse(elsewhere, of_run)
+    cfg, workdir = parse(elsewhere, otherwise, train)
     start_logging()
     main(cfg, workdir)
 
@@ -104,29 +110,39 @@ def one_line_errors():
     print(f"{type(e).__name__}: {errors.one_line(e)}", file=sys.stderr,
           flush=True)
     sys.exit(e.exit_code)
+  except BrokenPipeError:  # The reader of stdout has ended, as `| head` does.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
 
 
-def resolve(config: Mapping[str, Any], files: bool = True) -> Experiment:
-  """`config.resolve.resolve`, with the checks of the data's sources."""
-  return config_lib.resolve(config, files, also=_check_data,
-                            allowed=_allowed())
+def resolve(config: Mapping[str, Any], files: bool = True,
+            train: bool = True) -> Experiment:
+  """`config.resolve.resolve`, with the checks of the data's sources.
+
+  `train` is as for `run`.
+  """
+  return config_lib.resolve(
+      config, files, also=functools.partial(_check_data, train=train),
+      allowed=allowed())
 
 
-def _allowed() -> list[str]:
+def allowed() -> list[str]:
   """The modules of --allow_import."""
-  # Tools with an argument parser, and notebooks, do not parse the flags.
-  return _ALLOW_IMPORT.value if flags.FLAGS.is_parsed() else []
+  if flags.FLAGS.is_parsed():
+    return _ALLOW_IMPORT.value
+  # Not yet, or by a tool with an argument parser.
+  return [name for value in given("allow_import") for name in value.split(",")]
 
 
-def _check_data(cfg: Experiment, files: bool) -> Iterable[str]:
+def _check_data(cfg: Experiment, files: bool, train: bool) -> Iterable[str]:
   # Imports NumPy, which a mistake in a single value need not wait for.
   from metaformer_jax.data import sources  # noqa: PLC0415
 
-  return sources.check(cfg, files)
+  return sources.check(cfg, files, train)
 
 
-def parse(elsewhere: bool = False,
-          of_run: bool = False) -> tuple[Experiment, pathlib.Path]:
+def parse(elsewhere: bool = False, otherwise: Otherwise = lambda: None,
+          train: bool = True) -> tuple[Experiment, pathlib.Path]:
   """Returns the experiment and the workdir of the command line.
 
   The arguments are as for `run`.
@@ -145,18 +161,35 @@ def parse(elsewhere: bool = False,
     print(_help())
     sys.exit(0)
   cleared = _check_overrides()
-  json_path = _read_json(of_run)
+  json_path = _read_json(otherwise)
   config = _load(json_path)
   logging.getLogger("absl").setLevel(logging.WARNING)
-  with config.unlocked():
-    for key in cleared:
-      *sections, name = key.split(".")
-      functools.reduce(getattr, sections, config)[name] = None
+  overrides = config_flags.get_override_values(flags.FLAGS["config"])
+  overrides |= dict.fromkeys(cleared)
+  _override(config)
   if _WORKDIR.value == "":
     raise errors.ConfigError("--workdir: is empty; name a folder")
   workdir = _WORKDIR.value or os.path.join("runs", _run_name(json_path))
-  cfg = resolve(config, files=not elsewhere)
+  cfg = resolve(config, files=not elsewhere, train=train)
   return cfg, pathlib.Path(workdir) if elsewhere else _check_workdir(workdir)
+
+
+def overridden(cfg: Experiment, train: bool = True) -> Experiment:
+  """An experiment with the changes of the parsed command line, checked.
+
+  `train` is as for `run`.
+  """
+  config = typed.as_config(cfg)
+  _override(config)
+  return resolve(config, train=train)
+
+
+def _override(config: ml_collections.ConfigDict) -> None:
+  values = config_flags.get_override_values(flags.FLAGS["config"])
+  with config.unlocked():
+    for key, value in values.items():
+      *sections, name = key.split(".")
+      functools.reduce(getattr, sections, config)[name] = value
 
 
 def _run_name(json_path: str | None) -> str:
@@ -196,7 +229,7 @@ def _check_overrides() -> list[str]:
   return cleared
 
 
-def _given(flag: str) -> list[str]:
+def given(flag: str) -> list[str]:
   """The values of a flag, --flag=VALUE or --flag VALUE.
 
   The command line can only be parsed once the config's keys are known.
@@ -205,32 +238,32 @@ def _given(flag: str) -> list[str]:
   return re.findall(rf"^--?{flag}[=\n](.*)\n", line, re.MULTILINE)
 
 
-def _read_json(of_run: bool) -> str | None:
+def _read_json(otherwise: Otherwise) -> str | None:
   """Reads the file of --config_json into the flag `config`.
 
   Args:
-    of_run: whether to read the config.json of --workdir without such a flag.
+    otherwise: as for `run`; what it gives is read like such a file.
 
   Returns:
     Its path; None if the config is not read from JSON.
   """
-  paths, allowed = _given("config_json"), ",".join(_given("allow_import"))
-  if of_run and not paths and not _given("config") and _given("workdir"):
-    workdir = pathlib.Path(_given("workdir")[0]).expanduser()
-    config = typed.as_config(saved.read_run(workdir, allowed))
-    config.init = None  # The run has read it.
-    delattr(flags.FLAGS, "config")
-    config_flags.DEFINE_config_dict("config", config)
-    return str(workdir / "config.json")
-  if not paths:
+  paths = given("config_json")
+  if not paths and not given("config"):
+    cfg, path = otherwise(), "config.json"
+    config = cfg and typed.as_config(cfg)
+  elif not paths:
     return None
-  if len(paths) > 1 or _given("config"):
+  elif len(paths) > 1 or given("config"):
     raise errors.ConfigError(
         "--config_json: cannot be combined with another config; give one")
-  config = saved.read_json(pathlib.Path(paths[0]), allowed)
+  else:
+    path = paths[0]
+    config = saved.read_json(pathlib.Path(path), allowed())
+  if config is None:
+    return None
   delattr(flags.FLAGS, "config")
   config_flags.DEFINE_config_dict("config", config)
-  return paths[0]
+  return path
 
 
 def _load(json_path: str | None) -> ml_collections.ConfigDict:
@@ -285,8 +318,12 @@ def start_jax(cfg: Experiment):
                            _PROCESS_INDEX.value)
 
 
-def start(cfg: Experiment):
+def start(cfg: Experiment, mesh=None):
   """Starts jax, imports what is the user's own, and fills in derived values.
+
+  Args:
+    cfg: the experiment.
+    mesh: of `start_jax`, if jax was started before.
 
   Returns:
     The experiment with all derived values, its task, and the mesh.
@@ -296,7 +333,7 @@ def start(cfg: Experiment):
       have found different values.
     WorkerLostError: a process did not start.
   """
-  mesh = start_jax(cfg)
+  mesh = mesh or start_jax(cfg)
   from metaformer_jax import tasks  # noqa: PLC0415
   from metaformer_jax.runtime import processes  # noqa: PLC0415
 

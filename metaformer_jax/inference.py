@@ -3,8 +3,11 @@
 import dataclasses
 import functools
 import itertools
+import logging
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -17,8 +20,11 @@ from metaformer_jax import errors, tasks
 from metaformer_jax.checkpoints import pretrained
 from metaformer_jax.config import derived, paths, saved, schema
 from metaformer_jax.config import tasks as sections
+from metaformer_jax.data import imagenet
 from metaformer_jax.models import registry
 from metaformer_jax.tasks import base
+
+log = logging.getLogger(__name__)
 
 # Where published weights are looked for, by the name of the model.
 WEIGHTS = "~/.cache/metaformer_jax/weights"
@@ -50,7 +56,7 @@ class Loaded:
   @property
   def class_names(self) -> Sequence[str] | None:
     """A name for each class; None if they are not known."""
-    return getattr(self.cfg.task, "class_names", None)
+    return getattr(self.task, "class_names", None)
 
   def preprocess(self, image: Picture) -> dict[str, np.ndarray]:
     """An image as an example for the task, as for its evaluation.
@@ -91,26 +97,68 @@ class Loaded:
     if isinstance(images, (str, bytes, pathlib.Path, Image.Image)) or (
         getattr(images, "ndim", 4) < 4):
       images = [images]
-    if isinstance(images, Sized):  # No more than there are.
-      batch_size = max(1, min(batch_size, len(images)))
-    return list(self._predict(iter(images), batch_size))
+    n = len(images) if isinstance(images, Sized) else batch_size
+    found = []
+    for result in self.stream(images, min(batch_size, enough_for(n))):
+      if isinstance(result, errors.DataError):
+        raise result
+      found.append(result)
+    return found
 
-  def _predict(self, images: Iterator[Picture],
-               batch_size: int) -> Iterator[dict[str, Any]]:
-    while some := list(itertools.islice(images, batch_size)):
-      examples = [self.preprocess(image) for image in some]
-      # The last batch is filled up, to have the shape of the others.
-      filled = [*examples, *[examples[-1]] * (batch_size - len(examples))]
-      batch = {name: np.stack([example[name] for example in filled])
-               for name in examples[0]}
-      outputs = jax.device_get(self._compiled(self.variables, batch))
-      for i, example in enumerate(examples):
+  def stream(self, images: Iterable[Picture], batch_size: int = 32,
+             ) -> Iterator[dict[str, Any] | errors.DataError]:
+    """As `predict`, for any number of images, in constant memory.
+
+    Images are read and prepared by several threads.
+
+    Yields:
+      For each image, in order, what `predict` returns, or why it cannot be
+      used.
+    """
+    images = iter(images)
+    with futures.ThreadPoolExecutor() as pool:
+      ready = pool.map(self._try, itertools.islice(images, batch_size))
+      while results := list(ready):
+        # Prepared while the model computes.
+        ready = pool.map(self._try, itertools.islice(images, batch_size))
+        yield from self._predict(results, batch_size)
+
+  def _try(self, image: Picture) -> dict[str, np.ndarray] | errors.DataError:
+    try:
+      return self.preprocess(image)
+    except errors.DataError as e:
+      return e
+
+  def _predict(self, results: list[dict[str, np.ndarray] | errors.DataError],
+               batch_size: int,
+               ) -> Iterator[dict[str, Any] | errors.DataError]:
+    """The predictions for one batch of examples; errors are passed on."""
+    examples = [x for x in results if not isinstance(x, errors.DataError)]
+    if not examples:
+      yield from results
+      return
+    # A small batch is filled up, to have the shape of the others.
+    filled = [*examples, *[examples[-1]] * (batch_size - len(examples))]
+    batch = {name: np.stack([example[name] for example in filled])
+             for name in examples[0]}
+    outputs = jax.device_get(self._compiled(self.variables, batch))
+    rows = iter(range(len(examples)))
+    for result in results:
+      if isinstance(result, errors.DataError):
+        yield result
+      else:
+        i = next(rows)
         yield self.task.postprocess(
-            jax.tree.map(lambda x, i=i: x[i], outputs), example)
+            jax.tree.map(lambda x, i=i: x[i], outputs), result)
 
   @functools.cached_property
   def _compiled(self):
     return jax.jit(self.task.predict)
+
+
+def enough_for(n: int) -> int:
+  """The batch size for n images: a power of two, for few compilations."""
+  return 1 << max(0, n - 1).bit_length()
 
 
 def experiment(weights: str | pathlib.Path, model: str | None = None,
@@ -138,10 +186,27 @@ def experiment(weights: str | pathlib.Path, model: str | None = None,
   if not path.exists():
     raise errors.ConfigError(f"{weights}: does not exist")
   if model is None:
-    raise errors.ConfigError(
-        f"{weights}: does not record its model; name it, as in model="
-        "'poolformer_s12' (--model=poolformer_s12)")
+    model = _named_after(path)
+    log.info("%s: taken for %s, by its name", path, model)
   return published(model), path
+
+
+def _named_after(path: pathlib.Path) -> str:
+  """The model that a file of published weights is named after.
+
+  That is its name without suffixes, and without the digest of torch.hub's names
+  or what follows the first dot, as a tag of timm's.
+
+  Raises:
+    ConfigError: there is no such model.
+  """
+  stem, known = path.name.partition(".")[0], registry.list_models()
+  for name in (stem, re.sub(r"-[0-9a-f]{8,}$", "", stem)):
+    if name in known:
+      return name
+  raise errors.ConfigError(
+      f"{path}: does not record its model, and is not named after one; name "
+      "it, as in model='poolformer_s12' (--model=poolformer_s12)")
 
 
 def published(model: str) -> schema.Experiment:
@@ -154,8 +219,9 @@ def published(model: str) -> schema.Experiment:
     n = registry.get_spec(model).num_classes
   except ValueError as e:
     raise errors.ConfigError(str(e)) from e
+  names = imagenet.ids() if n == imagenet.N_CLASSES else None
   return derived.fill(schema.Experiment(
-      task=sections.Classification(num_classes=n),
+      task=sections.Classification(num_classes=n, class_names=names),
       model=schema.Model(name=model)))
 
 
@@ -216,8 +282,19 @@ def load(weights: str | pathlib.Path, *, model: str | None = None,
         input_size=cfg.task.input_size, allow_import=allow_import,
         **cfg.model.overrides())
   else:
-    shapes = jax.eval_shape(task.model.init, jax.random.key(0),
-                            *task.init_inputs())
-    variables = jax.tree.map(
-        jnp.asarray, pretrained.read(path, None, shapes, cfg.task.input_size))
+    variables = jax.tree.map(jnp.asarray, read(task, path))
   return Loaded(cfg, task, variables)
+
+
+def read(task: base.Task, path: str | pathlib.Path) -> dict[str, Any]:
+  """Weights as variables of a task's model, of numpy arrays.
+
+  Raises:
+    WeightsError: something in the file does not fit.
+  """
+  shapes = jax.eval_shape(task.model.init, jax.random.key(0),
+                          *task.init_inputs())
+  backbone = task.pretrained
+  whole = backbone is not None and not backbone.path
+  return pretrained.read(path, backbone.family if whole else None, shapes,
+                         backbone.input_size if backbone else None)

@@ -22,13 +22,18 @@ class Data:
   source: str = option("folder", "kind of data set", own=True,
                        choices=("digits", "folder", "idx", "tfds"))
   path: str | None = option(
-      None, "folder: has a folder per split, with a folder per class; idx: has "
-      "the four files; tfds: the data_dir, None: TFDS' default")
+      None, "folder: has a folder per split, with a folder per class, or with "
+      "eval_fraction a folder per class; idx: has the four files; tfds: the "
+      "data_dir, None: TFDS' default")
   name: str | None = option(None, "tfds: name of the data set")
   train_split: str | None = option(
       None, "folder: the folder's name; tfds: the split; None: the source's "
       "default")
   eval_split: str | None = option(None, "as train_split")
+  eval_fraction: float | None = option(
+      None, "folder: without an evaluation split, this part of each class's "
+      "images is held out for it", above=0, high=0.9)
+  eval_seed: int = option(0, "of the choice of these images", low=0)
   mean: tuple[float, ...] | None = option(
       None, "of R, G, B in [0, 1]; None: the model's", low=0, high=1, length=3)
   std: tuple[float, ...] | None = option(

@@ -82,7 +82,8 @@ class Classification(Task):
   num_classes: int | None = option(
       None, "outputs of the model's head; None: the data's classes", low=1)
   class_names: tuple[str, ...] | None = option(
-      None, "names of the classes; None: the data's, if it has any")
+      None, "names of the classes, by which the data's are numbered; None: the "
+      "data's, if it has any")
   image_size: int | None = option(
       None, "side of the square input in pixels; None: the model's", low=1)
   crop_pct: float | None = option(

@@ -26,16 +26,24 @@ def start_jax(cfg: schema.Experiment, coordinator: str | None = None,
     ConfigError: the mesh does not fit the devices, or an argument is wrong.
     WorkerLostError: a process did not start.
   """
-  folder = cfg.log.compilation_cache
-  if folder and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+  configure(cfg.log.compilation_cache)
+  processes.start(coordinator, process_count, process_index,
+                  cfg.mesh.heartbeat_seconds)
+  return make_mesh(cfg)
+
+
+def configure(cache: str) -> None:
+  """Sets jax's options, before its first use.
+
+  Args:
+    cache: folder of the compiled programs; empty for none.
+  """
+  if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
   if not (jax.config.jax_platforms or processes.on_tpu()
           or util.find_spec("jax_plugins")):
     # With libtpu but no TPU, jax would look for one and log five lines.
     jax.config.update("jax_platforms", "cpu")
-  processes.start(coordinator, process_count, process_index,
-                  cfg.mesh.heartbeat_seconds)
-  return make_mesh(cfg)
 
 
 def make_mesh(cfg: schema.Experiment,

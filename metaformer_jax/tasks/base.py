@@ -10,6 +10,7 @@ from flax import linen as nn
 Variables = Mapping[str, Any]
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
+Rows = list[dict[str, Any]]
 
 
 class Data(Protocol):
@@ -68,7 +69,8 @@ class Backbone(NamedTuple):
   classifier: nn.Module
 
 
-# What a run asks of a task; `preprocess` and `postprocess` are for tools.
+# What a run asks of a task; `preprocess`, `postprocess` and `describe` are for
+# tools.
 REQUIRED = ("model", "pretrained", "rng_names", "init_inputs", "train_batches",
             "loss", "predict", "make_data", "make_evaluators")
 
@@ -128,4 +130,15 @@ class Task(Protocol):
     """What `predict` gave for one example, without its batch, for a user.
 
     `example` is that of `preprocess`.
+    """
+
+  def describe(self, found: Mapping[str, Any], top: int) -> Rows:
+    """What `postprocess` gave, as the rows of a table.
+
+    Args:
+      found: of one image.
+      top: the number of rows, at most.
+
+    Returns:
+      Rows of plain values with the same keys, the most certain one first.
     """

@@ -14,7 +14,7 @@ from flax import linen as nn
 from metaformer_jax import errors, imports
 from metaformer_jax.config import checks, derived, typed
 from metaformer_jax.config.schema import Experiment
-from metaformer_jax.data import loader, sources
+from metaformer_jax.data import imagenet, loader, sources
 from metaformer_jax.data.sources import real_labels
 from metaformer_jax.data.transforms import classification as transforms
 from metaformer_jax.evaluation import topk
@@ -105,7 +105,8 @@ class Classification:
     cfg = self.cfg
     train = split == "train"
     labels = "split" if train else cfg.task.eval_labels
-    source = sources.create(cfg.data, split, numbered=labels == "number")
+    source = sources.create(cfg.data, split, numbered=labels == "number",
+                            names=cfg.task.class_names)
     n, outputs = source.n_classes, cfg.task.num_classes
     if n is not None and (n > outputs or (train and n < outputs)):
       raise errors.ConfigError(
@@ -142,8 +143,22 @@ class Classification:
     exponents = np.exp(logits - logits.max())
     found = {"classes": classes,
              "probabilities": (exponents / exponents.sum())[classes]}
-    names = self.cfg.task.class_names
+    names = self.class_names
     return found | ({"names": [names[i] for i in classes]} if names else {})
+
+  @functools.cached_property
+  def class_names(self) -> tuple[str, ...] | None:
+    """Names for people: words instead of ImageNet's ids."""
+    names = self.cfg.task.class_names
+    return names and imagenet.readable(names)
+
+  def describe(self, found: Mapping[str, Any], top: int) -> base.Rows:
+    """The `top` most probable classes, the most probable first."""
+    names = found.get("names", found["classes"])
+    return [{"class": int(number), "name": str(name),
+             "probability": float(probability)}
+            for number, name, probability in zip(
+                found["classes"], names, found["probabilities"])][:top]
 
 
 def create(cfg: Experiment,

@@ -1,47 +1,126 @@
-r"""Evaluates a checkpoint of a run and prints its measures as JSON:
+r"""Evaluates a run's checkpoint, or weights, and prints the measures:
 
     python -m metaformer_jax.tools.evaluate --workdir=runs/quickstart
+    python -m metaformer_jax.tools.evaluate --weights=caformer_s18.pth \
+        --weights=poolformer_s12 --config.data.path=/data/imagenet
 
-The experiment is that of the run; --config.KEY=VALUE changes it, as
---config.data.path=FOLDER for other data, and so does --config=FILE. The model
-must be the run's. Every example of the evaluation split is counted exactly
-once.
+The experiment is that of the run, or what the weights record of theirs;
+--config.KEY=VALUE changes it, as --config.data.path=FOLDER for other data, and
+so does --config=FILE. The model must be that of the weights. Every example of
+the evaluation split is counted exactly once.
+
+A checkpoint's measures are printed as JSON, those of --weights as a table, as
+JSON (--json) or as comma-separated values (--csv).
 """
 
-import json
+import dataclasses
 import pathlib
+from typing import Any
 
+import numpy as np
 from absl import flags
 
 from metaformer_jax import cli, errors
-from metaformer_jax.config import saved
+from metaformer_jax.config import paths, saved
 from metaformer_jax.config.schema import Experiment
+from metaformer_jax.tools import output
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "last", "Which one: last, best, or a step.")
+    "checkpoint", "last", "Which one of the workdir's: last, best, or a step.")
+_WEIGHTS = flags.DEFINE_multi_string(
+    "weights", [], "Instead of --workdir: the name of a model with published "
+    "weights, a file, or a run's folder; several by several such flags.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "Name of the model, for weights that do not record it.")
+_CSV = flags.DEFINE_bool("csv", False, "Print comma-separated values.")
+_JSON = flags.DEFINE_bool("json", False, "Print a JSON object on each line.")
+
+Row = dict[str, Any]
 
 
 def main(cfg: Experiment, workdir: pathlib.Path) -> None:
-  """Evaluates the checkpoint that the flags name."""
+  """Evaluates the checkpoint or the weights that the flags name."""
+  if _CSV.value and _JSON.value:
+    raise errors.ConfigError("--csv: cannot be combined with --json")
+  form = "csv" if _CSV.value else "json" if _JSON.value else None
+  if not _WEIGHTS.value:
+    output.write([_evaluate_checkpoint(cfg, workdir)], form or "json")
+    return
+  for flag in ("workdir", "checkpoint"):
+    if flags.FLAGS[flag].present:
+      raise errors.ConfigError(
+          f"--weights: cannot be combined with --{flag}; name the folder of a "
+          "run, or of a step, as --weights")
+  output.write(_evaluate_weights(cfg), form or "table")
+
+
+def _evaluate_checkpoint(cfg: Experiment, workdir: pathlib.Path) -> Row:
   checkpoint = which()
-  check_model(cfg, workdir)
+  check_model(cfg, workdir, "--workdir")
   cfg, task, mesh = cli.start(cfg)
   from metaformer_jax.training import evaluate  # noqa: PLC0415
 
-  result = evaluate.evaluate_checkpoint(cfg, task, mesh, workdir, checkpoint)
-  print(json.dumps(result), flush=True)
+  return evaluate.evaluate_checkpoint(cfg, task, mesh, workdir, checkpoint)
 
 
-def check_model(cfg: Experiment, workdir: pathlib.Path) -> None:
-  """Raises ConfigError if the run's model computes something else."""
-  if not (workdir / "config.json").is_file():
-    return  # `evaluate_checkpoint` reports it.
-  made = saved.read_run(workdir, None)
-  different = saved.model_differences(made.model, cfg.model)
+def _evaluate_weights(cfg: Experiment) -> list[Row]:
+  """The measures of each of --weights, and how they were taken."""
+  import jax  # noqa: PLC0415
+
+  from metaformer_jax import inference  # noqa: PLC0415
+  from metaformer_jax.runtime import processes  # noqa: PLC0415
+  from metaformer_jax.training import evaluate  # noqa: PLC0415
+
+  named = cli.given("config") or cli.given("config_json")
+  rows, mesh = [], None
+  for weights in _WEIGHTS.value:
+    if not named:
+      cfg = cli.overridden(_experiment_of(weights), train=False)
+    mesh = mesh or cli.start_jax(cfg)
+    with processes.agreeing():
+      _, path = inference.experiment(weights, _MODEL.value, cli.allowed())
+      check_model(cfg, path, "--weights")
+    filled, task, _ = cli.start(cfg, mesh)
+    with processes.agreeing():
+      variables = inference.read(task, path)
+    result = evaluate.evaluate_variables(filled, task, mesh, variables)
+    rows.append({"weights": weights, "model": filled.model.name, **result,
+                 "params": sum(map(np.size, jax.tree.leaves(
+                     variables["params"]))),
+                 "image": "x".join(map(str, filled.task.input_size or ()))})
+  return rows
+
+
+def _experiment() -> Experiment | None:
+  """The experiment of a command line that names none."""
+  if weights := cli.given("weights"):
+    return _experiment_of(weights[0])
+  if workdir := cli.given("workdir"):
+    cfg = saved.read_run(paths.local("--workdir", workdir[0]), cli.allowed())
+    return dataclasses.replace(cfg, init=None)  # The run has read it.
+  return None
+
+
+def _experiment_of(weights: str) -> Experiment:
+  """What weights record of their experiment."""
+  from metaformer_jax import inference  # noqa: PLC0415  Imports jax.
+
+  model = (cli.given("model") or [None])[0]
+  try:
+    cfg, _ = inference.experiment(weights, model, cli.allowed())
+  except errors.ConfigError as e:
+    raise errors.ConfigError(f"--weights: {e}") from e
+  return dataclasses.replace(cfg, init=None)
+
+
+def check_model(cfg: Experiment, path: pathlib.Path, flag: str) -> None:
+  """Raises ConfigError if the weights' model computes something else."""
+  made = saved.read_weights(path, None)
+  different = made and saved.model_differences(made.model, cfg.model)
   if different:
     raise errors.ConfigError(
-        f"--workdir: {workdir} is a run of another model "
-        f"({'; '.join(different)}: the run's, this one)")
+        f"{flag}: {path} is of another model ({'; '.join(different)}: made "
+        "with, this one)")
 
 
 def which() -> str | int:
@@ -56,4 +135,4 @@ def which() -> str | int:
 
 
 if __name__ == "__main__":
-  cli.run(main, of_run=True)
+  cli.run(main, otherwise=_experiment, train=False)

@@ -103,7 +103,7 @@ def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
   Args:
     cfg: the experiment; its data may differ from the training run's.
     task: what to measure.
-    mesh: from `sharding.make_mesh(cfg)`.
+    mesh: from `devices.make_mesh(cfg)`.
     workdir: of the training run.
     which: "last", "best" (by config.checkpoint.best_metric) or a step.
 
@@ -112,8 +112,7 @@ def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
 
   Raises:
     ConfigError: there is no such checkpoint, or it belongs to another model.
-    DataError: there are too many bad images.
-    Preempted: the process was asked to stop.
+    DataError, Preempted: as `evaluate_variables`.
   """
   if not (workdir / "checkpoints").is_dir():
     raise errors.ConfigError(f"--workdir: {workdir} has no checkpoints")
@@ -130,10 +129,32 @@ def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
     state = abstract.replace(**trees)
   finally:
     checkpoints.close()
+  return {"step": i,
+          **evaluate_variables(cfg, task, mesh, state.eval_variables())}
+
+
+def evaluate_variables(cfg: Experiment, task: base.Task, mesh,
+                       variables: base.Variables) -> dict[str, Any]:
+  """Evaluates variables on the evaluation split.
+
+  Args:
+    cfg: the experiment.
+    task: what to measure.
+    mesh: from `devices.make_mesh(cfg)`.
+    variables: of the task's model; the same on all processes.
+
+  Returns:
+    The evaluators' measures, and "bad_images".
+
+  Raises:
+    ConfigError: the data does not fit the model.
+    DataError: there are too many bad images.
+    Preempted: the process was asked to stop.
+  """
   evaluate = Evaluation(task, mesh, task.make_data("eval"),
                         cfg.data.max_bad_fraction)
   with signals.StopSignal() as stop, Watchdog(cfg.log.hang_seconds) as watchdog:
-    result = evaluate(state.eval_variables(), stop, watchdog)
+    result = evaluate(variables, stop, watchdog)
   if result is None:
     raise errors.Preempted("asked to stop during the evaluation")
-  return {"step": i, **result}
+  return result

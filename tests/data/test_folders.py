@@ -6,6 +6,8 @@ import pytest
 import tiny_imagenet
 from source_files import fails, folder_source, named, records, write
 
+from metaformer_jax.config import schema
+from metaformer_jax.data import imagenet, sources
 from metaformer_jax.data.sources import folders
 
 
@@ -182,3 +184,145 @@ def test_folder_without_the_split_is_an_error(tmp_path, split):
   if split == "eval":
     write(tmp_path / "train", "a/1.jpg")
   fails(lambda: folder_source(tmp_path, split), tmp_path)
+
+
+# Without an evaluation split.
+
+
+def held_out(root, fraction=0.2, seed=0, **kw):
+  """The files of the two splits."""
+  return [{named_file for named_file, _ in named(folder_source(
+      root, split, eval_fraction=fraction, eval_seed=seed, **kw))}
+      for split in ("train", "eval")]
+
+
+def many(*sizes):
+  return [f"{'abcdefgh'[i]}/{j}.jpg" for i, n in enumerate(sizes)
+          for j in range(n)]
+
+
+@pytest.mark.parametrize("prefix", ["", "train/", "training/"])
+@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.9])
+def test_a_part_of_each_class_is_held_out(tmp_path, prefix, fraction):
+  sizes = (1, 2, 3, 10, 41)
+  write(tmp_path, *(prefix + file for file in many(*sizes)))
+  train, held = ({file.removeprefix(prefix) for file in part}
+                 for part in held_out(tmp_path, fraction))
+  assert not train & held and train | held == set(many(*sizes))
+  for name, n in zip("abcde", sizes):
+    got = sum(file.startswith(name) for file in held)
+    assert got == min(max(1, round(n * fraction)), n - 1)
+  # Labels are those of all classes, also of one without a held-out image.
+  data = schema.Data(source="folder", path=str(tmp_path),
+                     eval_fraction=fraction)
+  assert {label for _, label in named(sources.create(data, "eval"))} == {
+      1, 2, 3, 4}
+  assert sources.classes(data) == (5, ["a", "b", "c", "d", "e"])
+
+
+def test_the_choice_depends_on_the_seed_and_hardly_on_other_images(tmp_path):
+  write(tmp_path, *many(100, 100))
+  _, held = held_out(tmp_path)
+  assert held_out(tmp_path)[1] == held
+  other = held_out(tmp_path, seed=1)[1]
+  assert len(other) == len(held) == 40 and len(other & held) < 25
+  write(tmp_path, *(f"a/new {i}.jpg" for i in range(10)))
+  after = held_out(tmp_path)[1]
+  assert {f for f in after if f[0] == "b"} == {f for f in held if f[0] == "b"}
+  # As many leave as new ones are chosen, less those that are added.
+  assert len(held - after) <= len([f for f in after if "new" in f])
+
+
+def test_an_evaluation_split_is_used_if_there_is_one(tmp_path):
+  write(tmp_path, "train/a/1.jpg", "train/a/2.jpg", "train/b/1.jpg",
+        "test/b/3.jpg")
+  assert held_out(tmp_path) == [
+      {"train/a/1.jpg", "train/a/2.jpg", "train/b/1.jpg"}, {"test/b/3.jpg"}]
+  for name in ("validation", "valid", "val"):  # Each before those above.
+    write(tmp_path, f"{name}/a/{name}.jpg")
+    assert held_out(tmp_path)[1] == {f"{name}/a/{name}.jpg"}
+  assert held_out(tmp_path, eval_split="test")[1] == {"test/b/3.jpg"}
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+  """A split holds folders; a class holds images."""
+  files = [f"{name}/{i}.jpg" for name in ("car", "test", "train", "val")
+           for i in range(5)]
+  write(tmp_path, *files)
+  train, held = held_out(tmp_path)
+  assert train | held == set(files) and len(held) == 4
+
+
+def lines(root, **kw):
+  cfg = schema.Experiment(data=schema.Data(
+      source="folder", path=str(root), **kw))
+  return list(folders.check(cfg, files=True))
+
+
+def test_folders_without_splits_are_a_line_that_helps(tmp_path):
+  write(tmp_path / "photos", *many(2, 2))
+  line, _ = lines(tmp_path / "photos")
+  assert "config.data.eval_fraction=0.2" in line
+  assert not lines(tmp_path / "photos", eval_fraction=0.2)
+  write(tmp_path / "half", *(f"train/{file}" for file in many(2, 2)))
+  line, = lines(tmp_path / "half")
+  assert "no folder 'val'" in line and "eval_fraction=0.2" in line
+  assert not lines(tmp_path / "half", eval_fraction=0.2)
+  # A name that was given is not replaced.
+  line, = lines(tmp_path / "half", eval_fraction=0.2, eval_split="vla")
+  assert "config.data.eval_split: " in line and "'vla'" in line
+  write(tmp_path / "evaluation", *(f"val/{file}" for file in many(2, 2)))
+  line, = lines(tmp_path / "evaluation", eval_fraction=0.2)
+  assert "no folder 'train'" in line
+  write(tmp_path / "single", "a/1.jpg", "b/1.jpg")
+  fails(lambda: folder_source(tmp_path / "single", "eval", eval_fraction=0.5),
+        "config.data.eval_fraction", "two images")
+
+
+# Names that number the classes.
+
+
+def test_names_number_the_classes(tmp_path):
+  write(tmp_path, "val/b/1.jpg", "val/d/2.jpg")
+  data = schema.Data(source="folder", path=str(tmp_path))
+  source = sources.create(data, "eval", names=("d", "c", "b", "a"))
+  assert named(source) == [("val/d/2.jpg", 0), ("val/b/1.jpg", 2)]
+  assert source.n_classes == 4
+  fails(lambda: sources.create(data, "eval", names=("bb", "c")),
+        "config.task.class_names", "'b'", "did you mean bb")
+
+
+class Named:
+  """A source with names."""
+
+  n_classes, class_names = 3, ("x", "y", "z")
+
+  def __init__(self, data=None, split=None):
+    pass
+
+  def __len__(self):
+    return 3
+
+  def __getitem__(self, index):
+    return {"image": b"", "label": index}
+
+
+def test_names_number_the_classes_of_any_source_that_has_names():
+  data = schema.Data(source=f"{__name__}:Named")
+  for names, want in ((None, [0, 1, 2]), (("x", "y", "z"), [0, 1, 2]),
+                      (("z", "a", "y", "x"), [3, 2, 0])):
+    source = sources.create(data, "eval", names=names)
+    assert [r["label"] for r in records(source)] == want
+    assert source.n_classes == len(names or "xyz")
+  fails(lambda: sources.create(data, "train", names=("x", "z")), "'y'")
+  # Labels without names are what they are.
+  assert len(sources.create(schema.Data(source="digits"), "eval",
+                            names=tuple("abcdefghij"))) == 297
+
+
+def test_words_for_the_classes_of_imagenet():
+  ids = imagenet.ids()
+  assert len(set(ids)) == 1000 and list(ids) == sorted(ids)
+  names = imagenet.readable(ids)
+  assert names[0] == "tench" and names[281] == "tabby cat"
+  assert imagenet.readable(("cat", ids[1])) == ("cat", "goldfish")

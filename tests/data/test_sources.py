@@ -1,6 +1,6 @@
 """All sources: checks of the config, opening, pickling."""
 
-import pathlib
+import os
 import pickle
 
 import numpy as np
@@ -172,6 +172,6 @@ def test_a_source_that_cannot_be_read_is_a_line(folder, monkeypatch):
   def refuse(path):
     raise PermissionError(13, "Permission denied", str(path))
 
-  monkeypatch.setattr(pathlib.Path, "iterdir", refuse)
+  monkeypatch.setattr(os, "scandir", refuse)
   line, = check(source="folder", path=str(folder))
-  assert line.startswith(f"config.data.path: {folder}: [Errno 13]")
+  assert line.startswith(f"config.data.path: {folder}: [Errno 13]"), line

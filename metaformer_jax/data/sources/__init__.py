@@ -5,24 +5,26 @@ Each module opens one kind of data set, and checks the configuration of it;
 own: `source(data, split)`, called with the section and "train" or "eval".
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from metaformer_jax import errors, imports
 from metaformer_jax.config import schema
 from metaformer_jax.data.sources import arrays, base, folders, tfds
 
-_CHECKS = {"digits": arrays.check_digits, "folder": folders.check,
-           "idx": arrays.check_idx, "tfds": tfds.check}
+_CHECKS = {"digits": arrays.check_digits, "idx": arrays.check_idx,
+           "tfds": tfds.check}
 
 
 def create(data: schema.Data, split: str, numbered: bool = False,
-           ) -> base.Source:
+           names: Sequence[str] | None = None) -> base.Source:
   """Opens the "train" or the "eval" split that the config names.
 
   Args:
     data: the kind of data set and its place.
     split: "train" or "eval".
     numbered: source folder: the names of the class folders are the classes.
+    names: of the classes, which number the data's classes; None: as the data
+      numbers them. Data without names is numbered as it is.
 
   Raises:
     ConfigError: the data is missing, or cannot be read; says which part.
@@ -32,13 +34,16 @@ def create(data: schema.Data, split: str, numbered: bool = False,
     case "digits":
       return arrays.digits(train)
     case "folder":
-      return folders.create(data, train, numbered)
+      return folders.create(data, train, numbered, names)
     case "idx":
       return arrays.idx(data.path, train)
     case "tfds":
-      return tfds.create(data.name, data.path,
-                         data.train_split if train else data.eval_split, train)
-  return _create_own(data, split)
+      source = tfds.create(data.name, data.path,
+                           data.train_split if train else data.eval_split,
+                           train)
+    case _:
+      source = _create_own(data, split)
+  return base.renumbered(source, names) if names else source
 
 
 def _create_own(data: schema.Data, split: str) -> base.Source:
@@ -69,12 +74,16 @@ def classes(data: schema.Data) -> base.Classes:
   return base.Classes(source.n_classes, getattr(source, "class_names", None))
 
 
-def check(cfg: schema.Experiment, files: bool) -> Iterator[str]:
+def check(cfg: schema.Experiment, files: bool,
+          train: bool = True) -> Iterator[str]:
   """Yields a line per mistake in an experiment's configuration of its data.
 
   Args:
     cfg: an experiment; each of its values was checked alone.
     files: whether the data must be on this machine.
+    train: whether the training split must be there, too.
   """
-  if not imports.is_path(cfg.data.source):
+  if cfg.data.source == "folder":
+    yield from folders.check(cfg, files, train)
+  elif not imports.is_path(cfg.data.source):
     yield from _CHECKS[cfg.data.source](cfg, files)

@@ -43,6 +43,46 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> Record: ...
 
 
+class _Renumbered:
+  """A source whose classes have other numbers."""
+
+  def __init__(self, source: Source, numbers: Sequence[int], n_classes: int):
+    """`numbers` are the new ones, by the source's own."""
+    self._source, self._numbers = source, numbers
+    self.n_classes = n_classes
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> Record:
+    record = self._source[index]
+    return {**record, "label": self._numbers[record["label"]]}
+
+
+def renumbered(source: Source, names: Sequence[str]) -> Source:
+  """The source with its classes numbered as in `names`.
+
+  Raises:
+    ConfigError: it has a class that is not among the names.
+  """
+  own = getattr(source, "class_names", None)
+  if own is None or tuple(own) == tuple(names):
+    return source
+  check_names(own, names, "the data")
+  numbers = {name: i for i, name in enumerate(names)}
+  return _Renumbered(source, [numbers[name] for name in own], len(names))
+
+
+def check_names(own: Iterable[str], names: Iterable[str], where: Any) -> None:
+  """Raises ConfigError if a class of the data is not among the names."""
+  unknown = sorted(set(own).difference(names))
+  if unknown:
+    raise errors.ConfigError(
+        f"config.task.class_names: {where} has the class {unknown[0]!r}, which "
+        f"is not one of them{errors.did_you_mean(unknown[0], names)}; None "
+        "takes the classes of the training data")
+
+
 def check_folder(data: schema.Data, inside: Iterable[str] = (),
                  hint: str = "") -> Iterator[str]:
   """Yields a line if `data.path` is not a local folder, else those of `inside`.

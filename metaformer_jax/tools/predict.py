@@ -1,0 +1,126 @@
+r"""Predicts what is on images:
+
+    python -m metaformer_jax.tools.predict --weights=runs/mine photos/ cat.jpg
+    python -m metaformer_jax.tools.predict --weights=caformer_s18 *.jpg --csv
+
+--weights is the name of a model with published weights, a file of weights, or
+the folder of a run. In a folder, all images are taken, those of its subfolders
+included. Images that cannot be read are named, and passed over.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import textwrap
+from typing import Any
+
+from tqdm import auto as tqdm
+
+from metaformer_jax import cli, errors, inference
+from metaformer_jax.config import schema
+from metaformer_jax.data.sources import folders
+from metaformer_jax.runtime import devices
+from metaformer_jax.tasks import base
+from metaformer_jax.tools import output
+
+log = logging.getLogger("metaformer_jax.tools.predict")
+
+
+def find(paths: list[str]) -> list[str]:
+  """The files of images, and those of folders, in order.
+
+  Raises:
+    ConfigError: a path does not exist, or a folder has no images.
+  """
+  found = []
+  for path in paths:
+    if os.path.isdir(path):
+      inside = folders.image_files(path, "command line")
+      if not inside:
+        raise errors.ConfigError(
+            f"{path}: has no images ({', '.join(folders.IMAGE_SUFFIXES)})")
+      found += [os.path.join(path, name) for name in inside]
+    elif os.path.exists(path):
+      found.append(path)
+    else:
+      raise errors.ConfigError(f"{path}: does not exist")
+  return found
+
+
+def main(args: argparse.Namespace) -> None:
+  """Prints the predictions that the command line asks for."""
+  images = find(args.images)
+  devices.configure(schema.Log().compilation_cache)
+  try:
+    loaded = inference.load(args.weights, model=args.model,
+                            allow_import=args.allow_import)
+  except errors.ConfigError as e:
+    raise errors.ConfigError(f"--weights: {e}") from e
+  n_bad = 0
+  with tqdm.tqdm(total=len(images), unit="image", ncols=79,
+                 disable=not sys.stderr.isatty()) as bar:
+    batch_size = min(args.batch_size, inference.enough_for(len(images)))
+    for i, found in enumerate(loaded.stream(images, batch_size)):
+      with bar.external_write_mode():
+        n_bad += not _show(images[i], found, loaded.task, args,
+                           first=i == n_bad)
+      bar.update()
+  if n_bad:
+    message = f"{n_bad} of {len(images)} images cannot be used"
+    if n_bad == len(images):
+      raise errors.DataError(message)
+    log.warning("%s", message)
+
+
+def _show(path: str, found: dict[str, Any] | errors.DataError, task: base.Task,
+          args: argparse.Namespace, first: bool) -> bool:
+  """Prints what was found on an image; returns whether it could be used."""
+  bad = isinstance(found, errors.DataError)
+  rows = [] if bad else task.describe(found, args.top)
+  if bad:
+    log.warning("%s", errors.one_line(found))
+  if args.form == "json":
+    said = {"error": errors.one_line(found)} if bad else {"predictions": rows}
+    output.write([{"image": path, **said}], "json")
+  elif args.form == "csv" and rows:
+    output.write([{"image": path, **row} for row in rows], "csv", header=first)
+  elif rows:
+    print(errors.one_line(path), textwrap.indent(output.table(rows), "  "),
+          sep="\n", flush=True)
+  return not bad
+
+
+def parse() -> argparse.Namespace:
+  """The command line."""
+  parser = cli.Parser(__doc__, "predict")
+  parser.add_argument("images", nargs="+", help="files and folders of images")
+  parser.add_argument("--weights", required=True, help="the name of a model "
+                      "with published weights, a file, or a run's folder")
+  parser.add_argument("--model", help="a name of metaformer_jax.list_models(), "
+                      "for weights that do not record it")
+  parser.add_argument("--top", type=_positive, default=5,
+                      help="classes to show for each image, 5 by default")
+  parser.add_argument("--batch_size", type=_positive, default=32,
+                      help="images per call of the model, at most; 32 by "
+                      "default")
+  form = parser.add_mutually_exclusive_group()
+  form.add_argument("--csv", dest="form", action="store_const", const="csv",
+                    default="table", help="print comma-separated values")
+  form.add_argument("--json", dest="form", action="store_const", const="json",
+                    help="print a JSON object on a line for each image")
+  parser.add_argument("--allow_import", default="", help="modules of your own "
+                      "that the weights may name, separated by commas")
+  return parser.parse_args()
+
+
+def _positive(text: str) -> int:
+  if not text.isdecimal() or not int(text):
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+  return int(text)
+
+
+if __name__ == "__main__":
+  cli.start_logging()
+  with cli.one_line_errors():
+    main(parse())
