@@ -56,3 +56,8 @@ def write(root: pathlib.Path, n: int, seed: int = 0,
       suffix = ("jpg", "png", "JPEG")[i % 3]
       draw(shape, rng, size).save(folder / f"{shape} {i}.{suffix}", quality=90)
   return root
+
+
+def is_picture(path: pathlib.Path) -> bool:
+  """Whether `write` wrote the file."""
+  return path.suffix in (".jpg", ".png", ".JPEG") and "\n" not in path.name

@@ -32,7 +32,7 @@ class Data:
   eval_split: str | None = option(None, "as train_split")
   eval_fraction: float | None = option(
       None, "folder: without an evaluation split, this part of each class's "
-      "images is held out for it", above=0, high=0.9)
+      "images is held out for it", above=0, high=0.99)
   eval_seed: int = option(0, "of the choice of these images", low=0)
   mean: tuple[float, ...] | None = option(
       None, "of R, G, B in [0, 1]; None: the model's", low=0, high=1, length=3)

@@ -27,7 +27,7 @@ from metaformer_jax.tools import output
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "last", "Which one of the workdir's: last, best, or a step.")
-_WEIGHTS = flags.DEFINE_multi_string(
+flags.DEFINE_multi_string(
     "weights", [], "Instead of --workdir: the name of a model with published "
     "weights, a file, or a run's folder; several by several such flags.")
 _MODEL = flags.DEFINE_string(
@@ -43,15 +43,21 @@ def main(cfg: Experiment, workdir: pathlib.Path) -> None:
   if _CSV.value and _JSON.value:
     raise errors.ConfigError("--csv: cannot be combined with --json")
   form = "csv" if _CSV.value else "json" if _JSON.value else None
-  if not _WEIGHTS.value:
+  if _weights():
+    output.write(_evaluate_weights(cfg), form or "table")
+  else:
     output.write([_evaluate_checkpoint(cfg, workdir)], form or "json")
-    return
+
+
+def _weights() -> list[str]:
+  """The values of --weights, which --workdir and --checkpoint exclude."""
+  weights = cli.given("weights")
   for flag in ("workdir", "checkpoint"):
-    if flags.FLAGS[flag].present:
+    if weights and cli.given(flag):
       raise errors.ConfigError(
           f"--weights: cannot be combined with --{flag}; name the folder of a "
           "run, or of a step, as --weights")
-  output.write(_evaluate_weights(cfg), form or "table")
+  return weights
 
 
 def _evaluate_checkpoint(cfg: Experiment, workdir: pathlib.Path) -> Row:
@@ -73,7 +79,7 @@ def _evaluate_weights(cfg: Experiment) -> list[Row]:
 
   named = cli.given("config") or cli.given("config_json")
   rows, mesh = [], None
-  for weights in _WEIGHTS.value:
+  for weights in _weights():
     if not named:
       cfg = cli.overridden(_experiment_of(weights), train=False)
     mesh = mesh or cli.start_jax(cfg)
@@ -93,7 +99,7 @@ def _evaluate_weights(cfg: Experiment) -> list[Row]:
 
 def _experiment() -> Experiment | None:
   """The experiment of a command line that names none."""
-  if weights := cli.given("weights"):
+  if weights := _weights():
     return _experiment_of(weights[0])
   if workdir := cli.given("workdir"):
     cfg = saved.read_run(paths.local("--workdir", workdir[0]), cli.allowed())
