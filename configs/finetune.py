@@ -21,8 +21,8 @@ from metaformer_jax.config import default
 
 # Base learning rate, decay from block to block, what is not trained.
 _SETTINGS = {
-    "all": (2e-3, 0.85, ()),
-    "probe": (2e-2, 1.0, ("backbone",)),
+    "all": (1.6e-2, 0.85, ()),
+    "probe": (1.6e-1, 1.0, ("backbone",)),
 }
 
 
@@ -37,7 +37,7 @@ def get_config(variant="all"):
   config.optim.warmup_lr = 0.0
   config.optim.warmup_epochs = 0.5
   config.train.batch_size = 32
-  config.train.epochs = 20.0
+  config.train.epochs = 30.0
   config.model.drop_path_rate = 0.1
   config.data.eval_fraction = 0.2
   # Of one's own few images, one in twenty may be unreadable.

@@ -30,10 +30,11 @@ class Result:
   seconds: float
 
 
-def python(args, cwd=ROOT, **kwargs):
+def python(args, cwd=ROOT, environment=None, **kwargs):
   """Runs Python with the package on its path."""
   path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
   env = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+  env |= environment or {}
   return subprocess.run([sys.executable, *args], cwd=cwd, env=env, text=True,
                         capture_output=True, timeout=120, **kwargs)
 

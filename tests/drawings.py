@@ -1,7 +1,11 @@
-"""Folders of drawn pictures: shapes of any colour, size, place and angle."""
+"""Folders of drawn pictures: shapes of any colour, size, place and angle.
+
+    python tests/drawings.py FOLDER [PICTURES OF A SHAPE] [SEED]
+"""
 
 import math
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,3 +65,7 @@ def write(root: pathlib.Path, n: int, seed: int = 0,
 def is_picture(path: pathlib.Path) -> bool:
   """Whether `write` wrote the file."""
   return path.suffix in (".jpg", ".png", ".JPEG") and "\n" not in path.name
+
+
+if __name__ == "__main__":
+  write(pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:]))
