@@ -15,14 +15,12 @@ from PIL import Image
 
 from metaformer_jax import errors, tasks
 from metaformer_jax.checkpoints import pretrained
-from metaformer_jax.config import derived, paths, saved, schema
+from metaformer_jax.checkpoints import published as published_lib
+from metaformer_jax.config import derived, saved, schema
 from metaformer_jax.config import tasks as sections
+from metaformer_jax.config import weights as weights_lib
 from metaformer_jax.models import registry
 from metaformer_jax.tasks import base
-
-# Where published weights are looked for, by the name of the model.
-WEIGHTS = "~/.cache/metaformer_jax/weights"
-_SUFFIXES = (".safetensors", ".pth.tar", ".pth")
 
 # A file, its bytes, a picture, or uint8 [H, W, 3].
 Picture = str | pathlib.Path | bytes | Image.Image | np.ndarray
@@ -126,22 +124,23 @@ def experiment(weights: str | pathlib.Path, model: str | None = None,
   Raises:
     ConfigError: as `load`.
   """
-  path = paths.local("", weights)
-  if not path.exists() and model is None and "/" not in str(weights) and (
-      not path.suffix):
-    path, model = _published_weights(str(weights)), str(weights)
-  cfg = saved.read_weights(path, allow_import)
+  if problem := weights_lib.problem(weights):
+    raise errors.ConfigError(f"{weights}: {problem}")
+  name = weights_lib.model_of(weights) or model
+  if model not in (None, name):
+    raise errors.ConfigError(f"{weights} is of {name}, not {model}")
+  path = published_lib.locate(weights)
+  with published_lib.advising(path):
+    cfg = saved.read_weights(path, allow_import)
   if cfg is not None:
-    if model not in (None, cfg.model.name):
-      raise errors.ConfigError(f"{weights} is of {cfg.model.name}, not {model}")
+    if name not in (None, cfg.model.name):
+      raise errors.ConfigError(f"{weights} is of {cfg.model.name}, not {name}")
     return cfg, path
-  if not path.exists():
-    raise errors.ConfigError(f"{weights}: does not exist")
-  if model is None:
+  if name is None:
     raise errors.ConfigError(
         f"{weights}: does not record its model; name it, as in model="
         "'poolformer_s12' (--model=poolformer_s12)")
-  return published(model), path
+  return published(name), path
 
 
 def published(model: str) -> schema.Experiment:
@@ -159,25 +158,6 @@ def published(model: str) -> schema.Experiment:
       model=schema.Model(name=model)))
 
 
-def _published_weights(name: str) -> pathlib.Path:
-  """The file of a model's published weights."""
-  try:
-    spec = registry.get_spec(name)
-  except ValueError as e:
-    raise errors.ConfigError(
-        f"{name}: is neither a file, a folder nor a model: {e}") from e
-  folder = pathlib.Path(WEIGHTS).expanduser()
-  for suffix in _SUFFIXES:
-    path = folder / f"{name}{suffix}"
-    if path.is_file():
-      return path
-  if spec.checkpoint is None:
-    raise errors.ConfigError(f"{name}: has no published weights")
-  raise errors.ConfigError(
-      f"{name}: its weights are not on this machine; download "
-      f"{spec.checkpoint} as {folder / name}{_SUFFIXES[1]}")
-
-
 def load(weights: str | pathlib.Path, *, model: str | None = None,
          num_classes: int | None = None,
          allow_import: str | Sequence[str] = (),
@@ -185,10 +165,10 @@ def load(weights: str | pathlib.Path, *, model: str | None = None,
   """Loads a model with its weights.
 
   Args:
-    weights: the name of a model whose published weights are in
-      ~/.cache/metaformer_jax/weights; a file of weights; or a run's workdir,
-      its checkpoints folder or one step in it. An existing path wins over a
-      name.
+    weights: the name of a model for its published weights, downloaded if
+      necessary; a file of weights; or a run's workdir, its checkpoints folder
+      or one step in it. An existing path wins over a name; "./NAME" and a
+      `pathlib.Path` are always paths.
     model: name of the model, for a file that does not record it.
     num_classes: of a new head, if not those of the weights.
     allow_import: names of modules of the user's own that the weights may name;
@@ -197,8 +177,8 @@ def load(weights: str | pathlib.Path, *, model: str | None = None,
       they change what the weights compute.
 
   Raises:
-    ConfigError: there are no such weights, they do not record their model, name
-      a module that is not allowed, or do not fit it.
+    ConfigError: there are no such weights, they cannot be downloaded, do not
+      record their model, name a module that is not allowed, or do not fit it.
   """
   cfg, path = experiment(weights, model, allow_import)
   try:
