@@ -10,6 +10,8 @@ VERSION = re.search(
     r'__version__ = "(.+)"',
     (ROOT / "metaformer_jax" / "__init__.py").read_text())[1]
 
+# Weights on the Hugging Face hub also come without it, by https.
+HUB = ["huggingface_hub>=1.3,<3"]
 # Reading data sets that TFDS prepared needs no TensorFlow; preparing does.
 TFDS = ["tensorflow-datasets>=4.9.10,<4.10", "importlib_resources>=6,<8"]
 
@@ -46,8 +48,9 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        "hub": HUB,
         "tfds": TFDS,
-        "test": [*TFDS, "tensorflow-cpu>=2.21,<2.22", "jax[tpu]",
+        "test": [*HUB, *TFDS, "tensorflow-cpu>=2.21,<2.22", "jax[tpu]",
                  "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18",
                  "tensorboard>=2.20,<3",
                  # What the files in launch/ are checked and run by.

@@ -4,12 +4,8 @@ r"""CAFormer (arXiv 2210.13452): ImageNet-1K, ImageNet-21K and fine-tuning.
         --config.data.path=/path/to/imagenet
 
 Settings: scripts/caformer/ of github.com/sail-sg/metaformer. Variants with
-initial weights expect them in ~/weights, or where `--config.init` says. Those
-of `*_in21ft1k` have a head of ImageNet-21K reduced to the classes of 1K:
-
-    python -m metaformer_jax.tools.convert --model=caformer_s18 --head_21k \
-        --input=caformer_s18_in21k.pth \
-        --output=~/weights/caformer_s18_from_21k.safetensors
+initial weights download the published ones; `--config.init` names others. From
+the head of ImageNet-21K, `*_in21ft1k` take the classes of ImageNet-1K.
 """
 
 from metaformer_jax import recipes
@@ -18,33 +14,25 @@ from metaformer_jax.recipes import classification
 # Recipe, drop path, dropout of the head, initial weights, published top-1.
 VARIANTS = {
     "s18": ("imagenet", 0.15, 0.0, None, 83.6),
-    "s18_384": ("finetune", 0.3, 0.4, "caformer_s18.pth", 85.0),
+    "s18_384": ("finetune", 0.3, 0.4, "caformer_s18", 85.0),
     "s18_in21k": ("in21k", 0.1, 0.0, None, None),
-    "s18_in21ft1k": (
-        "finetune", 0.3, 0.4, "caformer_s18_from_21k.safetensors", 84.1),
-    "s18_384_in21ft1k": (
-        "finetune", 0.3, 0.4, "caformer_s18_from_21k.safetensors", 85.4),
+    "s18_in21ft1k": ("finetune", 0.3, 0.4, "caformer_s18_in21k", 84.1),
+    "s18_384_in21ft1k": ("finetune", 0.3, 0.4, "caformer_s18_in21k", 85.4),
     "s36": ("imagenet", 0.3, 0.4, None, 84.5),
-    "s36_384": ("finetune", 0.5, 0.4, "caformer_s36.pth", 85.7),
+    "s36_384": ("finetune", 0.5, 0.4, "caformer_s36", 85.7),
     "s36_in21k": ("in21k", 0.1, 0.0, None, None),
-    "s36_in21ft1k": (
-        "finetune", 0.5, 0.4, "caformer_s36_from_21k.safetensors", 85.8),
-    "s36_384_in21ft1k": (
-        "finetune", 0.5, 0.4, "caformer_s36_from_21k.safetensors", 86.9),
+    "s36_in21ft1k": ("finetune", 0.5, 0.4, "caformer_s36_in21k", 85.8),
+    "s36_384_in21ft1k": ("finetune", 0.5, 0.4, "caformer_s36_in21k", 86.9),
     "m36": ("imagenet", 0.4, 0.4, None, 85.2),
-    "m36_384": ("finetune", 0.7, 0.4, "caformer_m36.pth", 86.2),
+    "m36_384": ("finetune", 0.7, 0.4, "caformer_m36", 86.2),
     "m36_in21k": ("in21k", 0.1, 0.0, None, None),
-    "m36_in21ft1k": (
-        "finetune", 0.7, 0.4, "caformer_m36_from_21k.safetensors", 86.6),
-    "m36_384_in21ft1k": (
-        "finetune", 0.7, 0.4, "caformer_m36_from_21k.safetensors", 87.5),
+    "m36_in21ft1k": ("finetune", 0.7, 0.4, "caformer_m36_in21k", 86.6),
+    "m36_384_in21ft1k": ("finetune", 0.7, 0.4, "caformer_m36_in21k", 87.5),
     "b36": ("imagenet", 0.6, 0.5, None, 85.5),
-    "b36_384": ("finetune", 0.8, 0.5, "caformer_b36.pth", 86.4),
+    "b36_384": ("finetune", 0.8, 0.5, "caformer_b36", 86.4),
     "b36_in21k": ("in21k", 0.1, 0.0, None, None),
-    "b36_in21ft1k": (
-        "finetune", 0.8, 0.5, "caformer_b36_from_21k.safetensors", 87.4),
-    "b36_384_in21ft1k": (
-        "finetune", 0.8, 0.5, "caformer_b36_from_21k.safetensors", 88.1),
+    "b36_in21ft1k": ("finetune", 0.8, 0.5, "caformer_b36_in21k", 87.4),
+    "b36_384_in21ft1k": ("finetune", 0.8, 0.5, "caformer_b36_in21k", 88.1),
 }
 
 NOTES = {

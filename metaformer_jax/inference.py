@@ -5,7 +5,6 @@ import functools
 import itertools
 import logging
 import pathlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent import futures
 from typing import Any
@@ -18,17 +17,13 @@ from PIL import Image
 
 from metaformer_jax import errors, tasks
 from metaformer_jax.checkpoints import pretrained
-from metaformer_jax.config import derived, paths, saved, schema
+from metaformer_jax.checkpoints import published as published_lib
+from metaformer_jax.config import derived, saved, schema
 from metaformer_jax.config import tasks as sections
-from metaformer_jax.data import imagenet
-from metaformer_jax.models import registry
+from metaformer_jax.config import weights as weights_lib
 from metaformer_jax.tasks import base
 
 log = logging.getLogger(__name__)
-
-# Where published weights are looked for, by the name of the model.
-WEIGHTS = "~/.cache/metaformer_jax/weights"
-_SUFFIXES = (".safetensors", ".pth.tar", ".pth")
 
 # A file, its bytes, a picture, or uint8 [H, W, 3].
 Picture = str | pathlib.Path | bytes | Image.Image | np.ndarray
@@ -174,39 +169,26 @@ def experiment(weights: str | pathlib.Path, model: str | None = None,
   Raises:
     ConfigError: as `load`.
   """
-  path = paths.local("", weights)
-  if not path.exists() and model is None and "/" not in str(weights) and (
-      not path.suffix):
-    path, model = _published_weights(str(weights)), str(weights)
-  cfg = saved.read_weights(path, allow_import)
+  if problem := weights_lib.problem(weights):
+    raise errors.ConfigError(f"{weights}: {problem}")
+  name = weights_lib.model_of(weights) or model
+  if model not in (None, name):
+    raise errors.ConfigError(f"{weights} is of {name}, not {model}")
+  path = published_lib.locate(weights)
+  with published_lib.advising(path):
+    cfg = saved.read_weights(path, allow_import)
   if cfg is not None:
-    if model not in (None, cfg.model.name):
-      raise errors.ConfigError(f"{weights} is of {cfg.model.name}, not {model}")
+    if name not in (None, cfg.model.name):
+      raise errors.ConfigError(f"{weights} is of {cfg.model.name}, not {name}")
     return cfg, path
-  if not path.exists():
-    raise errors.ConfigError(f"{weights}: does not exist")
-  if model is None:
-    model = _named_after(path)
-    log.info("%s: taken for %s, by its name", path, model)
-  return published(model), path
-
-
-def _named_after(path: pathlib.Path) -> str:
-  """The model that a file of published weights is named after.
-
-  That is its name without suffixes, and without the digest of torch.hub's names
-  or what follows the first dot, as a tag of timm's.
-
-  Raises:
-    ConfigError: there is no such model.
-  """
-  stem, known = path.name.partition(".")[0], registry.list_models()
-  for name in (stem, re.sub(r"-[0-9a-f]{8,}$", "", stem)):
-    if name in known:
-      return name
-  raise errors.ConfigError(
-      f"{path}: does not record its model, and is not named after one; name "
-      "it, as in model='poolformer_s12' (--model=poolformer_s12)")
+  if name is None:
+    name = weights_lib.named_after(path)
+    if name is None:
+      raise errors.ConfigError(
+          f"{weights}: does not record its model, and is not named after one; "
+          "name it, as in model='poolformer_s12' (--model=poolformer_s12)")
+    log.info("%s: taken for %s, by its name", path, name)
+  return published(name), path
 
 
 def published(model: str) -> schema.Experiment:
@@ -216,32 +198,9 @@ def published(model: str) -> schema.Experiment:
     ConfigError: there is no such model.
   """
   try:
-    n = registry.get_spec(model).num_classes
+    return derived.fill(weights_lib.published(model))
   except ValueError as e:
     raise errors.ConfigError(str(e)) from e
-  names = imagenet.ids() if n == imagenet.N_CLASSES else None
-  return derived.fill(schema.Experiment(
-      task=sections.Classification(num_classes=n, class_names=names),
-      model=schema.Model(name=model)))
-
-
-def _published_weights(name: str) -> pathlib.Path:
-  """The file of a model's published weights."""
-  try:
-    spec = registry.get_spec(name)
-  except ValueError as e:
-    raise errors.ConfigError(
-        f"{name}: is neither a file, a folder nor a model: {e}") from e
-  folder = pathlib.Path(WEIGHTS).expanduser()
-  for suffix in _SUFFIXES:
-    path = folder / f"{name}{suffix}"
-    if path.is_file():
-      return path
-  if spec.checkpoint is None:
-    raise errors.ConfigError(f"{name}: has no published weights")
-  raise errors.ConfigError(
-      f"{name}: its weights are not on this machine; download "
-      f"{spec.checkpoint} as {folder / name}{_SUFFIXES[1]}")
 
 
 def load(weights: str | pathlib.Path, *, model: str | None = None,
@@ -251,10 +210,10 @@ def load(weights: str | pathlib.Path, *, model: str | None = None,
   """Loads a model with its weights.
 
   Args:
-    weights: the name of a model whose published weights are in
-      ~/.cache/metaformer_jax/weights; a file of weights; or a run's workdir,
-      its checkpoints folder or one step in it. An existing path wins over a
-      name.
+    weights: the name of a model for its published weights, downloaded if
+      necessary; a file of weights; or a run's workdir, its checkpoints folder
+      or one step in it. An existing path wins over a name; "./NAME" and a
+      `pathlib.Path` are always paths.
     model: name of the model, for a file that does not record it.
     num_classes: of a new head, if not those of the weights.
     allow_import: names of modules of the user's own that the weights may name;
@@ -263,8 +222,8 @@ def load(weights: str | pathlib.Path, *, model: str | None = None,
       they change what the weights compute.
 
   Raises:
-    ConfigError: there are no such weights, they do not record their model, name
-      a module that is not allowed, or do not fit it.
+    ConfigError: there are no such weights, they cannot be downloaded, do not
+      record their model, name a module that is not allowed, or do not fit it.
   """
   cfg, path = experiment(weights, model, allow_import)
   try:

@@ -11,9 +11,8 @@ import pytest
 import small_runs
 
 import metaformer_jax
-from metaformer_jax import errors, inference, tasks
-from metaformer_jax.config import default, resolve, saved, schema, typed
-from metaformer_jax.config import tasks as sections
+from metaformer_jax import errors, tasks
+from metaformer_jax.config import default, resolve, saved, typed
 from metaformer_jax.convert import files, layouts, rules
 from metaformer_jax.runtime import devices
 from metaformer_jax.tools import convert
@@ -172,32 +171,6 @@ def test_runs_of_every_kind_of_override(tmp_path):
   ten = metaformer_jax.load(tmp_path / "run", num_classes=7)
   assert ten.variables["params"]["head"]["fc2"]["bias"].shape == (7,)
   assert ten.class_names is None
-
-
-def test_names_of_published_weights(tmp_path, monkeypatch):
-  monkeypatch.setattr(inference, "WEIGHTS", str(tmp_path / "cache"))
-  monkeypatch.chdir(tmp_path)
-  with pytest.raises(errors.ConfigError) as caught:
-    metaformer_jax.load("resnet18")
-  assert "resnet18" in str(caught.value)
-  with pytest.raises(errors.ConfigError, match="did you mean resnet18"):
-    metaformer_jax.load("resnet19")
-  with pytest.raises(errors.ConfigError, match=r"poolformer_s12\.pth\.tar"):
-    metaformer_jax.load("poolformer_s12")
-  cfg = schema.Experiment(task=sections.Classification(num_classes=1000),
-                          model=schema.Model(name="resnet18"))
-  variables = variables_of(cfg)
-  (tmp_path / "cache").mkdir()
-  write(tmp_path / "cache/resnet18.safetensors", cfg, variables, "timm", False)
-  loaded = metaformer_jax.load("resnet18")
-  assert loaded.cfg.task.image_size == 224
-  check_equal(loaded.variables, variables)
-  # An existing path wins.
-  write(tmp_path / "resnet18", cfg, variables_of(cfg, seed=1), "timm", False)
-  other = metaformer_jax.load("resnet18")
-  assert not np.array_equal(
-      other.variables["params"]["head"]["bias"],
-      loaded.variables["params"]["head"]["bias"])
 
 
 @pytest.mark.parametrize("call,words", [

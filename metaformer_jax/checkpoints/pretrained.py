@@ -11,6 +11,7 @@ import numpy as np
 
 from metaformer_jax import errors, imports
 from metaformer_jax.checkpoints import manager as checkpoints
+from metaformer_jax.checkpoints import published
 from metaformer_jax.config import paths, saved
 from metaformer_jax.config.model import Model
 from metaformer_jax.convert import adapt, files, layouts
@@ -19,13 +20,13 @@ from metaformer_jax.models import registry
 log = logging.getLogger(__name__)
 
 
-def load_pretrained(name: str, path: str | pathlib.Path, *,
+def load_pretrained(name: str, path: str | pathlib.Path | None = None, *,
                     num_classes: int | None = None, in_chans: int = 3,
                     input_size: int | tuple[int, int] | None = None,
                     head_21k: bool = False, rng: jax.Array | None = None,
                     allow_import: str | Sequence[str] = (),
                     **overrides: Any) -> dict[str, Any]:
-  """Returns the variables of a model from a file or folder of weights.
+  """Returns the variables of a model from its published or other weights.
 
   If the weights record how they were made, as a run's do, its hyper-parameters,
   number of classes and image size are the defaults; others that change what the
@@ -36,9 +37,10 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
       own.
     path: a .safetensors or .pth file in the official layout, timm's or Hugging
       Face transformers', recognised by its names; a safetensors file that
-      `tools.convert` wrote with the names used here; or a run's workdir, its
+      `tools.convert` wrote with the names used here; a run's workdir, its
       checkpoints folder or one step in it (the moving average, if there is
-      one).
+      one); or the name of a model for its published weights, downloaded if
+      necessary. By default the published weights of this model.
     num_classes: of the model. If the file has another number, the last layer is
       re-initialised; 0 omits the head, which the file may omit as well. By
       default the run's or the published number, which the file must have.
@@ -58,22 +60,24 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
 
   Raises:
     ValueError: unknown name or hyper-parameter, or an invalid number.
-    WeightsError: one line that lists everything in the file that does not fit.
+    WeightsError: one line that lists everything in the file that does not fit,
+      or says why it cannot be downloaded.
   """
   own = imports.is_path(name)
   spec = None if own else registry.get_spec(name)
   if not own:
     spec.override(**overrides)  # Raises if a name is unknown.
-  published, size = ((None, None) if own else
-                     (spec.num_classes, spec.input_size))
-  made = saved.read_weights(
-      paths.local("", path, errors.WeightsError), allow_import)
+  n_made, size = ((None, None) if own else
+                  (spec.num_classes, spec.input_size))
+  path = published.fetch(name) if path is None else published.locate(path)
+  with published.advising(path):
+    made = saved.read_weights(path, allow_import)
   if made is not None:
-    published = made.task.num_classes or published
+    n_made = made.task.num_classes or n_made
     size = made.task.input_size or size
     overrides = _with_defaults(made.model, name, overrides, path)
   size = size if input_size is None else input_size
-  if own and None in (size, num_classes or published):
+  if own and None in (size, num_classes or n_made):
     raise ValueError(f"{path} does not record for which images and classes "
                      f"{name} was made: give input_size and num_classes")
   height, width = (size, size) if isinstance(size, int) else size
@@ -81,7 +85,7 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
     raise ValueError(
         "num_classes must be at least 0, in_chans and input_size at least 1, "
         f"got {num_classes}, {in_chans} and {input_size}")
-  if head_21k and (num_classes or published) != 1000:
+  if head_21k and (num_classes or n_made) != 1000:
     raise ValueError("head_21k gives 1000 classes: set num_classes=1000 and a "
                      "model without _in21k in its name")
   image = jnp.zeros((1, height, width, in_chans))
@@ -90,7 +94,7 @@ def load_pretrained(name: str, path: str | pathlib.Path, *,
     return registry.create_model(name, num_classes=n, **overrides)
 
   # To omit a head that the file has, its shape must be known.
-  whole = make(num_classes or published)
+  whole = make(num_classes or n_made)
   target = jax.eval_shape(whole.init, jax.random.key(0), image)
   kept = target if num_classes != 0 else jax.eval_shape(
       make(0).init, jax.random.key(0), image)
@@ -130,8 +134,8 @@ def _with_defaults(made: Model, name: str, overrides: Mapping[str, Any],
 
 def read(path: str | pathlib.Path, family: str | None,
          target: Mapping[str, Any], image_size: tuple[int, int], *,
-         kept: Mapping[str, Any] | None = None, new_head: bool = False,
-         head_21k: bool = False) -> dict[str, Any]:
+         kept: Mapping[str, Any] | None = None,
+         **head: bool) -> dict[str, Any]:
   """Reads weights into the shapes of `target`, as variables of numpy arrays.
 
   Args:
@@ -141,8 +145,8 @@ def read(path: str | pathlib.Path, family: str | None,
     image_size: (height, width) of the model's images.
     kept: the part of `target` to return; all by default. The rest may be
       absent from the file.
-    new_head, head_21k: see `adapt.to_shape`. A head to be re-initialised is
-      absent from the result.
+    **head: new_head, other_classes and head_21k of `adapt.to_shape`. A head to
+      be re-initialised is absent from the result.
 
   Raises:
     WeightsError: one line that begins with the path.
@@ -151,12 +155,12 @@ def read(path: str | pathlib.Path, family: str | None,
   if path.is_dir():
     tensors = layouts.flatten(checkpoints.read_variables(path))
   else:
-    tensors = files.read_tensors(path)
+    with published.advising(path):
+      tensors = files.read_tensors(path)
   advice = {}  # An ordered set.
 
   def to_shape(name, value, shape):
-    value = adapt.to_shape(name, value, shape, image_size=image_size,
-                           new_head=new_head, head_21k=head_21k)
+    value = adapt.to_shape(name, value, shape, image_size=image_size, **head)
     if value is not None and value.shape != shape:
       advice[adapt.advice(name, value, shape)] = None
     return value

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from metaformer_jax import errors, imports
-from metaformer_jax.config import paths, tasks
+from metaformer_jax.config import paths, tasks, weights
 from metaformer_jax.config.schema import Experiment, Log
 from metaformer_jax.models import registry
 
@@ -112,14 +112,12 @@ def _check_init(cfg: Experiment) -> Iterator[str]:
     yield "config.init: '' is not a path; None starts from scratch"
     return
   try:
-    path = paths.local("config.init", cfg.init)
+    problem = weights.problem(cfg.init)
   except errors.ConfigError as e:
-    yield str(e)
+    yield f"config.init: {e}"
     return
-  if not path.exists():
-    near = [str(p) for p in path.parent.glob("*")]
-    yield (f"config.init: {cfg.init!r} does not exist"
-           f"{errors.did_you_mean(str(path), near)}")
+  if problem:
+    yield f"config.init: {cfg.init!r} {problem}"
 
 
 def _check_mesh(cfg: Experiment) -> Iterator[str]:

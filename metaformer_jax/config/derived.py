@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from metaformer_jax import errors
-from metaformer_jax.config import own, paths, saved
+from metaformer_jax.config import own, weights
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.models import registry, spec
 
@@ -42,11 +42,12 @@ def fill(cfg: Experiment, allowed: own.Allowed = ()) -> Experiment:
 def _from_init(cfg: Experiment, allowed: own.Allowed) -> Experiment:
   if cfg.init is None:
     return cfg  # `checks` reports it.
-  made = saved.read_weights(paths.local("config.init", cfg.init), allowed)
+  made = weights.made(cfg.init, allowed)
   if made is None:
     raise errors.ConfigError(
-        f"config.model.name: is missing, and config.init = {cfg.init!r} does "
-        "not record it: only workdirs and files of tools.convert do")
+        f"config.model.name: is missing, and config.init = {cfg.init!r} "
+        + (weights.problem(cfg.init) or "neither records it, as workdirs and "
+           "files of tools.convert do, nor is named after a model"))
   keep = {k: v for k, v in vars(cfg.model).items() if v is not None}
   model = dataclasses.replace(made.model, **keep)
   cfg = dataclasses.replace(cfg, model=model)

@@ -169,8 +169,9 @@ class Experiment:
 
   task: tasks.Task = dataclasses.field(default_factory=tasks.Classification)
   init: str | None = option(
-      None, "initial weights: safetensors, .pth or the workdir of a run; the "
-      "model is theirs if model.name is None")
+      None, "initial weights: the name of a model for its published ones, "
+      "safetensors, .pth or the workdir of a run; the model is theirs if "
+      "model.name is None")
   seed: int = option(0, "of initialisation, data order and augmentation",
                      low=0, high=2**31 - 1)
   model: Model = dataclasses.field(default_factory=Model)

@@ -98,6 +98,7 @@ def _grid(n: int, image_size: tuple[int, int]) -> tuple[int, int]:
 
 def to_shape(name: str, value: np.ndarray, shape: tuple[int, ...], *,
              image_size: tuple[int, int], new_head: bool = False,
+             other_classes: bool = False,
              head_21k: bool = False) -> np.ndarray | None:
   """Adapts one converted array to the shape that the model has.
 
@@ -107,11 +108,15 @@ def to_shape(name: str, value: np.ndarray, shape: tuple[int, ...], *,
     shape: the shape in the model.
     image_size: (height, width) of the model's images.
     new_head: omit a head with another number of classes.
+    other_classes: omit the head, whatever its number of classes.
     head_21k: from a head with 21,841 classes, take those of ImageNet-1K.
 
   Returns:
     The adapted array, the same array if nothing applies, or None to omit it.
   """
+  if other_classes and is_head(name):
+    log.info("%s: of other classes, re-initialised", name)
+    return None
   if value.shape == shape or value.ndim != len(shape):
     return value
   if is_head(name) and value.shape[:-1] == shape[:-1]:

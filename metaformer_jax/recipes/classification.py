@@ -82,12 +82,12 @@ def metaformer_finetune(
   """30 epochs from trained weights (scripts/*/finetune_*_384.sh).
 
   A constant learning rate, no mixup and no cutmix; the moving average of the
-  weights is evaluated. `init` is a file in ~/weights.
+  weights is evaluated. `init` is `config.init`.
   """
   config = metaformer_baseline(
       name, drop_path_rate=drop_path_rate, head_drop_rate=head_drop_rate,
       optimizer=optimizer, base_lr=base_lr, warmup_epochs=0.0)
-  config.init = f"~/weights/{init}"
+  config.init = init
   config.optim.schedule = "constant"
   config.optim.cooldown_epochs = 0.0
   config.train.batch_size = 1024

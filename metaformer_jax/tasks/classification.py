@@ -12,9 +12,9 @@ import optax
 from flax import linen as nn
 
 from metaformer_jax import errors, imports
-from metaformer_jax.config import checks, derived, typed
+from metaformer_jax.config import checks, derived, imagenet, typed
 from metaformer_jax.config.schema import Experiment
-from metaformer_jax.data import imagenet, loader, sources
+from metaformer_jax.data import loader, sources
 from metaformer_jax.data.sources import real_labels
 from metaformer_jax.data.transforms import classification as transforms
 from metaformer_jax.evaluation import topk

@@ -16,19 +16,31 @@ from collections.abc import Iterator
 from typing import Any
 
 from metaformer_jax import cli, errors
+from metaformer_jax.checkpoints import published
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.models import cost, registry
 
-_MODELS = """\
+_MODELS = f"""\
 # Models
 
 Written by `python -m metaformer_jax.tools.summarize --output=docs/models.md`. Parameters and GMACs (multiply-accumulates of one image, in 1e9) are counted on the traced program; GMACs in brackets and top-1 (ImageNet-1K, percent) are published, by the source named last.
 
+## Published weights
+
+A model's name stands for its published weights in `metaformer_jax.load("caformer_s18")`, `load_pretrained("caformer_s18")`, `--config.init=caformer_s18`, `tools.convert --input=caformer_s18` and `tools.cam --weights=caformer_s18`. A path that exists wins over a name, and `./caformer_s18` is always a path.
+
+- Each file is a link in the column "weights". It is read from `{published.FOLDER}`, or the folder that `{published.VARIABLE}` names, and downloaded into it if it is not there. An interrupted download is continued. A file appears under its name when it is complete, has the size and the digest that its server tells, and every tensor of it fits the model.
+- Files on huggingface.co are downloaded by `huggingface_hub` if that is installed (`pip install 'metaformer-jax[hub]'`): with its token, into its cache. `HF_ENDPOINT` names another hub.
+- By hand: download the file on any machine, and put it into the folder. The name must be that of the model with `{"`, `".join(published.SUFFIXES)}`; the content decides the format.
+- `HF_HUB_OFFLINE=1` forbids every download. Then, and without a network, one line names the file and its place.
+
+## Table
+
 """  # noqa: E501
 
 _MODEL_COLUMNS = ("model", "parameters", "frozen", "GMACs", "input", "crop",
-                  "classes", "top-1", "source")
+                  "classes", "top-1", "weights", "source")
 
 _RECIPES = """\
 # Recipes
@@ -79,7 +91,14 @@ def _model_rows(pattern: str) -> Iterator[list[str]]:
         f"{found.macs / 1e9:.2f}{published}",
         f"{spec.input_size} x {spec.input_size}", f"{spec.crop_pct:g}",
         f"{spec.num_classes:,}",
-        "" if spec.top1 is None else f"{spec.top1:.1f}", spec.source]
+        "" if spec.top1 is None else f"{spec.top1:.1f}", _weights(spec.name),
+        spec.source]
+
+
+def _weights(name: str) -> str:
+  """The name of a model's published file, as a link to it."""
+  place = published.place(name)
+  return f"[{place.name}]({place.url})" if place else "not published"
 
 
 def recipes(folder: pathlib.Path) -> Iterator[str]:

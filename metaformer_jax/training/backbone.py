@@ -1,13 +1,13 @@
 """The part of a task's variables that is a network of the model table."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from metaformer_jax import errors
-from metaformer_jax.checkpoints import pretrained
+from metaformer_jax.checkpoints import pretrained, published
 from metaformer_jax.tasks import base
 
 
@@ -43,22 +43,32 @@ def at_path(variables: Mapping[str, Any], path: str) -> dict[str, Any]:
   return found
 
 
-def read_weights(path: str, part: base.Backbone | None,
-                 shapes: Mapping[str, Any]) -> dict[str, Any]:
+def read_weights(init: str, part: base.Backbone | None,
+                 shapes: Mapping[str, Any],
+                 beat: Callable[[], None] = lambda: None,
+                 **head: bool) -> dict[str, Any]:
   """Reads `config.init` for a task's variables of the given shapes.
 
+  Args:
+    init: the key's value; published weights are downloaded if necessary.
+    part: of the task that weights can be loaded into.
+    shapes: of the task's variables.
+    beat: called whenever a part of a download has arrived.
+    **head: other_classes and head_21k of `adapt.to_shape`.
+
   Returns:
-    The variables that are in the file, as numpy arrays; a head with another
-    number of classes is absent.
+    The variables that are in the file, as numpy arrays; a head with other
+    classes, or another number of them, is absent.
 
   Raises:
     ConfigError: the task has no backbone.
-    WeightsError: the file does not fit it.
+    WeightsError: the file does not fit it, or cannot be downloaded.
   """
   if part is None:
     raise errors.ConfigError(
-        f"config.init: {path!r}, but the task has no pretrained backbone; "
+        f"config.init: {init!r}, but the task has no pretrained backbone; "
         "None starts from scratch")
+  path = published.locate(init, beat)
   own = variables_of(shapes, part.path)
   whole = own
   if part.path:
@@ -66,5 +76,5 @@ def read_weights(path: str, part: base.Backbone | None,
     whole = jax.eval_shape(part.classifier.init, jax.random.key(0), image)
     whole = pretrained.merged(whole, own)
   weights = pretrained.read(path, part.family, whole, part.input_size, kept=own,
-                            new_head=True)
+                            new_head=True, **head)
   return at_path(weights, part.path)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from metaformer_jax import errors
 from metaformer_jax.checkpoints import manager, pretrained
-from metaformer_jax.config import paths, saved
+from metaformer_jax.config import imagenet, saved, weights
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.runtime import (
   accounting,
@@ -143,7 +143,7 @@ class Run:
       log.info("%s", report.plan(
           cfg, program.shapes, mesh, train_data.n_examples,
           eval_data.n_examples, program.n_steps))
-    state, record = _first_state(cfg, task, program, checkpoints)
+    state, record = _first_state(cfg, task, program, checkpoints, dog)
     restored = int(jax.device_get(state.step))
     if first and restored:
       log.info("resumed %s at step %d", workdir, restored)
@@ -331,12 +331,13 @@ class Run:
 
 
 def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
-                 checkpoints: manager.Checkpoints,
+                 checkpoints: manager.Checkpoints, dog: watchdog.Watchdog,
                  ) -> tuple[TrainState, accounting.Record]:
   """How the state starts; the first that applies wins.
 
   1. The workdir has a checkpoint: resume it, data position included.
-  2. The weights of config.init; a head with other classes is re-initialised.
+  2. The weights of config.init, on each host downloaded if they are published
+     ones; a head with other classes is re-initialised.
   3. From scratch.
   """
   shapes = program.shapes
@@ -346,28 +347,38 @@ def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
     trees, record = checkpoints.restore(restored, abstract.trees())
     return abstract.with_trees(restored, trees), record
   with processes.agreeing():
-    if cfg.init:
-      _note_differences(cfg)
-    weights = cfg.init and backbone.read_weights(
-        cfg.init, task.pretrained, {"params": shapes.params,
-                                    **shapes.model_state})
+    initial = cfg.init and backbone.read_weights(
+        cfg.init, task.pretrained,
+        {"params": shapes.params, **shapes.model_state},
+        lambda: dog.beat(f"the download of {cfg.init}"), **_head(cfg))
   state = jax.jit(program.create, out_shardings=program.shardings)()
-  if weights:
+  if initial:
     variables = pretrained.warm_start(
-        {"params": state.params, **state.model_state}, weights)
+        {"params": state.params, **state.model_state}, initial)
     params = variables.pop("params")
     state = state.replace(params=params, model_state=variables).start_average()
   return state, accounting.Record()
 
 
-def _note_differences(cfg: Experiment) -> None:
-  """Warns if config.model computes something else with the weights' names."""
-  made = saved.read_weights(paths.local("config.init", cfg.init), None)
+def _head(cfg: Experiment) -> dict[str, bool]:
+  """What becomes of the head of config.init, for `backbone.read_weights`.
+
+  It is kept if its classes are this run's, as far as both have names. From one
+  of ImageNet-21K, a run on ImageNet-1K takes its classes, as in the official
+  fine-tuning. Warns if config.model computes something else than the weights'
+  model with the same names.
+  """
+  made = weights.made(cfg.init, None)
+  names = getattr(cfg.task, "class_names", None)
+  head = {"head_21k": names in (None, imagenet.ids())}
   if made is None or made.task.name != cfg.task.name:
-    return
+    return head
   for line in saved.model_differences(made.model, cfg.model):
     log.warning("config.init: %s was made with another value of %s (made "
                 "with, this run)", cfg.init, line)
+  theirs = getattr(made.task, "class_names", None)
+  return head | {"other_classes": None not in (names, theirs)
+                 and tuple(names) != tuple(theirs)}
 
 
 def compile_step(jitted, *arguments):

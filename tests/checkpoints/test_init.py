@@ -326,7 +326,7 @@ def test_tool_says_where_timm_computes_otherwise(run, tmp_path, caplog):
     ("--model=poolformer_s12 --input=~nobody-here/x", "~nobody-here/x"),
     (f"--model=poolformer_s12 --input={'x' * 300}", "xxx"),
     ("--model=poolformer_s12", "weights.safetensors: no tensor has"),
-    ("", "does not record its model; name it"),
+    ("", "does not record its model, and is not named after one"),
 ])
 def test_tool_tells_a_mistake_in_one_line(args, says, tmp_path, capsys):
   path = tmp_path / "weights.safetensors"

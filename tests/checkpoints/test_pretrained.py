@@ -14,6 +14,8 @@ from flax import traverse_util
 import metaformer_jax
 from metaformer_jax import errors
 from metaformer_jax.convert import files, layouts
+from metaformer_jax.tasks import base
+from metaformer_jax.training import backbone
 
 SMALL = {"depths": (1,) * 4, "dims": (8, 16, 24, 32)}
 TINY = {"depth": 1, "dim": 24}
@@ -195,6 +197,16 @@ def test_head_of_21k_classes(write):
   rest = {k: v for k, v in got.items() if "fc2" not in k or "mlp" in k}
   want = tensors_of("caformer_s18", "flax", num_classes=21_841, **SMALL)
   assert not changed(rest, {k: want[k] for k in rest})
+  # A run on ImageNet does so; any other head is re-initialised.
+  for n in (1000, 10):
+    model = metaformer_jax.create_model("caformer_s18", num_classes=n, **SMALL)
+    shapes = jax.eval_shape(model.init, jax.random.key(0),
+                            jnp.zeros((1, 224, 224, 3)))
+    part = base.Backbone("metaformer_baselines", "", (224, 224), model)
+    read = flat(backbone.read_weights(
+        str(path), part, shapes, head_21k=True))
+    assert not changed(read, got if n == 1000 else {
+        k: v for k, v in got.items() if "head/fc2" not in k})
   # Never silently something else.
   with pytest.raises(ValueError, match="head_21k gives 1000"):
     metaformer_jax.load_pretrained("caformer_s18", path, head_21k=True,

@@ -36,7 +36,6 @@ def _load(argument, data):
   config = shipped.load(argument).to_dict()
   if config["data"]["source"] in ("folder", "idx"):
     config["data"]["path"] = str(data)
-  config["init"] = None
   config["task"]["num_classes"] = None  # The folder has one class.
   return config
 

@@ -120,7 +120,7 @@ def test_weights_that_do_not_record_their_model(tmp_path):
   with pytest.raises(errors.ConfigError, match="name: is missing; name a"):
     resolve.resolve(config)
   config.init = str(path)
-  with pytest.raises(errors.ConfigError, match="does not record it"):
+  with pytest.raises(errors.ConfigError, match="nor is named after a model"):
     resolve.resolve(config)
   pathlib.Path(path).write_bytes(b"\1" * 100)
   with pytest.raises(errors.ConfigError, match=str(path)):

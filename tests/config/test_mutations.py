@@ -246,14 +246,13 @@ def shipped(argument, data):
   if config.data.source in ("folder", "idx"):
     config.data.path = str(data)
     config.task.num_classes = 1
-  config.init = None
   return typed.to_json(cli.resolve(config))
 
 
 def overrides(argument, data):
   """The command line of a shipped config with data of this machine."""
   saved = json.loads(shipped(argument, data))
-  return [f"--config={argument}", "--config.init=None",
+  return [f"--config={argument}",
           f"--config.data.path={saved['data']['path']}",
           f"--config.task.num_classes={saved['task']['num_classes']}"]
 

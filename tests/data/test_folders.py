@@ -6,8 +6,8 @@ import pytest
 import tiny_imagenet
 from source_files import fails, folder_source, named, records, write
 
-from metaformer_jax.config import schema
-from metaformer_jax.data import imagenet, sources
+from metaformer_jax.config import imagenet, schema
+from metaformer_jax.data import sources
 from metaformer_jax.data.sources import folders
 
 

@@ -3,7 +3,6 @@
 import argparse
 import ast
 import base64
-import email.message
 import functools
 import io
 import json
@@ -22,6 +21,7 @@ import pytest
 from PIL import Image
 
 import metaformer_jax
+from metaformer_jax import errors
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.data.sources import arrays
 from metaformer_jax.tools import cam
@@ -193,9 +193,9 @@ def test_every_cell_runs(tmp_path, monkeypatch, capsys):
   assert json.loads(capsys.readouterr().out)["class"] == found["predicted"][5]
 
 
-@pytest.mark.parametrize("weights", ["", "given"])
+@pytest.mark.parametrize("weights", ["", "poolformer_s12", "given"])
 def test_fine_tuning_uses_the_settings_of_the_quickstart(weights, tmp_path):
-  if weights:
+  if weights == "given":
     weights = str(tmp_path / "some.safetensors")
     pathlib.Path(weights).write_bytes(b"")
   spec = metaformer_jax.get_spec("poolformer_s12")
@@ -347,38 +347,22 @@ def test_pip_itself_fails_rather_than_change_jax(constrained, tmp_path):
     assert "Would install" in done[0].stdout and "jax-99.0" in done[0].stdout
 
 
-class Response(io.BytesIO):
-  """A response of urlopen."""
-
-  def __init__(self, data, size, url):
-    super().__init__(data)
-    self.url, self.headers = url, email.message.Message()
-    self.headers["Content-Length"] = str(size)
-
-
-def test_a_download_is_complete_or_absent(tmp_path, monkeypatch, capsys):
-  names = definitions("install", "weights")
-  download = names["download"]
-  path = tmp_path / "weights" / "x.pth.tar"
-  url = "https://example.org/x.pth.tar"
-
-  def answer(*args):
-    monkeypatch.setattr(names["urllib"].request, "urlopen",
-                        lambda asked, timeout: Response(*args))
-
-  answer(b"12345", 9, url)
-  with pytest.raises(OSError, match="ended after 5 of 9 bytes"):
-    download(url, path)
-  assert not path.exists()
-  answer(b"123456789", 9, "http://example.org/x")
-  with pytest.raises(OSError, match="not https"):
-    download(url, path)
-  assert not path.exists()
-  answer(b"123456789", 9, url)
-  assert download(url, path) == str(path)
-  assert path.read_bytes() == b"123456789"
-  assert "0.0 MB" in capsys.readouterr().out
-  answer(b"", 0, url)  # An existing file is not downloaded again.
-  download(url, path)
-  assert path.read_bytes() == b"123456789"
-  assert [p.name for p in path.parent.iterdir()] == ["x.pth.tar"]
+def test_weights_that_cannot_be_downloaded_are_random(tmp_path, monkeypatch,
+                                                      capsys):
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  monkeypatch.setenv("METAFORMER_JAX_WEIGHTS", str(tmp_path))
+  model = metaformer_jax.create_model("poolformer_s12", depths=(1,), dims=(8,),
+                                      token_mixers=("identity",))
+  names = {"WEIGHTS": "", "DOWNLOAD": True, "MODEL": "poolformer_s12",
+           "model": model, "spec": metaformer_jax.get_spec("poolformer_s12"),
+           "jax": jax, "metaformer_jax": metaformer_jax, "errors": errors}
+  exec(sources_of()["weights"], names)
+  assert names["weights"] == "" and "params" in names["variables"]
+  reason, random = capsys.readouterr().out.splitlines()
+  assert f"put it here as {tmp_path}/poolformer_s12.pth.tar" in reason
+  assert random.startswith("random weights")
+  # A file that is there is the published one, to be fine-tuned by its name.
+  (tmp_path / "poolformer_s12.pth").write_bytes(b"no weights")
+  with pytest.raises(errors.WeightsError, match=r"poolformer_s12\.pth"):
+    exec(sources_of()["weights"], names)
+  assert names["weights"] == "poolformer_s12"

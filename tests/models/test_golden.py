@@ -85,8 +85,10 @@ def compare_gradients(case, golden, model, family, variables):
   found = layouts.to_torch(
       family, {"params": gradients(variables["params"])}, case.layout)
   assert found.keys() == golden.gradients.keys()
-  # Gradients that are zero up to rounding are compared with the largest.
-  floor = 1e-7 * max(want[0] for want in golden.gradients.values())
+  # Gradients that are zero up to rounding are compared with the largest. In
+  # float64 convformer_b36 has the original's; float32 sums of 1e7 terms that
+  # cancel are off by twice the first floor here.
+  floor = 3e-7 * max(want[0] for want in golden.gradients.values())
   for key, want in golden.gradients.items():
     np.testing.assert_allclose(
         parity_cases.sketch(key, found[key]), want,

@@ -2,12 +2,14 @@
 
 import dataclasses
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import metaformer_jax
+from metaformer_jax.checkpoints import published
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config import typed
 from metaformer_jax.convert import rules
@@ -95,6 +97,10 @@ def test_page_of_models_has_every_row():
   for pattern in ("poolformer_s*", "randformer_m48", "caformer_s18*"):
     for row in summarize.rows(pattern):
       assert f"\n{row}\n" in page
+  for name in metaformer_jax.list_models():  # Each file, and its place.
+    place = published.place(name)
+    cell = f"[{place.name}]({place.url})" if place else "not published"
+    assert re.search(rf"^\| {name} \|.* \| {re.escape(cell)} \|", page, re.M)
 
 
 def test_list_models_takes_a_pattern():

@@ -49,6 +49,7 @@ def write_idx(folder):
 
 def shrink(config):
   """Sets what makes any config small enough to run here."""
+  config.model.name = config.model.name or config.init
   config.init = None
   hparams = vars(metaformer_jax.get_spec(config.model.name).settings)
   if "token_mixers" in hparams:  # A MetaFormer: of four stages, the last two.
