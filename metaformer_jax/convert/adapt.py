@@ -115,7 +115,7 @@ def to_shape(name: str, value: np.ndarray, shape: tuple[int, ...], *,
     The adapted array, the same array if nothing applies, or None to omit it.
   """
   if other_classes and is_head(name):
-    log.info("%s: of other classes, re-initialised", name)
+    log.info("%s: of other classes, re-initialised with %d", name, shape[-1])
     return None
   if value.shape == shape or value.ndim != len(shape):
     return value
