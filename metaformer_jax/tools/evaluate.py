@@ -62,7 +62,8 @@ def _weights() -> list[str]:
 
 def _evaluate_checkpoint(cfg: Experiment, workdir: pathlib.Path) -> Row:
   checkpoint = which()
-  check_model(cfg, workdir, "--workdir")
+  if (workdir / "config.json").is_file():  # Else it is reported below.
+    check_model(cfg, saved.read_run(workdir, None), workdir, "--workdir")
   cfg, task, mesh = cli.start(cfg)
   from metaformer_jax.training import evaluate  # noqa: PLC0415
 
@@ -84,8 +85,12 @@ def _evaluate_weights(cfg: Experiment) -> list[Row]:
       cfg = cli.overridden(_experiment_of(weights), train=False)
     mesh = mesh or cli.start_jax(cfg)
     with processes.agreeing():
-      _, path = inference.experiment(weights, _MODEL.value, cli.allowed())
-      check_model(cfg, path, "--weights")
+      made, path = inference.experiment(
+          weights, _MODEL.value or (cfg.model.name if named else None),
+          cli.allowed())
+      # A config may say what the weights do not record.
+      if not named or saved.read_weights(path, None):
+        check_model(cfg, made, path, "--weights")
     filled, task, _ = cli.start(cfg, mesh)
     with processes.agreeing():
       variables = inference.read(task, path)
@@ -119,10 +124,10 @@ def _experiment_of(weights: str) -> Experiment:
   return dataclasses.replace(cfg, init=None)
 
 
-def check_model(cfg: Experiment, path: pathlib.Path, flag: str) -> None:
+def check_model(cfg: Experiment, made: Experiment, path: pathlib.Path,
+                flag: str) -> None:
   """Raises ConfigError if the weights' model computes something else."""
-  made = saved.read_weights(path, None)
-  different = made and saved.model_differences(made.model, cfg.model)
+  different = saved.model_differences(made.model, cfg.model)
   if different:
     raise errors.ConfigError(
         f"{flag}: {path} is of another model ({'; '.join(different)}: made "

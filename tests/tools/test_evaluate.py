@@ -96,12 +96,18 @@ def test_forms_and_overrides(weights, tmp_path):
     (["--weights={weights}", "--workdir=runs/x"], "combined with --workdir"),
     (["--weights={weights}", "--checkpoint=best"],
      "combined with --checkpoint"),
+    (["--weights={unrecorded}", "--config.model.pool_size=5",
+      "--config.data.source=digits", "--config.task.num_classes=10",
+      "--config.task.class_names=None"], "pool_size: 3, 5"),
     (["--weights=missing.pth"], "missing.pth: does not exist"),
     (["--weights={weights}", "--config.data.source=digits",
       "--config.model.pool_size=5", "--config.task.num_classes=10",
       "--config.task.class_names=None"], "pool_size: 3, 5"),
 ])
 def test_mistakes_are_one_line(weights, tmp_path, argv, words):
-  done = evaluate(*(a.format(weights=weights) for a in argv))
+  unrecorded = tmp_path / "poolformer_s12.pth"  # Not opened.
+  unrecorded.write_bytes(b"")
+  done = evaluate(*(a.format(weights=weights, unrecorded=unrecorded)
+                    for a in argv))
   assert done.returncode == 2, done.stderr
   assert words in done.stderr and done.stderr.count("\n") == 1
