@@ -14,6 +14,7 @@ JSON (--json) or as comma-separated values (--csv).
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -30,7 +31,7 @@ _CHECKPOINT = flags.DEFINE_string(
 flags.DEFINE_multi_string(
     "weights", [], "Instead of --workdir: the name of a model with published "
     "weights, a file, or a run's folder; several by several such flags.")
-_MODEL = flags.DEFINE_string(
+flags.DEFINE_string(
     "model", None, "Name of the model, for weights that do not record it.")
 _CSV = flags.DEFINE_bool("csv", False, "Print comma-separated values.")
 _JSON = flags.DEFINE_bool("json", False, "Print a JSON object on each line.")
@@ -81,13 +82,11 @@ def _evaluate_weights(cfg: Experiment) -> list[Row]:
   named = cli.given("config") or cli.given("config_json")
   rows, mesh = [], None
   for weights in _weights():
+    made, path = _made(weights, cfg.model.name if named else None)
     if not named:
-      cfg = cli.overridden(_experiment_of(weights), train=False)
+      cfg = cli.overridden(made, train=False)
     mesh = mesh or cli.start_jax(cfg)
     with processes.agreeing():
-      made, path = inference.experiment(
-          weights, _MODEL.value or (cfg.model.name if named else None),
-          cli.allowed())
       # A config may say what the weights do not record.
       if not named or saved.read_weights(path, None):
         check_model(cfg, made, path, "--weights")
@@ -105,23 +104,28 @@ def _evaluate_weights(cfg: Experiment) -> list[Row]:
 def _experiment() -> Experiment | None:
   """The experiment of a command line that names none."""
   if weights := _weights():
-    return _experiment_of(weights[0])
+    return _made(weights[0])[0]
   if workdir := cli.given("workdir"):
     cfg = saved.read_run(paths.local("--workdir", workdir[0]), cli.allowed())
     return dataclasses.replace(cfg, init=None)  # The run has read it.
   return None
 
 
-def _experiment_of(weights: str) -> Experiment:
-  """What weights record of their experiment."""
+@functools.cache
+def _made(weights: str, model: str | None = None,
+          ) -> tuple[Experiment, pathlib.Path]:
+  """The experiment that made weights, and where they are.
+
+  `model` is that of weights which do not record it, unless --model names it.
+  """
   from metaformer_jax import inference  # noqa: PLC0415  Imports jax.
 
-  model = (cli.given("model") or [None])[0]
+  model = next(iter(cli.given("model")), model)
   try:
-    cfg, _ = inference.experiment(weights, model, cli.allowed())
+    cfg, path = inference.experiment(weights, model, cli.allowed())
   except errors.ConfigError as e:
     raise errors.ConfigError(f"--weights: {e}") from e
-  return dataclasses.replace(cfg, init=None)
+  return dataclasses.replace(cfg, init=None), path
 
 
 def check_model(cfg: Experiment, made: Experiment, path: pathlib.Path,
