@@ -337,11 +337,12 @@ def _explain_file(error: BaseException) -> str:
   if file.is_dir():
     return f"--config: {file} is not a file; give e.g. configs/quickstart.py"
   if not file.is_file():
-    near = ""
+    near = f"; the working directory is {os.getcwd()}"
     if file.parent.is_dir():
-      near = errors.did_you_mean(file.name, [
+      near = errors.did_you_mean(file.stem, [
           str(p) for where in {file.parent, pathlib.Path("configs")}
-          for p in where.glob("*.py") if p.is_file()])
+          for p in where.glob("*.py") if p.is_file()],
+          by=lambda path: pathlib.Path(path).stem)
     return f"--config: {file} is not a file{near}"
   while error.args and isinstance(error.args[0], BaseException):
     error = error.args[0]  # As ml_collections wraps a KeyError.
@@ -351,9 +352,11 @@ def _explain_file(error: BaseException) -> str:
     reason = ""
   if isinstance(error, errors.UserError):
     return f"{file}: {reason}"
+  # Of an override, which ml_collections looks up; it suggests one of its own.
+  name = re.split(r"\W", reason.lstrip("'"), maxsplit=1)[0]
   if isinstance(error, KeyError) and any(
-      arg.startswith(f"--config.task.{reason}=") for arg in sys.argv):
-    key = f"task.{reason}"  # Of an override, which ml_collections looks up.
+      arg.startswith(f"--config.task.{name}=") for arg in sys.argv):
+    key = f"task.{name}"
     return f"config.{key}: no such key{typed.did_you_mean(key)}"
   if not re.match(r"[\w.]*(Error|Exception|Interrupt)\b", reason):
     reason = f"{type(error).__name__}: {reason}"
