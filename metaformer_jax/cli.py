@@ -2,11 +2,15 @@
 
 An entry point is
 
-    if __name__ == "__main__":
+    def console():
       cli.run(main)
 
-where `main(cfg, workdir)` gets a checked configuration. Nothing here imports
-jax, so that a mistake in a config is reported at once.
+    if __name__ == "__main__":
+      console()
+
+where `main(cfg, workdir)` gets a checked configuration; setup.py names some of
+these functions as console commands. Nothing here imports jax, so that a mistake
+in a config is reported at once.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import os
 import pathlib
 import re
 import sys
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -28,6 +33,7 @@ from metaformer_jax import errors
 from metaformer_jax.config import own, paths, saved, typed
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config.schema import Experiment
+from metaformer_jax.runtime import signals
 from metaformer_jax.runtime import workdir as workdir_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -70,7 +76,7 @@ def run(main: Callable[[Experiment, pathlib.Path], None], *,
       line names no config.
   """
   with one_line_errors():
-    cfg, workdir = parse(elsewhere, of_run)
+    cfg, workdir = parse(elsewhere, of_run, main.__module__)
     start_logging()
     main(cfg, workdir)
 
@@ -87,7 +93,7 @@ class Parser(argparse.ArgumentParser):
 
   def __init__(self, doc: str, module: str):
     """Takes the docstring and the name of the tool's module."""
-    super().__init__(prog=f"python -m metaformer_jax.tools.{module}",
+    super().__init__(prog=_program(f"metaformer_jax.tools.{module}"),
                      description=doc,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -95,15 +101,26 @@ class Parser(argparse.ArgumentParser):
     raise errors.ConfigError(f"command line: {message}; see --help")
 
 
+def _program(module: str) -> str:
+  """How the program was started: by a console command, or as a module."""
+  name = pathlib.Path(sys.argv[0]).name
+  return name if name.startswith("metaformer-") else f"python -m {module}"
+
+
 @contextlib.contextmanager
 def one_line_errors():
-  """Turns a `UserError` into one line on stderr and its exit code."""
-  try:
-    yield
-  except errors.UserError as e:
-    print(f"{type(e).__name__}: {errors.one_line(e)}", file=sys.stderr,
-          flush=True)
-    sys.exit(e.exit_code)
+  """Turns a `UserError` into one line on stderr and its exit code.
+
+  SIGTERM and Ctrl-C are one line, too, and end the process soon, unless a run
+  has something to save.
+  """
+  with signals.ending():
+    try:
+      yield
+    except errors.UserError as e:
+      print(f"{type(e).__name__}: {errors.one_line(e)}", file=sys.stderr,
+            flush=True)
+      sys.exit(e.exit_code)
 
 
 def resolve(config: Mapping[str, Any], files: bool = True) -> Experiment:
@@ -125,11 +142,14 @@ def _check_data(cfg: Experiment, files: bool) -> Iterable[str]:
   return sources.check(cfg, files)
 
 
-def parse(elsewhere: bool = False,
-          of_run: bool = False) -> tuple[Experiment, pathlib.Path]:
+def parse(elsewhere: bool = False, of_run: bool = False,
+          module: str = "__main__") -> tuple[Experiment, pathlib.Path]:
   """Returns the experiment and the workdir of the command line.
 
-  The arguments are as for `run`.
+  Args:
+    elsewhere: as for `run`.
+    of_run: as for `run`.
+    module: name of the entry point's module, for --help.
 
   Raises:
     ConfigError: the command line, the file or the config is wrong.
@@ -142,7 +162,7 @@ def parse(elsewhere: bool = False,
   except (flags.Error, UnicodeDecodeError) as e:
     raise errors.ConfigError(f"command line: {e}") from e
   if not {"--help", "-help", "-h"}.isdisjoint(sys.argv):
-    print(_help())
+    print(_help(sys.modules[module]))
     sys.exit(0)
   cleared = _check_overrides()
   json_path = _read_json(of_run)
@@ -306,13 +326,13 @@ def start(cfg: Experiment):
   return cfg, task, mesh
 
 
-def _help() -> str:
-  """The flags, and every key of a config with its default and meaning."""
-  lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
-  lines += [f"  --{flag.name}  {flag.help}"
-            for flag in flags.FLAGS.get_key_flags_for_module(__name__)]
-  lines += [f"  --{flag.name}  {flag.help}" for flag in
-            flags.FLAGS.get_key_flags_for_module(sys.modules["__main__"])]
+def _help(module: types.ModuleType) -> str:
+  """An entry point's flags, and every key of a config with its meaning."""
+  name = module.__spec__.name if module.__spec__ else module.__name__
+  lines = [f"usage: {_program(name)} [--flag=value ...]", "",
+           (module.__doc__ or "").strip(), "", "Flags:"]
+  lines += [f"  --{flag.name}  {flag.help}" for where in (__name__, module)
+            for flag in flags.FLAGS.get_key_flags_for_module(where)]
   lines += ["", "Keys of a config, and their defaults:"]
   lines += [f"  --config.{line}" for line in typed.describe()]
   return "\n".join(lines)
