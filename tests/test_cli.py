@@ -7,6 +7,7 @@ case is the folder of the fixture `tmp`.
 import ast
 import os
 import pathlib
+import re
 import shlex
 
 import command_line
@@ -361,3 +362,26 @@ def test_workdir_must_be_writable(tmp_path):
   tmp_path.chmod(0o500)
   _check_refused(command_line.run([GOOD, f"--workdir={tmp_path}/x"]),
                  (f"--workdir: {tmp_path} is not writable",), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metaformer-train", "metaformer-evaluate"])
+def test_console_commands_have_their_own_help(name):
+  """As setup.py names them; pip writes a script that calls the function."""
+  setup = (command_line.ROOT / "setup.py").read_text()
+  module, function = re.search(rf'"{name} = (.*):(.*)"', setup).groups()
+  script = (f"import sys; sys.argv[0] = '/bin/{name}'; "
+            f"from {module} import {function}; sys.exit({function}())")
+  done = command_line.python(["-c", script, "--help"])
+  as_module = command_line.python(["-m", module, "--help"])
+  assert (done.returncode, done.stderr) == (0, "")
+  usage, *text = done.stdout.splitlines()
+  assert usage == f"usage: {name} [--flag=value ...]"
+  assert [f"usage: python -m {module} [--flag=value ...]", *text] == (
+      as_module.stdout.splitlines())
+  assert text[1] == ast.get_docstring(ast.parse(
+      (command_line.ROOT / f"{module.replace('.', '/')}.py").read_text()
+  )).splitlines()[0]
+  assert ("  --checkpoint  " in done.stdout) == (name == "metaformer-evaluate")
+  done = command_line.python(["-c", script, GOOD, "--config.sed=1"])
+  command_line.check_refused(command_line.Result(
+      done.returncode, done.stdout, done.stderr, 0))

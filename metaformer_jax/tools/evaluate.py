@@ -55,5 +55,10 @@ def which() -> str | int:
   return value
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-evaluate."""
   cli.run(main, of_run=True)
+
+
+if __name__ == "__main__":
+  console()
