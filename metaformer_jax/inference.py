@@ -26,7 +26,7 @@ from metaformer_jax.tasks import base
 log = logging.getLogger(__name__)
 
 # A file, its bytes, a picture, or uint8 [H, W, 3].
-Picture = str | pathlib.Path | bytes | Image.Image | np.ndarray
+Picture = str | pathlib.Path | bytes | Image.Image | np.ndarray | jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +57,8 @@ class Loaded:
     """An image as an example for the task, as for its evaluation.
 
     Raises:
-      DataError: the image cannot be read or decoded.
+      DataError: the image cannot be read or decoded, or an array is not an
+        image of 8 bits, channels last.
     """
     try:
       if isinstance(image, (str, pathlib.Path)):
@@ -66,11 +67,13 @@ class Loaded:
       if isinstance(image, Image.Image):
         known = image.mode in ("L", "RGB", "RGBA") or (
             image.mode.startswith("I;16"))
-        image = np.asarray(image if known else image.convert("RGB"))
-      return self.task.preprocess(image)
+        image = image if known else image.convert("RGB")
+      # Of jax, for example.
+      return self.task.preprocess(
+          image if isinstance(image, bytes) else np.asarray(image))
     except Exception as e:  # Of many types, as Pillow's are.
       shown = (image if isinstance(image, (str, pathlib.Path))
-               else f"a {type(image).__name__}")
+               else f"this {type(image).__name__}")
       raise errors.DataError(f"{shown} cannot be used as an image: {e}") from e
 
   def predict(self, images: Picture | Iterable[Picture],
@@ -88,6 +91,7 @@ class Loaded:
 
     Raises:
       DataError: an image cannot be read or decoded.
+      OutOfMemoryError: a batch does not fit in memory.
     """
     if isinstance(images, (str, bytes, pathlib.Path, Image.Image)) or (
         getattr(images, "ndim", 4) < 4):
@@ -134,9 +138,12 @@ class Loaded:
       return
     # A small batch is filled up, to have the shape of the others.
     filled = [*examples, *[examples[-1]] * (batch_size - len(examples))]
-    batch = {name: np.stack([example[name] for example in filled])
-             for name in examples[0]}
-    outputs = jax.device_get(self._compiled(self.variables, batch))
+    with errors.fitting_memory(
+        f"batch_size: {batch_size} images at a time do not fit in memory; "
+        "reduce it"):
+      batch = {name: np.stack([example[name] for example in filled])
+               for name in examples[0]}
+      outputs = jax.device_get(self._compiled(self.variables, batch))
     rows = iter(range(len(examples)))
     for result in results:
       if isinstance(result, errors.DataError):

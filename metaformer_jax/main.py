@@ -20,5 +20,10 @@ def main(cfg: Experiment, workdir: pathlib.Path) -> None:
   loop.train_and_evaluate(cfg, task, mesh, workdir)
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-train."""
   cli.run(main)
+
+
+if __name__ == "__main__":
+  console()

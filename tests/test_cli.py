@@ -7,6 +7,7 @@ case is the folder of the fixture `tmp`.
 import ast
 import os
 import pathlib
+import re
 import shlex
 
 import command_line
@@ -30,6 +31,17 @@ OVERRIDES = [_case(f"{GOOD} --config.{override}", *says)
     ("optim.baselr=3", "config.optim.baselr: no such key", "optim.base_lr?"),
     ("optimizer.base_lr=3", "config.optimizer.base_lr", "optim.base_lr?"),
     ("base_lr=3", "config.base_lr: no such key", "optim.base_lr?"),
+    # The section that has it, or the keys that a word or initials stand for.
+    ("batch_size=3", "did you mean train.batch_size or eval.batch_size?"),
+    ("optimizer.name=lamb", "did you mean optim.name, "),
+    ("lr=3", "mean optim.base_lr, optim.min_lr or optim.warmup_lr?"),
+    ("train.learning_rate=3", "did you mean optim.base_lr, "),
+    ("optim.wd=3", "did you mean optim.weight_decay?"),
+    ("data.train=x", "did you mean data.train_split?"),
+    ("task.mixupp=1", "config.task.mixupp: no such key", "task.mixup?"),
+    ("data.zzz=1", "valid: data.source, data.path, "),
+    ("model.name=poolformer_s13", "did you mean poolformer_s12, "),
+    ("model.name=resnet", "did you mean resnet18, resnet34 or resnet50?"),
     ("train.mixup=0.1", "config.train.mixup: no such key", "task.mixup?"),
     ("task=classification", "config.task: is a section", "config.task.name"),
     ("checkpoint.best_metric=topp1", "config.checkpoint.best_metric: 'topp1'",
@@ -67,6 +79,9 @@ LINES = [_case(*row) for row in [
     ("--config=configs/quickstar.py", "--config: configs/quickstar.py",
      "did you mean ", "quickstart.py?"),
     ("--config=configs/quickstart", "--config: configs/q", "quickstart.py?"),
+    ("--config=quickstart", "did you mean configs/quickstart.py?"),
+    ("--config=configs/poolformer_s25.py", "mean configs/poolformer_s24.py, "),
+    ("--config=configs/caformer_s18.py", "did you mean configs/caformer.py"),
     ("--config configs/quickstar.py:x", "quickstart.py?"),
     ("--config=/no/such.py", "--config: /no/such.py is not a file"),
     ("--confg=configs/quickstart.py", "confg", "Did you mean: config"),
@@ -347,3 +362,26 @@ def test_workdir_must_be_writable(tmp_path):
   tmp_path.chmod(0o500)
   _check_refused(command_line.run([GOOD, f"--workdir={tmp_path}/x"]),
                  (f"--workdir: {tmp_path} is not writable",), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metaformer-train", "metaformer-evaluate"])
+def test_console_commands_have_their_own_help(name):
+  """As setup.py names them; pip writes a script that calls the function."""
+  setup = (command_line.ROOT / "setup.py").read_text()
+  module, function = re.search(rf'"{name} = (.*):(.*)"', setup).groups()
+  script = (f"import sys; sys.argv[0] = '/bin/{name}'; "
+            f"from {module} import {function}; sys.exit({function}())")
+  done = command_line.python(["-c", script, "--help"])
+  as_module = command_line.python(["-m", module, "--help"])
+  assert (done.returncode, done.stderr) == (0, "")
+  usage, *text = done.stdout.splitlines()
+  assert usage == f"usage: {name} [--flag=value ...]"
+  assert [f"usage: python -m {module} [--flag=value ...]", *text] == (
+      as_module.stdout.splitlines())
+  assert text[1] == ast.get_docstring(ast.parse(
+      (command_line.ROOT / f"{module.replace('.', '/')}.py").read_text()
+  )).splitlines()[0]
+  assert ("  --checkpoint  " in done.stdout) == (name == "metaformer-evaluate")
+  done = command_line.python(["-c", script, GOOD, "--config.sed=1"])
+  command_line.check_refused(command_line.Result(
+      done.returncode, done.stdout, done.stderr, 0))

@@ -12,3 +12,37 @@ from metaformer_jax import errors
 def test_one_line_is_printable(text, line):
   assert errors.one_line(text) == line
   assert errors.one_line(text).isprintable()
+
+
+@pytest.mark.parametrize("name, valid, found", [
+    # A typing error is nearer than any other name of the family.
+    ("poolfomer_s24", ["poolformer_s12", "poolformer_s24"], ["poolformer_s24"]),
+    # No such size: those that are as near, the longest common start first.
+    ("poolformer_s13", ["poolformer_s36", "poolformer_s12", "resnet18"],
+     ["poolformer_s12", "poolformer_s36"]),
+    # A family, a word and initials stand for what has them.
+    ("resnet", ["pvt_tiny", "resnet18", "resnet50"], ["resnet18", "resnet50"]),
+    ("train", ["test", "train_split", "erasing"], ["train_split", "erasing"]),
+    ("lr", ["beta1", "base_lr", "min_lr"], ["base_lr", "min_lr"]),
+    ("learning_rate", ["drop_rate", "base_lr"], ["base_lr"]),
+    ("wd", ["widths", "weight_decay"], ["weight_decay"]),
+    ("PoolFormer-S12", ["poolformer_s12", "poolformer_s24"],
+     ["poolformer_s12"]),
+    ("caformer_s18", ["caformer", "resnet18"], ["caformer"]),
+    # At most three, and none that is not like it.
+    ("a1", ["a2", "a3", "a4", "a5"], []),
+    ("aa1", ["aa2", "aa3", "aa4", "aa5"], ["aa2", "aa3", "aa4"]),
+    ("zzz", ["seed", "init"], []), ("", ["seed"], []), ("x", [], [])])
+def test_nearest_names_are_useful_and_in_order(name, valid, found):
+  assert errors.nearest(name, valid) == found
+
+
+def test_suggestions_are_a_question_or_the_choices():
+  assert errors.did_you_mean("sed", ["seed", "init"]) == "; did you mean seed?"
+  assert errors.did_you_mean("aa1", ["aa3", "aa2"]) == (
+      "; did you mean aa2 or aa3?")
+  assert errors.did_you_mean("zz", ["b", "a"]) == "; valid: a, b"
+  assert errors.did_you_mean("zz", []) == ""
+  assert errors.did_you_mean(
+      "s24", ["configs/s24.py", "configs/s12.py"],
+      by=lambda path: path[8:-3]) == "; did you mean configs/s24.py?"

@@ -1,6 +1,7 @@
 """`metaformer_jax.load`: from names, files of every layout, and runs."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -202,3 +203,66 @@ def test_metadata_is_what_convert_writes(tmp_path):
   assert loaded.cfg.data.mean == (0.1, 0.2, 0.3)
   made = saved.read_weights(tmp_path / "3.safetensors")
   assert json.loads(typed.to_json(made))["model"]["name"] == "poolformer_s12"
+
+
+def test_arrays_that_are_not_images_are_one_line(tmp_path):
+  path = tmp_path / "weights.safetensors"
+  cfg = published("poolformer_s12")
+  write(path, cfg, variables_of(cfg), "flax")
+  loaded = metaformer_jax.load(path)
+  image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+  first = image.transpose(2, 0, 1)
+  for wrong, words in (
+      (first, "[3, 40, 50] has its channels first; transpose(1, 2, 0)"),
+      (np.stack([first, first]), "[3, 40, 50] has its channels first"),
+      (image / 255, "float64, for which white is not defined"),
+      (image.astype(np.float32), "(255 * image).round().astype('uint8')"),
+      (jnp.asarray(first), "channels first"), (image[..., :2], "2 channels"),
+      ([image, image[:0]], "has no pixels"), ([None], "this NoneType cannot")):
+    with pytest.raises(errors.DataError) as e:
+      loaded.predict(wrong)
+    assert words in str(e.value) and "\n" not in str(e.value)
+  # Of jax, and several in one array.
+  want = loaded.preprocess(image)["image"]
+  np.testing.assert_array_equal(
+      loaded.preprocess(jnp.asarray(image))["image"], want)
+  one, (also, _) = loaded.predict(image)[0], loaded.predict(
+      jnp.stack([image, image]))
+  np.testing.assert_allclose(one["probabilities"], also["probabilities"],
+                             rtol=1e-5)
+  assert loaded.predict(np.empty((0, 40, 50, 3), np.uint8)) == []
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_models_refuse_what_is_not_normalised_images(name):
+  """In one line, at their entry; the shapes are enough to see it."""
+  model = metaformer_jax.create_model(name, num_classes=3, **SMALL[name])
+
+  def init(*shape):
+    return jax.eval_shape(model.init, jax.random.key(0),
+                          jax.ShapeDtypeStruct(shape, jnp.float32))
+
+  def apply(variables, *shape, dtype=jnp.float32, method="__call__"):
+    return jax.eval_shape(functools.partial(model.apply, method=method),
+                          variables, jax.ShapeDtypeStruct(shape, dtype))
+
+  variables, gray = init(1, 32, 32, 3), init(1, 32, 32, 1)
+  come_last = r"\[2, 3, 32, 32\]; the channels come last: .*0, 2, 3, 1"
+  for method in ("__call__", "features"):
+    for shape, message in (
+        ((2, 3, 32, 32), come_last), ((2, 32, 32, 5), r"\[2, 32, 32, 5\]"),
+        ((2, 32, 32, 1), r"\[2, 32, 32, 1\]"),
+        ((32, 32, 3), r"\[32, 32, 3\]; there is no batch axis")):
+      with pytest.raises(ValueError, match=(
+          rf"^images are \[B, H, W, 3\], not {message}")):
+        apply(variables, *shape, method=method)
+    for dtype in (jnp.uint8, jnp.int32, jnp.bool_):
+      with pytest.raises(ValueError, match="^images are normalised floats, not "
+                         f"{jnp.dtype(dtype)}"):
+        apply(variables, 2, 32, 32, 3, dtype=dtype, method=method)
+  with pytest.raises(ValueError, match=come_last):
+    init(2, 3, 32, 32)
+  with pytest.raises(ValueError, match=r"^images are \[B, H, W, 1\], not"):
+    apply(gray, 2, 32, 32, 3)
+  assert apply(gray, 2, 32, 32, 1).shape == (2, 3)
+  assert apply(variables, 2, 32, 32, 3, dtype=jnp.bfloat16).shape == (2, 3)

@@ -69,12 +69,32 @@ def describe() -> list[str]:
 
 
 def did_you_mean(key: str) -> str:
-  """The nearest valid "section.key"; first, one of the same last name."""
-  name = key.rpartition(".")[2]
-  same = [valid for valid in keys() if valid.rpartition(".")[2] == name]
-  if same:
-    return f"; did you mean {same[0]}?"
-  return errors.did_you_mean(key, keys())
+  """Asks for the nearest "section.key", or lists those of the section.
+
+  A key of the same name in another section is the best.
+  """
+  section, _, name = key.rpartition(".")
+  known = keys()
+  if section in known:
+    return errors.suggest([section])
+  inside = [k for k in known if k.startswith(f"{section}.")]
+  found = (_of_name(key) or errors.nearest(name, inside, by=_name)
+           or errors.nearest(name, known, by=_name))
+  valid = inside or list(dict.fromkeys(k.partition(".")[0] for k in known))
+  more = ", ...; --help lists all" if len(valid) > 12 else ""
+  return errors.suggest(found) or f"; valid: {', '.join(valid[:12])}{more}"
+
+
+def _name(key: str) -> str:
+  return key.rpartition(".")[2]
+
+
+def _of_name(key: str) -> list[str]:
+  """The keys with the name of a key, those of a similar section first."""
+  section = key.rpartition(".")[0]
+  same = [k for k in keys() if _name(k) == _name(key)]
+  near = errors.nearest(section, same, by=lambda k: k.rpartition(".")[0])
+  return [*near, *(k for k in same if k not in near)][:3]
 
 
 def _fields(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
@@ -200,8 +220,9 @@ def _unknown(cls, key: Any, path: str, fields: Mapping[str, Any]) -> str:
 
 def _nearest(key: str, fields: Mapping[str, Any]) -> str:
   """The key of the section that is nearest, or one of another section."""
-  suggestion = did_you_mean(key.removeprefix("config."))
-  name = key.rpartition(".")[2]
-  if suggestion.endswith(f".{name}?"):
-    return suggestion.replace("mean ", "mean config.")
-  return errors.did_you_mean(name, fields)
+  key = key.removeprefix("config.")
+  elsewhere = [f"config.{k}" for k in _of_name(key)]
+  if elsewhere:
+    return errors.suggest(elsewhere)
+  inside = errors.suggest(errors.nearest(_name(key), sorted(fields)))
+  return inside or did_you_mean(key)

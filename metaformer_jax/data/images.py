@@ -38,10 +38,12 @@ def decode(image: bytes | np.ndarray,
 
   Raises:
     Exception: of many types, like Pillow's. The image is truncated, damaged, in
-      another format or too large; its metadata decompresses to too much; or its
-      pixels are floats or 32-bit integers, for which white is not defined.
+      another format or too large; its metadata decompresses to too much; its
+      pixels are floats or 32-bit integers, for which white is not defined; or
+      an array has another shape.
   """
   if not isinstance(image, bytes):
+    _check_array(image)
     if image.ndim == 3 and image.shape[-1] == 1:
       image = image[..., 0]
     return _rgb(Image.fromarray(image))
@@ -60,6 +62,32 @@ def decode(image: bytes | np.ndarray,
                        f"config.data.max_pixels, {max_pixels}")
     picture.load()
     return _rgb(picture)
+
+
+def _check_array(image: np.ndarray) -> None:
+  """Raises ValueError if the array is not an image, and says what it may be."""
+  shape, channels = list(image.shape), (1, 3, 4)
+  problem = ""
+  if image.ndim == 4:
+    problem = "is several images; give one at a time"
+  elif image.ndim not in (2, 3):
+    problem = f"has {image.ndim} axes"
+  elif not image.size:
+    problem = "has no pixels"
+  elif image.ndim == 3 and shape[-1] not in channels:
+    problem = ("has its channels first; transpose(1, 2, 0)"
+               if shape[0] in channels else f"has {shape[-1]} channels")
+  if problem:
+    raise ValueError(f"an array {shape} {problem}; images are [H, W], "
+                     "[H, W, 1], [H, W, 3] or [H, W, 4]")
+  if np.issubdtype(image.dtype, np.floating):
+    raise ValueError(
+        f"its pixels are {image.dtype}, for which white is not defined; give "
+        "uint8, as (255 * image).round().astype('uint8') of values from 0 to 1")
+  gray = image.ndim == 2 or shape[-1] == 1
+  if image.dtype != np.uint8 and not (image.dtype == np.uint16 and gray):
+    raise ValueError(f"its pixels are {image.dtype}; give uint8, from 0 for "
+                     "black to 255 for white; gray may be uint16")
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

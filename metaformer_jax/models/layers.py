@@ -75,6 +75,43 @@ def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
           for first, depth in zip(firsts, depths)]
 
 
+def check_images(model: nn.Module, x: jax.Array, *path: str) -> None:
+  """Refuses what is not normalised images [B, H, W, C], in one line.
+
+  Args:
+    model: the network, bound.
+    x: what it was called with.
+    path: of its first convolution, which has the number of channels.
+
+  Raises:
+    ValueError: another shape, channels first, or integers.
+  """
+  n, shape = _n_channels(model, path), list(x.shape)
+  channels_first = (x.ndim == 4 and n in (None, shape[1])
+                    and shape[1] in (1, 3) and shape[3] > 4)
+  if channels_first or x.ndim != 4 or n not in (None, shape[3]):
+    hint = ("; the channels come last: images.transpose(0, 2, 3, 1)"
+            if channels_first else
+            "; there is no batch axis: images[None]"
+            if x.ndim == 3 and shape[-1] == (n or 3) else "")
+    raise ValueError(f"images are [B, H, W, {n or 3}], not {shape}{hint}")
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(
+        f"images are normalised floats, not {x.dtype}: (images / 255 - mean) / "
+        "std, with the mean and std of `get_spec`")
+
+
+def _n_channels(model: nn.Module, path: Sequence[str]) -> int | None:
+  """Input channels of a convolution; None if its kernel is yet to be made."""
+  if model.is_initializing():
+    return None
+  first, *rest = path
+  tree = model.get_variable("params", first)
+  for name in (*rest, "kernel"):
+    tree = (tree or {}).get(name)
+  return None if tree is None else tree.shape[2]
+
+
 def apply_mask(x: jax.Array, mask: jax.Array | None) -> jax.Array:
   """Sets the padding of x [B, H, W, C] to zero, whatever it holds."""
   return x if mask is None else jnp.where(mask[..., None].astype(bool), x, 0)

@@ -173,6 +173,7 @@ class MetaFormer(settings.MetaFormer, nn.Module):
     return make(self.num_classes, dtype=self.dtype, name="head")
 
   def _stages(self, x, mask, train) -> Iterator[tuple[jax.Array, Any]]:
+    layers.check_images(self, x, "stage1", "downsample", "conv")
     for stage in self.stages:
       x, mask = stage(x, mask=mask, train=train)
       yield x, mask

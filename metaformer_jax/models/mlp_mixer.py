@@ -59,6 +59,7 @@ class PatchMlp(settings.OneStage, nn.Module):
     Raises:
       ValueError: images of another size, or a mask.
     """
+    layers.check_images(self, x, "patch_embed")
     x = self.stem(x)
     b, h, w, dim = x.shape
     self._check_patches(h, w, mask)

@@ -210,6 +210,7 @@ class PyramidVisionTransformer(settings.PyramidVisionTransformer, nn.Module):
         dtype=self.dtype, name=f"stage{i + 1}")
 
   def _stages(self, x, mask, train) -> Iterator[tuple[jax.Array, Any, Any]]:
+    layers.check_images(self, x, "stage1", "patch_embed", "conv")
     for stage in self.stages:
       x, mask, token = stage(x, mask=mask, train=train)
       yield x, mask, token

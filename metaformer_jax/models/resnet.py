@@ -169,6 +169,7 @@ class ResNet(settings.ResNet, nn.Module):
         for j, rate in enumerate(drop_path_rates)], name=f"stage{i + 1}")
 
   def _stages(self, x, mask, train) -> Iterator[tuple[jax.Array, Any]]:
+    layers.check_images(self, x, "stem", "conv")
     x, mask = self.stem(x, mask=mask, train=train)
     for stage in self.stages:
       x, mask = stage(x, mask=mask, train=train)

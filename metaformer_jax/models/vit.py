@@ -152,6 +152,7 @@ class VisionTransformer(settings.VisionTransformer, nn.Module):
 
   def _tokens(self, x, mask, train):
     """Prefix [B, 1 or 2, C], patches [B, H, W, C] and mask, before the norm."""
+    layers.check_images(self, x, "patch_embed")
     x = self.stem(layers.apply_mask(x, mask))
     b, h, w, dim = x.shape
     mask = layers.downsample_mask(

@@ -236,16 +236,21 @@ def leaving(heartbeat_seconds: int) -> Iterator[None]:
   """
   try:
     yield
-  except (errors.ConfigError, errors.DataError, errors.DivergedError,
-          errors.Preempted):
-    raise
   except Exception as e:
-    if jax.process_count() == 1:
+    # All devices run out of memory together, but each host has its own.
+    host_memory = isinstance(e, errors.OutOfMemoryError) and not isinstance(
+        e.__cause__, jax.errors.JaxRuntimeError)
+    shared = not host_memory and isinstance(e, (
+        errors.ConfigError, errors.DataError, errors.DivergedError,
+        errors.Preempted))
+    if shared or jax.process_count() == 1:
       raise
+    code = errors.WorkerLostError.exit_code
     if isinstance(e, errors.UserError):
+      code = e.exit_code
       print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
     elif isinstance(e, jax.errors.JaxRuntimeError) and not str(e).startswith(
-        ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")):
+        "INVALID_ARGUMENT"):
       reason = str(e).splitlines()[0]
       print(f"WorkerLostError: {reason}; if another process has died, jax "
             "names it below as an unhealthy task once its heartbeat is missed; "
@@ -255,4 +260,4 @@ def leaving(heartbeat_seconds: int) -> Iterator[None]:
     else:
       traceback.print_exc()
     sys.stderr.flush()
-    os._exit(errors.WorkerLostError.exit_code)
+    os._exit(code)

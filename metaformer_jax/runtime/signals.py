@@ -1,12 +1,27 @@
-"""Requests to stop: from a preempted machine, a scheduler, or Ctrl-C."""
+"""Requests to stop: from a preempted machine, a scheduler, or Ctrl-C.
 
+A handler in Python runs between two instructions of the main thread, which a
+compiler may keep busy for minutes, and must not take a lock. Here the signals'
+numbers go through a pipe to a thread, which acts at once and may log.
+"""
+
+import contextlib
+import logging
+import os
 import signal
+import sys
 import threading
+import time
+from collections.abc import Callable
 
-import jax
-import numpy as np
+from metaformer_jax import errors
 
-from metaformer_jax.runtime import sharding
+log = logging.getLogger(__name__)
+
+_NUMBERS = (signal.SIGTERM, signal.SIGINT)
+
+# For an orderly end without a run.
+_GRACE_SECONDS = 2
 
 
 def name(number: int) -> str:
@@ -14,38 +29,107 @@ def name(number: int) -> str:
   return signal.Signals(number).name if number else ""
 
 
+class Listener:
+  """Calls a function, in a thread, for each SIGTERM and SIGINT.
+
+  Only the main thread can handle signals: entered in another one, it does
+  nothing.
+  """
+
+  def __init__(self, act: Callable[[int], None],
+               in_main: Callable[[], None] = lambda: None):
+    """Takes what to do with a signal's number, and in the main thread."""
+    self._act, self._in_main = act, in_main
+    self._undo = contextlib.ExitStack()
+
+  def __enter__(self):
+    if threading.current_thread() is not threading.main_thread():
+      return self
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)  # As `set_wakeup_fd` requires.
+    threading.Thread(target=self._read, args=(reader,), daemon=True).start()
+    self._undo.callback(os.close, writer)
+    self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(
+        writer, warn_on_full_buffer=False))
+    for number in _NUMBERS:
+      # Without a handler in Python, nothing would be written to the pipe.
+      before = signal.signal(number, lambda number, frame: self._in_main())
+      self._undo.callback(signal.signal, number, before)
+    return self
+
+  def __exit__(self, *exc):
+    self._undo.close()
+
+  def _read(self, reader: int) -> None:
+    with open(reader, "rb", buffering=0) as pipe:
+      while number := pipe.read(1):
+        if number[0] in _NUMBERS:
+          self._act(number[0])
+
+
+def ending() -> Listener:
+  """Within it, a signal ends the process, with one line and without saving.
+
+  The main thread ends in order, but it may be in a compiler.
+  """
+  told = threading.Event()
+
+  def leave(number):
+    line = f"Preempted: {name(number)}: ending; nothing is to be saved\n"
+    os.write(sys.__stderr__.fileno(), line.encode())
+    told.set()
+    time.sleep(_GRACE_SECONDS)
+    os._exit(errors.Preempted.exit_code)
+
+  def leave_main():
+    told.wait(_GRACE_SECONDS)  # It may end before the line is written.
+    sys.exit(errors.Preempted.exit_code)
+
+  return Listener(leave, leave_main)
+
+
 class StopSignal:
   """Notes SIGTERM or SIGINT, so that the run ends after the current step.
 
-  Further signals change nothing: the state is being saved. SIGKILL ends the
-  process at once and loses what came after the last checkpoint.
+  It does so from `listen` on: before there is something to save, signals keep
+  their effect. Further signals change nothing: the state is being saved.
+  SIGKILL ends the process at once and loses what came after the last
+  checkpoint.
   """
 
   def __init__(self):
     self._number = 0
-    self._before = {}
+    self._listener = None
 
   def __enter__(self):
-    if threading.current_thread() is not threading.main_thread():
-      return self  # Only the main thread can handle signals.
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._before[number] = signal.signal(number, self._note)
     return self
 
-  def _note(self, number, frame):
-    del frame
-    self._number = number
-
   def __exit__(self, *exc):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-    self._before = {}
+    if self._listener is not None:
+      self._listener.__exit__(*exc)
 
-  def flags(self, mesh) -> jax.Array:
+  def listen(self) -> None:
+    """Starts to note signals, if it has not."""
+    if self._listener is None:
+      self._listener = Listener(self._note).__enter__()
+
+  def _note(self, number: int) -> None:
+    log.warning("%s: the run is already ending; it saves first"
+                if self._number else
+                "%s: saving after this step, then ending; further signals "
+                "change nothing", name(number))
+    self._number = self._number or number
+
+  def flags(self, mesh):
     """The signal's number, or 0, once per device: int32 [n devices].
 
     The compiled step returns the maximum over all processes, so that all of
     them end after the same step, whichever received a signal.
     """
+    # Entry points import this module before jax.
+    import numpy as np  # noqa: PLC0415
+
+    from metaformer_jax.runtime import sharding  # noqa: PLC0415
+
     own = np.full(len(mesh.local_devices), self._number, np.int32)
     return sharding.put_batch({"stop": own}, mesh)["stop"]

@@ -60,8 +60,16 @@ def hold(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def claim(cfg: Experiment, workdir: pathlib.Path) -> None:
+def claim(cfg: Experiment, workdir: pathlib.Path, parameters: str = "") -> None:
   """Writes the experiment to the workdir, which must be held.
+
+  What a run without any checkpoint has left is deleted: a mistake in a config
+  that shows late does not block the folder for the corrected one.
+
+  Args:
+    cfg: the experiment.
+    workdir: of the run.
+    parameters: what to write to parameters.txt.
 
   Raises:
     ConfigError: it has a run of another experiment, or cannot be written.
@@ -70,17 +78,41 @@ def claim(cfg: Experiment, workdir: pathlib.Path) -> None:
   path = workdir / "config.json"
   if path.is_file():
     try:
-      different = saved.differences(cfg, path)
+      different = "; ".join(saved.differences(cfg, path))
     except (OSError, ValueError) as e:
       raise errors.ConfigError(
           f"--workdir: {path} cannot be used ({e}); choose a new folder") from e
-    if different:
+    failed = not _has_results(workdir)
+    if different and not failed:
       raise errors.ConfigError(
-          f"--workdir: {workdir} has another experiment "
-          f"({'; '.join(different)}); choose a new folder")
+          f"--workdir: {workdir} has another experiment ({different}); choose "
+          "a new folder")
+    if different:
+      log.info("%s: replacing another experiment, which ended before its first "
+               "checkpoint (%s)", workdir, different)
+    if failed:
+      with _writing():
+        _clear(workdir)
   with _writing():
     write(path, typed.to_json(cfg))
+    write(workdir / "parameters.txt", parameters)
     _note_modules(cfg, workdir)
+
+
+def _has_results(workdir: pathlib.Path) -> bool:
+  """Whether a run has finished, or saved anything, even if it is damaged."""
+  checkpoints = workdir / "checkpoints"
+  return (workdir / "summary.json").exists() or (
+      checkpoints.exists() and (
+          not checkpoints.is_dir() or any(checkpoints.iterdir())))
+
+
+def _clear(workdir: pathlib.Path) -> None:
+  """Deletes what a run writes before its first checkpoint."""
+  for name in ("metrics.jsonl", "modules.json", "parameters.txt"):
+    (workdir / name).unlink(missing_ok=True)
+  for events in (workdir / "tensorboard").glob("events*"):
+    events.unlink()
 
 
 def _note_modules(cfg: Experiment, workdir: pathlib.Path) -> None:

@@ -5,8 +5,11 @@ r"""Draws which parts of an image support a class:
 
 The map is Grad-CAM's (arXiv 1610.02391), by default of the last stage and of
 the class that the model predicts, as in the official PoolFormer (misc/
-cam_image.py). --weights may also be a run's workdir; then the model is that of
-the run. The class, its probability and the output's path are printed as JSON.
+cam_image.py). It is drawn over the picture at its own size, where the model has
+seen it: what the crop of the evaluation leaves out keeps its colours. --weights
+may also be a run's workdir; then the model is that of the run, and --class may
+be one of its classes' names. The class, its probability and the output's path
+are printed as JSON.
 """
 
 import argparse
@@ -14,6 +17,8 @@ import functools
 import json
 import logging
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +29,8 @@ from PIL import Image
 
 from metaformer_jax import cli, errors, inference
 from metaformer_jax.config import tasks
+from metaformer_jax.data import images
+from metaformer_jax.data.transforms import classification as transforms
 from metaformer_jax.models import mlp_mixer, pvt, vit
 from metaformer_jax.tasks import classification
 
@@ -110,13 +117,16 @@ def _path(model: nn.Module, stage: str, last: bool) -> tuple[str, ...]:
   return (stage,)
 
 
-def overlay(image: np.ndarray, cam: np.ndarray, *, alpha: float = 0.5,
+def overlay(image: np.ndarray, cam: np.ndarray, *,
+            box: Sequence[float] | None = None, alpha: float = 0.5,
             colormap: str = "turbo") -> np.ndarray:
   """Blends a map, scaled to a maximum of 1, over an image.
 
   Args:
     image: uint8 [H, W, 3].
     cam: [h, w], resized bilinearly; if it is all 0, it is not scaled.
+    box: (left, top, right, bottom) of the map in pixels of the image, by
+      default the whole; it may be larger. Elsewhere the image is unchanged.
     alpha: opacity of the map.
     colormap: name of one of matplotlib's.
 
@@ -126,10 +136,26 @@ def overlay(image: np.ndarray, cam: np.ndarray, *, alpha: float = 0.5,
   cam = np.asarray(cam, np.float32)
   cam = cam / (cam.max() or 1)
   height, width = image.shape[:2]
+  left, top, right, bottom = box or (0, 0, width, height)
+  # The pixels in the box, and the part of the map that lies over them.
+  (x0, x1), (y0, y1) = _inside(left, right, width), _inside(top, bottom, height)
+  h, w = cam.shape
+  xs = np.clip((np.array([x0, x1]) - left) * w / (right - left), 0, w)
+  ys = np.clip((np.array([y0, y1]) - top) * h / (bottom - top), 0, h)
   cam = np.asarray(Image.fromarray(cam).resize(
-      (width, height), Image.Resampling.BILINEAR))
+      (x1 - x0, y1 - y0), Image.Resampling.BILINEAR,
+      (xs[0], ys[0], xs[1], ys[1])))
   colours = matplotlib.colormaps[colormap](cam)[..., :3] * 255
-  return ((1 - alpha) * image + alpha * colours).round().astype(np.uint8)
+  drawn = image.copy()
+  part = drawn[y0:y1, x0:x1]
+  part[...] = ((1 - alpha) * part + alpha * colours).round()
+  return drawn
+
+
+def _inside(start: float, end: float, size: int) -> tuple[int, int]:
+  """The pixels of an image between two places, at least one of them."""
+  first = min(max(0, round(start)), size - 1)
+  return first, max(first + 1, min(size, round(end)))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -141,40 +167,81 @@ def main(args: argparse.Namespace) -> None:
                             allow_import=args.allow_import)
   except errors.ConfigError as e:
     raise errors.ConfigError(f"--weights: {e}") from e
-  cfg, task = loaded.cfg, loaded.task
+  cfg = loaded.cfg
   if not isinstance(cfg.task, tasks.Classification):
     raise errors.ConfigError(
         f"--weights: {args.weights} is of the task {cfg.task.name}; only "
         "classifiers have maps of classes")
-  n = cfg.task.num_classes
-  if args.label is not None and not 0 <= args.label < n:
-    raise errors.ConfigError(
-        f"--class: {args.label} is not one of the model's {n}, from 0")
+  label = None if args.label is None else class_number(
+      str(args.label), cfg.task.num_classes, loaded.class_names)
   try:
-    example = loaded.preprocess(args.image)
-    batch = {name: value[None] for name, value in example.items()}
-    outputs = jax.jit(task.predict)(loaded.variables, batch)
-    found = task.postprocess(np.asarray(outputs[0]), example)
-    label = int(found["classes"][0]) if args.label is None else args.label
-    images = classification.normalize(
-        batch["image"], cfg.data.mean, cfg.data.std)
-    maps = jax.jit(functools.partial(grad_cam, task.model, stage=args.stage))(
-        loaded.variables, images, jnp.array([label]))
+    found, cam = _explain(loaded, args.image, label, args.stage)
   except ValueError as e:
     raise errors.ConfigError(f"command line: {e}") from e
   except errors.DataError as e:
     raise errors.ConfigError(f"--image: {e}") from e
-  if not maps.any():
+  if not cam.any():
     log.warning("nothing in %s supports class %d: the map is zero", args.image,
-                label)
+                found["class"])
+  picture = images.decode(
+      pathlib.Path(args.image).expanduser().read_bytes(), cfg.data.max_pixels)
+  box = transforms.EvalTransform(cfg.data, cfg.task).box(*picture.size)
   try:
-    Image.fromarray(overlay(example["image"], np.asarray(maps[0]))).save(
+    Image.fromarray(overlay(np.asarray(picture), cam, box=box)).save(
         args.output)
   except OSError as e:
     raise errors.ConfigError(f"--output: {args.output}: {e}") from e
+  print(json.dumps({**found, "output": args.output}), flush=True)
+
+
+def _explain(loaded: inference.Loaded, image: str, label: int | None,
+             stage: str | None) -> tuple[dict[str, Any], np.ndarray]:
+  """A class with its probability, by default the predicted one; and its map."""
+  example = loaded.preprocess(image)
+  batch = {name: value[None] for name, value in example.items()}
+  outputs = jax.jit(loaded.task.predict)(loaded.variables, batch)
+  found = loaded.task.postprocess(np.asarray(outputs[0]), example)
+  label = int(found["classes"][0]) if label is None else label
+  inputs = classification.normalize(
+      batch["image"], loaded.cfg.data.mean, loaded.cfg.data.std)
+  maps = jax.jit(functools.partial(grad_cam, loaded.model, stage=stage))(
+      loaded.variables, inputs, jnp.array([label]))
   (probability,) = found["probabilities"][found["classes"] == label]
-  print(json.dumps({"class": label, "probability": float(probability),
-                    "output": args.output}), flush=True)
+  names = loaded.class_names
+  return {"class": label, **({"name": names[label]} if names else {}),
+          "probability": float(probability)}, np.asarray(maps[0])
+
+
+def class_number(text: str, n: int, names: Sequence[str] | None) -> int:
+  """The class that a user means: by its name, else by its number.
+
+  Args:
+    text: a name, also in other case if only one is the same; or a number.
+    n: how many classes there are.
+    names: theirs, if they are known.
+
+  Raises:
+    ConfigError: there is no such class, or more than one.
+  """
+  for same in (str, str.casefold):
+    found = [i for i, name in enumerate(names or ())
+             if same(name) == same(text)]
+    if len(found) > 1:
+      raise errors.ConfigError(
+          f"--class: {text!r} is the name of the classes "
+          f"{', '.join(map(str, found))}; give a number")
+    if found:
+      return found[0]
+  try:
+    number = int(text)
+  except ValueError:
+    hint = errors.did_you_mean(text, names) if names else (
+        f"; the weights record no names, so give a number from 0 to {n - 1}")
+    raise errors.ConfigError(f"--class: there is no {text!r}{hint}") from None
+  if not 0 <= number < n:
+    raise errors.ConfigError(
+        f"--class: {number} is not one of the model's {n}, from 0")
+  return number
 
 
 def parse() -> argparse.Namespace:
@@ -188,8 +255,8 @@ def parse() -> argparse.Namespace:
                       help="safetensors, .pth, or a run's workdir")
   parser.add_argument("--image", required=True, help="an image file")
   parser.add_argument("--output", required=True, help="a .png file")
-  parser.add_argument("--class", type=int, dest="label",
-                      help="its number from 0; by default the predicted one")
+  parser.add_argument("--class", dest="label", help="its name, or its number "
+                      "from 0; by default the predicted one")
   parser.add_argument("--stage", help="draw the features of this stage, e.g. "
                       "stage3; by default the last")
   return parser.parse_args()

@@ -149,5 +149,10 @@ def which() -> str | int:
   return value
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-evaluate."""
   cli.run(main, otherwise=_experiment, train=False)
+
+
+if __name__ == "__main__":
+  console()

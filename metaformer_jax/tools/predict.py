@@ -120,7 +120,12 @@ def _positive(text: str) -> int:
   return int(text)
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-predict."""
   cli.start_logging()
   with cli.one_line_errors():
     main(parse())
+
+
+if __name__ == "__main__":
+  console()

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import pathlib
-import signal
 import sys
 from importlib import metadata
 from typing import Any
@@ -54,9 +53,6 @@ def main(cfg: Experiment, workdir: pathlib.Path) -> None:
         "--topology: is missing; give e.g. --topology=v5litepod-8")
   target = topologies.parse(_TOPOLOGY.value)
   os.environ.update(topologies.ENVIRONMENT)
-  for number in (signal.SIGINT, signal.SIGTERM):
-    # Python's handlers would run only after the compiler returns.
-    signal.signal(number, signal.SIG_DFL)
   from metaformer_jax.preflight import report as report_lib  # noqa: PLC0415
 
   report = preflight(cfg, target, find_batch=_FIND_BATCH.value,

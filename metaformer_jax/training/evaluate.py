@@ -22,10 +22,8 @@ from metaformer_jax.training import step
 class Evaluation:
   """Measures variables on a whole split; compiled once per batch shape."""
 
-  def __init__(self, task: base.Task, mesh, data: base.Data,
-               max_bad_fraction: float):
-    self._mesh, self._data = mesh, data
-    self._max_bad = max_bad_fraction * data.n_examples
+  def __init__(self, cfg: Experiment, task: base.Task, mesh, data: base.Data):
+    self._cfg, self._mesh, self._data = cfg, mesh, data
     self._evaluators = task.make_evaluators()
 
     def run(variables, batch, stop):
@@ -44,7 +42,14 @@ class Evaluation:
     Raises:
       ConfigError: two evaluators report the same measure.
       DataError: there are too many bad images.
+      OutOfMemoryError: a batch does not fit in memory.
     """
+    with errors.fitting_memory(
+        f"config.eval.batch_size: {self._cfg.eval.batch_size} images at a time "
+        "do not fit in memory; reduce it, or use more devices"):
+      return self._measure(variables, stop, watchdog)
+
+  def _measure(self, variables, stop, watchdog) -> dict[str, float] | None:
     for evaluator in self._evaluators.values():
       evaluator.reset()
     pending = []  # Fetched one batch late, while the device computes the next.
@@ -68,12 +73,27 @@ class Evaluation:
         watchdog.beat(f"batch {i + 1} of an evaluation")
     for found in pending:
       update(found)
-    if n_bad > self._max_bad or n_bad == self._data.n_examples:
+    n = self._data.n_examples
+    if n_bad > self._cfg.data.max_bad_fraction * n or n_bad == n:
       raise errors.DataError(
-          f"{n_bad} of {self._data.n_examples} evaluation images are unusable, "
+          f"{n_bad} of {n} evaluation images are unusable, "
           "more than config.data.max_bad_fraction; the first ones are named "
           "above")
     return collect(self._evaluators) | {"bad_images": n_bad}
+
+
+def is_due(step: int, n_steps: int, every: int) -> bool:
+  """Whether a run evaluates after a step: every so many, and after the last.
+
+  One that is less than half an interval before the end is left out.
+
+  Args:
+    step: from 1.
+    n_steps: of the whole run.
+    every: steps from one evaluation to the next.
+  """
+  return step == n_steps or (
+      step % every == 0 and n_steps - step >= every / 2)
 
 
 def collect(evaluators: Mapping[str, base.Evaluator]) -> dict[str, float]:
@@ -112,7 +132,7 @@ def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
 
   Raises:
     ConfigError: there is no such checkpoint, or it belongs to another model.
-    DataError, Preempted: as `evaluate_variables`.
+    DataError, OutOfMemoryError: as `evaluate_variables`.
   """
   if not (workdir / "checkpoints").is_dir():
     raise errors.ConfigError(f"--workdir: {workdir} has no checkpoints")
@@ -149,12 +169,9 @@ def evaluate_variables(cfg: Experiment, task: base.Task, mesh,
   Raises:
     ConfigError: the data does not fit the model.
     DataError: there are too many bad images.
-    Preempted: the process was asked to stop.
+    OutOfMemoryError: a batch does not fit in memory.
   """
-  evaluate = Evaluation(task, mesh, task.make_data("eval"),
-                        cfg.data.max_bad_fraction)
-  with signals.StopSignal() as stop, Watchdog(cfg.log.hang_seconds) as watchdog:
-    result = evaluate(variables, stop, watchdog)
-  if result is None:
-    raise errors.Preempted("asked to stop during the evaluation")
-  return result
+  evaluate = Evaluation(cfg, task, mesh, task.make_data("eval"))
+  with Watchdog(cfg.log.hang_seconds) as watchdog:
+    # As nothing is saved, signals have their usual effect.
+    return evaluate(variables, signals.StopSignal(), watchdog)

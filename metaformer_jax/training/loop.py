@@ -54,7 +54,9 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh: Mesh,
       missing.
     DataError: there are too many bad images.
     DivergedError: too many steps in a row were not finite.
-    Preempted: a process received SIGTERM or SIGINT; the last step is saved.
+    OutOfMemoryError: a step or an evaluation does not fit in memory.
+    Preempted: a process received SIGTERM or SIGINT after the first step was
+      started; the last step is saved.
     StorageError: the workdir can no longer be written.
   """
   with contextlib.ExitStack() as stack:
@@ -134,15 +136,17 @@ class Run:
       names = dict.fromkeys(("loss", cfg.best_measure.name))
       if first:
         stack.enter_context(workdir_lib.hold(workdir))
-        workdir_lib.claim(cfg, workdir)
+        workdir_lib.claim(cfg, workdir, report.parameters(
+            program.shapes.params, program.frozen))
     checkpoints = manager.Checkpoints(workdir, cfg.checkpoint, cfg.best_measure)
     stack.callback(checkpoints.close)
     dog = stack.enter_context(watchdog.Watchdog(cfg.log.hang_seconds))
     stack.enter_context(processes.leaving(cfg.mesh.heartbeat_seconds))
+    stack.enter_context(errors.fitting_memory(step.advice(cfg)))
     if first:
-      log.info("%s", report.plan(
-          cfg, program.shapes, mesh, train_data.n_examples,
-          eval_data.n_examples, program.n_steps))
+      log.info("%s\n", report.plan(
+          cfg, program.shapes, program.frozen, mesh, train_data.n_examples,
+          eval_data.n_examples, program.n_steps, workdir / "parameters.txt"))
     state, record = _first_state(cfg, task, program, checkpoints, dog)
     restored = int(jax.device_get(state.step))
     if first and restored:
@@ -150,7 +154,7 @@ class Run:
     run = cls(
         cfg, task, mesh, workdir, train_data, program, state, record,
         accounting.Clock(record), train_data.train_batches(record.position),
-        evaluate.Evaluation(task, mesh, eval_data, cfg.data.max_bad_fraction),
+        evaluate.Evaluation(cfg, task, mesh, eval_data),
         checkpoints, writers.Writer(workdir, cfg.log, restored,
                                     [*names, "learning_rate"], enabled=first),
         report.Progress(restored, program.n_steps, list(names), enabled=first),
@@ -173,6 +177,7 @@ class Run:
     self.watchdog.beat(f"step {i}")
     if not self._compiled:
       self._compile()
+      self.stop.listen()
     flags = self.stop.flags(self.mesh)
     self.clock.switch_to("step")
     self.state, found = self._step_for(batch)(self.state, batch, flags)
@@ -185,10 +190,12 @@ class Run:
   def _compile(self) -> None:
     """Compiles the step for each shape of a batch."""
     self.clock.switch_to("setup")
+    self.progress.say("compiling the training step; a large model takes "
+                      "minutes")
     for arguments in step.abstract_arguments(
         self.cfg, self.task, self.mesh, self.program):
-      self._compiled[step.signature(arguments[1])] = compile_step(
-          self.program.step, *arguments)
+      self._compiled[step.signature(arguments[1])] = (
+          self.program.step.lower(*arguments).compile())
     self.progress.say(
         f"compiled the training step in {self.clock.spent():.1f} s")
 
@@ -261,7 +268,7 @@ class Run:
     finite.require(self.state)
 
   def _is_evaluated(self, i: int) -> bool:
-    return i == self.program.n_steps or i % self._eval_every == 0
+    return evaluate.is_due(i, self.program.n_steps, self._eval_every)
 
   def should_evaluate(self, i: int) -> bool:
     """Whether step i is followed by an evaluation."""
@@ -276,21 +283,14 @@ class Run:
       self.stopping = "asked to stop"
       return
     self.writer.write(i, "eval", self.result)
-    self.progress.say(f"step {i}  eval  {report.measures(self.result)}")
+    self.progress.show_evaluation(i, self.result)
 
   def evaluate_restored(self) -> None:
-    """Does the restored state's evaluation, if it was interrupted.
-
-    Raises:
-      Preempted: it was interrupted again.
-    """
+    """Does the restored state's evaluation, if it was interrupted."""
     i = self.restored_step
     self.result = writers.last_evaluation(self.writer.records, i)
     if self.result is None and i and self._is_evaluated(i):
       self.evaluate(i)
-      if self.stopping:
-        raise errors.Preempted(f"{self.stopping} during an evaluation; "
-                               f"{self.workdir} is unchanged")
 
   def save(self, i: int) -> None:
     """Starts to save the state after step i."""
@@ -323,10 +323,9 @@ class Run:
         "checkpoint": str(self.checkpoints.directory / str(n_steps)),
     }
     curves = self.writer.finish(summary)
-    if curves:
-      log.info("done: %s\ncheckpoint %s\ncurves     %s",
-               report.measures(self.result or {}), summary["checkpoint"],
-               curves)
+    self.progress.finish(
+        self.result or {}, f"checkpoint {summary['checkpoint']}",
+        f"curves     {curves}")
     return summary
 
 
@@ -340,6 +339,14 @@ def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
      ones; a head with other classes is re-initialised.
   3. From scratch.
   """
+  with errors.fitting_memory(
+      f"config.model: its state of {sharding.n_bytes(program.shapes):,} bytes "
+      "does not fit in memory; divide it among devices with config.mesh.fsdp, "
+      "or choose a smaller model"):
+    return _make_state(cfg, task, program, checkpoints, dog)
+
+
+def _make_state(cfg, task, program, checkpoints, dog):
   shapes = program.shapes
   restored = checkpoints.latest_good()
   if restored is not None:
@@ -379,17 +386,3 @@ def _head(cfg: Experiment) -> dict[str, bool]:
   theirs = getattr(made.task, "class_names", None)
   return head | {"other_classes": None not in (names, theirs)
                  and tuple(names) != tuple(theirs)}
-
-
-def compile_step(jitted, *arguments):
-  """Compiles a step; ConfigError if it does not fit the devices' memory."""
-  try:
-    return jitted.lower(*arguments).compile()
-  except jax.errors.JaxRuntimeError as e:
-    reason, _, _ = str(e).partition("\n")
-    if not reason.startswith("RESOURCE_EXHAUSTED"):
-      raise
-    raise errors.ConfigError(
-        "config.train.batch_size: a step does not fit the memory of the "
-        "devices; raise config.train.accumulate, reduce the batch size, or use "
-        f"more devices; tools.preflight shows what fits ({reason})") from e

@@ -216,6 +216,15 @@ def abstract_arguments(cfg: Experiment, task: base.Task, mesh: Mesh,
       for batch in task.train_batches(cfg.train.batch_size)]
 
 
+def advice(cfg: Experiment) -> str:
+  """What to do if a step does not fit in memory."""
+  train = cfg.train
+  return (f"config.train.batch_size: a step of {train.batch_size} images with "
+          f"config.train.accumulate = {train.accumulate} does not fit in "
+          "memory; raise accumulate, reduce the batch size, or use more "
+          "devices; tools.preflight shows what fits")
+
+
 def signature(batch: Mapping[str, Any]) -> tuple:
   """What tells the shapes of batches apart."""
   return tuple(sorted((name, tuple(x.shape), str(x.dtype))

@@ -82,10 +82,35 @@ def test_a_limit_above_pillows_is_used(monkeypatch):
   np.testing.assert_array_equal(images.decode(data, 384), expected)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_arrays_without_a_defined_white_are_refused(dtype):
-  with pytest.raises(ValueError, match="pixels are"):
-    images.decode(np.full((2, 3), 300, dtype))
+@pytest.mark.parametrize("dtype,message", [
+    ("float32", "float32, for which white is not defined; give uint8"),
+    ("float64", "float64, for which white is not defined"),
+    ("int32", "int32; give uint8"), ("int64", "int64; give uint8"),
+    ("bool", "bool; give uint8"), ("object", "object; give uint8")])
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 3)])
+def test_arrays_without_a_defined_white_are_refused(dtype, message, shape):
+  with pytest.raises(ValueError, match=f"^its pixels are {message}"):
+    images.decode(np.full(shape, 1, dtype))
+
+
+@pytest.mark.parametrize("shape,message", [
+    ((3, 24, 32), r"\[3, 24, 32\] has its channels first; transpose\(1, 2, 0"),
+    ((1, 24, 32), "has its channels first"), ((24, 32, 2), "has 2 channels"),
+    ((24, 32, 5), "has 5 channels"), ((5, 24, 32), "has 32 channels"),
+    ((2, 24, 32, 3), "is several images"), ((2, 3, 24, 32), "several images"),
+    ((24,), "has 1 axes"), ((), "has 0 axes"), ((1, 1, 1, 24, 32), "has 5 ax"),
+    ((0, 0), "has no pixels"), ((0, 32, 3), "has no pixels"),
+    ((24, 32, 0), "has no pixels")])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_arrays_of_other_shapes_are_refused(shape, message, dtype):
+  with pytest.raises(ValueError, match=rf"^an array .*{message}.*; images are"):
+    images.decode(np.zeros(shape, dtype))
+
+
+def test_colours_of_16_bits_are_refused():
+  with pytest.raises(ValueError, match=r"uint16; .* gray may be"):
+    images.decode(np.zeros((2, 3, 3), np.uint16))
+  images.decode(np.zeros((2, 3, 1), np.uint16))
 
 
 def test_arrays_of_16_bits_keep_the_high_byte():

@@ -77,3 +77,54 @@ def test_path_that_orbax_would_expand_is_refused(tmp_path, mark, monkeypatch):
         "cannot be restored; choose a path without [ ] * ?")):
       workdir.check_path(path)
   workdir.check_path(tmp_path / "run")
+
+
+def experiment(seed):
+  return schema.Experiment(seed=seed)
+
+
+def leave(folder, *names):
+  """What a run that failed before its first checkpoint has written."""
+  with workdir.hold(folder):
+    workdir.claim(experiment(0), folder, "of the first\n")
+  (folder / "tensorboard").mkdir()
+  for name in ("metrics.jsonl", "modules.json", "tensorboard/events.1"):
+    (folder / name).write_text("of the first\n")
+  (folder / "checkpoints").mkdir()
+  for name in names:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).touch()
+
+
+def test_a_run_without_a_checkpoint_does_not_block_its_folder(tmp_path, caplog):
+  """Nothing of it is left; files that are not of runs stay."""
+  leave(tmp_path, "notes.txt", "tensorboard/notes.txt")
+  caplog.set_level("INFO")
+  with workdir.hold(tmp_path):
+    workdir.claim(experiment(1), tmp_path, "of the second\n")
+  assert [m for m in caplog.messages if "seed: 0 -> 1" in m] == caplog.messages
+  assert len(caplog.messages) == 1
+  assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+  assert (tmp_path / "parameters.txt").read_text() == "of the second\n"
+  assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")
+                if p.is_file()) == [
+      "config.json", "lock", "notes.txt", "parameters.txt",
+      "tensorboard/notes.txt"]
+
+
+@pytest.mark.parametrize("name", [
+    "checkpoints/5", "checkpoints/5.saving", "checkpoints/damaged",
+    "checkpoints/anything", "summary.json"])
+def test_a_run_that_saved_anything_keeps_its_folder(tmp_path, name):
+  """Damaged, set aside or incomplete; or finished, without its checkpoints."""
+  leave(tmp_path, name)
+  before = {p: p.read_bytes() for p in tmp_path.rglob("*")
+            if p.is_file() and p.name != "lock"}
+  with (pytest.raises(errors.ConfigError, match=re.escape(
+      "has another experiment (seed: 0 -> 1); choose a new folder")),
+        workdir.hold(tmp_path)):
+    workdir.claim(experiment(1), tmp_path, "of the second\n")
+  assert before == {p: p.read_bytes() for p in before}
+  with workdir.hold(tmp_path):  # The same one may go on.
+    workdir.claim(experiment(0), tmp_path, "again\n")
+  assert (tmp_path / "metrics.jsonl").read_text() == "of the first\n"

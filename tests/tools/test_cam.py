@@ -18,6 +18,7 @@ from metaformer_jax import errors, inference
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config import typed
 from metaformer_jax.convert import files, layouts
+from metaformer_jax.data.transforms import classification as transforms
 from metaformer_jax.models import registry
 from metaformer_jax.tasks import classification
 from metaformer_jax.tools import cam
@@ -245,6 +246,54 @@ def test_overlay_blends_the_colours_of_the_scaled_map():
   np.testing.assert_array_equal(ramp, [0, 64, 192, 255])
 
 
+def test_overlay_lies_where_the_map_was_seen():
+  """A ramp over columns 2 to 6 of 8, and one that is partly beyond them."""
+  black = np.zeros((2, 8, 3), np.uint8)
+  ramp = np.arange(1, 5, dtype=np.float32)[None]
+  options = {"alpha": 1.0, "colormap": "gray"}
+  got = cam.overlay(black, ramp, box=(2, 0, 6, 2), **options)[:, :, 0]
+  np.testing.assert_array_equal(got, [[0, 0, 64, 128, 192, 255, 0, 0]] * 2)
+  got = cam.overlay(black, ramp, box=(6, 0, 10, 2), **options)[:, :, 0]
+  np.testing.assert_array_equal(got, [[0] * 6 + [64, 128]] * 2)
+
+
+@pytest.mark.parametrize("size", [(80, 60), (60, 80), (500, 32), (20, 20)])
+@pytest.mark.parametrize("axis", [0, 1], ids=["x", "y"])
+def test_the_box_is_what_the_evaluation_crops(size, axis):
+  """A picture of its own coordinates shows them in the crop."""
+  cfg = inference.published("poolformer_s12")
+  transform = transforms.EvalTransform(cfg.data, cfg.task)
+  n = size[axis]
+  first, last = transform.box(*size)[axis::2]
+  ramp = np.linspace(0, 255, n).astype(np.uint8)
+  picture = np.empty((size[1], size[0], 3), np.uint8)
+  picture[...] = ramp[:, None] if axis == 0 else ramp[:, None, None]
+  seen = transform({"image": picture, "label": 0})["image"].mean((axis, 2))
+  places = first + (np.arange(224) + 0.5) * (last - first) / 224 - 0.5
+  within = (places > 1) & (places < n - 2)
+  np.testing.assert_allclose(
+      seen[within], places[within] * 255 / (n - 1), atol=4)
+
+
+@pytest.mark.parametrize("text,number", [
+    ("star", 1), ("Star", 2), ("SUN", 0), ("2", 4), ("3", 3)])
+def test_a_class_is_named_or_numbered(text, number):
+  """A name wins, then one in other case, then a number."""
+  names = ("sun", "star", "Star", "moon", "2")
+  assert cam.class_number(text, 5, names) == number
+
+
+@pytest.mark.parametrize("text,names,message", [
+    ("STAR", ("star", "Star"), "the name of the classes 0, 1; give a number"),
+    ("crane", ("crane", "crane"), "of the classes 0, 1"),
+    ("strar", ("star", "sun"), "there is no 'strar'; did you mean star"),
+    ("star", None, "record no names, so give a number from 0 to 1"),
+    ("2", ("star", "sun"), "2 is not one of the model's 2, from 0")])
+def test_an_unknown_class_is_a_line(text, names, message):
+  with pytest.raises(errors.ConfigError, match=message):
+    cam.class_number(text, 2, names)
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
   """A small row of the model table; its weights and an image as files."""
@@ -274,7 +323,7 @@ def arguments(folder, **changed):
       "label": None, "stage": None, "allow_import": "", **changed})
 
 
-@pytest.mark.parametrize("label", [None, 2])
+@pytest.mark.parametrize("label", [None, "2"])
 def test_the_tool_draws_what_the_function_gives(tiny, tmp_path, capsys, label):
   model, variables, spec, pixels = tiny
   cam.main(arguments(tmp_path, label=label))
@@ -286,21 +335,30 @@ def test_the_tool_draws_what_the_function_gives(tiny, tmp_path, capsys, label):
       (46, 35), Image.Resampling.BICUBIC))[2:34, 7:39]
   x = classification.normalize(picture[None], spec.mean, spec.std)
   logits = np.asarray(jax.jit(model.apply)(variables, x)[0], np.float64)
-  label = int(logits.argmax()) if label is None else label
+  label = int(logits.argmax()) if label is None else int(label)
   want = np.exp(logits[label]) / np.exp(logits).sum()
   assert told["class"] == label
   np.testing.assert_allclose(told["probability"], want, rtol=1e-4)
   maps = jax.jit(functools.partial(cam.grad_cam, model))(
       variables, x, np.array([label]))
+  # Over the picture itself: what the crop shows of it, and nothing else.
   with Image.open(told["output"]) as drawn_:
     got = np.asarray(drawn_).astype(int)
-  assert abs(got - cam.overlay(picture, maps[0])).max() <= 1
+  left, right = 7 * 80 / 46, 39 * 80 / 46
+  top, bottom = 2 * 60 / 35, 34 * 60 / 35
+  want = cam.overlay(pixels, maps[0], box=(left, top, right, bottom))
+  assert got.shape == pixels.shape and abs(got - want).max() <= 1
+  inside = np.zeros((60, 80), bool)
+  inside[round(top):round(bottom), round(left):round(right)] = True
+  np.testing.assert_array_equal(got[~inside], pixels[~inside])
+  assert (got[inside] != pixels[inside]).any(-1).mean() > 0.9
 
 
 @pytest.mark.parametrize("changed,message", [
     ({"output": "cam.jpg"}, "--output: cam.jpg does not end with .png"),
-    ({"label": 5}, "--class: 5 is not one of the model's 5"),
-    ({"label": -1}, "--class: -1 is not"),
+    ({"label": "5"}, "--class: 5 is not one of the model's 5"),
+    ({"label": "-1"}, "--class: -1 is not"),
+    ({"label": "cat"}, "--class: there is no 'cat'; the weights record no"),
     ({"model": None}, "--weights: .*does not record its model"),
     ({"model": "tinyy"}, "--weights: unknown model .tinyy.; did you mean tiny"),
     ({"stage": "stage4"}, "no stage 'stage4'.*did you mean stage"),

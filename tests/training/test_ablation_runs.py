@@ -102,7 +102,7 @@ def test_state_is_trained_saved_resumed_and_evaluated(
   for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(last.params)):
     assert not np.array_equal(a, b)
 
-  evaluation = evaluate.Evaluation(task, mesh, task.make_data("eval"), 0.0)
+  evaluation = evaluate.Evaluation(cfg, task, mesh, task.make_data("eval"))
   variables = last.eval_variables()
 
   def loss(variables):

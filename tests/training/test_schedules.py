@@ -11,7 +11,7 @@ import pytest
 import shipped
 
 from metaformer_jax.config import schema
-from metaformer_jax.training import optim, schedules, step
+from metaformer_jax.training import evaluate, optim, schedules, step
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "schedules.npz"
 
@@ -141,3 +141,24 @@ def test_the_rate_scales_with_the_batch():
               cfg.optim, schedule_per=per)), 100, 10)
       np.testing.assert_allclose(schedule(0), 1e-3 * batch_size / 1024,
                                  rtol=1e-6)
+
+
+def test_evaluations_are_regular_and_the_last_step_has_one():
+  """Never closer than half an interval; and their number is as expected."""
+  rng = np.random.default_rng(0)
+  cases = [(586, 117), (585, 117), (1, 1), (1, 100), (7, 1), (100, 7)]
+  cases += [(int(n), int(every)) for n, every in zip(
+      rng.integers(1, 3000, 200), rng.integers(1, 400, 200))]
+  for n_steps, every in cases:
+    due = [i for i in range(1, n_steps + 1)
+           if evaluate.is_due(i, n_steps, every)]
+    assert due[-1] == n_steps, (n_steps, every)
+    gaps = np.diff(due)
+    assert (gaps[:-1] == every).all(), (n_steps, every, due)
+    assert (gaps[-1:] >= every / 2).all(), (n_steps, every, due)
+    assert (gaps[-1:] < 1.5 * every).all(), (n_steps, every, due)
+    # To the nearest whole number, of which two are as near from a half.
+    assert abs(len(due) - max(1, n_steps / every)) <= 0.5, (n_steps, every)
+  # The quickstart: no evaluation at 585.
+  assert [i for i in range(1, 587) if evaluate.is_due(i, 586, 117)] == [
+      117, 234, 351, 468, 586]

@@ -56,17 +56,26 @@ def resize_shorter(picture: Image.Image, size: tuple[int, int],
       shorter side; the other side is rounded down.
     interpolation: name of the filter.
   """
-  w, h = picture.size
+  return picture.resize(_resized(*picture.size, size),
+                        pixels.FILTERS[interpolation])
+
+
+def _resized(w: int, h: int, size: tuple[int, int]) -> tuple[int, int]:
+  """Width and height after `resize_shorter`."""
   height, width = size
   if w * height <= h * width:
-    w, h = width, int(width * h / w)
-  else:
-    w, h = int(height * w / h), height
-  return picture.resize((w, h), pixels.FILTERS[interpolation])
+    return width, int(width * h / w)
+  return int(height * w / h), height
 
 
 def centre_crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
   """The centre of (height, width) pixels; a smaller picture is padded black."""
+  return picture.crop(_centre(*picture.size, size))
+
+
+def _centre(w: int, h: int,
+            size: tuple[int, int]) -> tuple[int, int, int, int]:
+  """(left, top, right, bottom) of `centre_crop`."""
 
   def start(side, wanted):  # Rounded as torchvision does in each of the cases.
     if side >= wanted:
@@ -74,8 +83,8 @@ def centre_crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return -((wanted - side) // 2)
 
   height, width = size
-  left, top = start(picture.width, width), start(picture.height, height)
-  return picture.crop((left, top, left + width, top + height))
+  left, top = start(w, width), start(h, height)
+  return left, top, left + width, top + height
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +123,28 @@ class EvalTransform:
   def __call__(self, record: base.Record,
                rng: np.random.Generator | None = None):
     del rng
-    size, crop_pct = self.task.input_size, self.task.crop_pct
     picture = resize_shorter(
-        images.decode(record["image"], self.data.max_pixels),
-        tuple(math.floor(side / crop_pct) for side in size),
+        images.decode(record["image"], self.data.max_pixels), self._before_crop,
         self.task.interpolation)
-    picture = centre_crop(picture, size)
+    picture = centre_crop(picture, self.task.input_size)
     labels = {"labels": record["labels"]} if "labels" in record else {}
     return {"image": np.asarray(picture), "label": np.int32(record["label"]),
             **labels}
+
+  @property
+  def _before_crop(self) -> tuple[int, int]:
+    """The size that the picture is resized to, as for `resize_shorter`."""
+    return tuple(math.floor(side / self.task.crop_pct)
+                 for side in self.task.input_size)
+
+  def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+    """What the crop shows of a picture of this size.
+
+    Returns:
+      (left, top, right, bottom) in pixels of the picture, not rounded, and
+      beyond it where the crop is padded.
+    """
+    w, h = _resized(width, height, self._before_crop)
+    left, top, right, bottom = _centre(w, h, self.task.input_size)
+    return (left * width / w, top * height / h,
+            right * width / w, bottom * height / h)
