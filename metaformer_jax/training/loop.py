@@ -322,7 +322,9 @@ class Run:
         "bad_train_images": self.record.bad_images,
         "checkpoint": str(self.checkpoints.directory / str(n_steps)),
     }
-    curves = self.writer.finish(summary)
+    # All wait for the first one: jax gives an orderly exit less time.
+    with jax.transfer_guard("allow"), processes.agreeing():
+      curves = self.writer.finish(summary)
     self.progress.finish(
         self.result or {}, f"checkpoint {summary['checkpoint']}",
         f"curves     {curves}")

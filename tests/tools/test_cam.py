@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+import shutil
 
 import command_line
 import jax
@@ -359,7 +360,8 @@ def test_the_tool_draws_what_the_function_gives(tiny, tmp_path, capsys, label):
     ({"label": "5"}, "--class: 5 is not one of the model's 5"),
     ({"label": "-1"}, "--class: -1 is not"),
     ({"label": "cat"}, "--class: there is no 'cat'; the weights record no"),
-    ({"model": None}, "--weights: .*does not record its model"),
+    ({"model": None, "weights": "{folder}/other.safetensors"},
+     "--weights: .*does not record its model"),
     ({"model": "tinyy"}, "--weights: unknown model .tinyy.; did you mean tiny"),
     ({"stage": "stage4"}, "no stage 'stage4'.*did you mean stage"),
     ({"image": "no_file"}, "no_file cannot be used as an image"),
@@ -372,6 +374,7 @@ def test_the_tool_draws_what_the_function_gives(tiny, tmp_path, capsys, label):
 def test_mistakes_are_a_line(tiny, tmp_path, changed, message):
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "config.json").write_text("{")
+  shutil.copy(tmp_path / "tiny.safetensors", tmp_path / "other.safetensors")
   changed = {k: v.format(folder=tmp_path) if isinstance(v, str) else v
              for k, v in changed.items()}
   with pytest.raises(errors.ConfigError, match=message):
