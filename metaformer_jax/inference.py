@@ -17,6 +17,7 @@ from metaformer_jax import errors, tasks
 from metaformer_jax.checkpoints import pretrained
 from metaformer_jax.config import derived, paths, saved, schema
 from metaformer_jax.config import tasks as sections
+from metaformer_jax.config.hub import folders
 from metaformer_jax.models import registry
 from metaformer_jax.tasks import base
 
@@ -130,7 +131,7 @@ def experiment(weights: str | pathlib.Path, model: str | None = None,
   if not path.exists() and model is None and "/" not in str(weights) and (
       not path.suffix):
     path, model = _published_weights(str(weights)), str(weights)
-  cfg = saved.read_weights(path, allow_import)
+  cfg = saved.read_weights(path, allow_import, model)
   if cfg is not None:
     if model not in (None, cfg.model.name):
       raise errors.ConfigError(f"{weights} is of {cfg.model.name}, not {model}")
@@ -140,7 +141,9 @@ def experiment(weights: str | pathlib.Path, model: str | None = None,
   if model is None:
     raise errors.ConfigError(
         f"{weights}: does not record its model; name it, as in model="
-        "'poolformer_s12' (--model=poolformer_s12)")
+        "'poolformer_s12' (--model=poolformer_s12)"
+        + ("; or give its folder, which has a config.json"
+           if folders.is_folder(path.parent) else ""))
   return published(model), path
 
 
@@ -186,9 +189,9 @@ def load(weights: str | pathlib.Path, *, model: str | None = None,
 
   Args:
     weights: the name of a model whose published weights are in
-      ~/.cache/metaformer_jax/weights; a file of weights; or a run's workdir,
-      its checkpoints folder or one step in it. An existing path wins over a
-      name.
+      ~/.cache/metaformer_jax/weights; a file of weights; a folder that
+      transformers or timm wrote; or a run's workdir, its checkpoints folder or
+      one step in it. An existing path wins over a name.
     model: name of the model, for a file that does not record it.
     num_classes: of a new head, if not those of the weights.
     allow_import: names of modules of the user's own that the weights may name;

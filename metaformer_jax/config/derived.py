@@ -46,7 +46,8 @@ def _from_init(cfg: Experiment, allowed: own.Allowed) -> Experiment:
   if made is None:
     raise errors.ConfigError(
         f"config.model.name: is missing, and config.init = {cfg.init!r} does "
-        "not record it: only workdirs and files of tools.convert do")
+        "not record it: only workdirs, files of tools.convert and folders of "
+        "transformers and timm do")
   keep = {k: v for k, v in vars(cfg.model).items() if v is not None}
   model = dataclasses.replace(made.model, **keep)
   cfg = dataclasses.replace(cfg, model=model)

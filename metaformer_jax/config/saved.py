@@ -13,6 +13,7 @@ import safetensors
 
 from metaformer_jax import errors, imports
 from metaformer_jax.config import conversion, json_data, own, typed
+from metaformer_jax.config.hub import folders
 from metaformer_jax.config.model import Model
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.models import registry
@@ -52,13 +53,17 @@ def read_json(path: pathlib.Path,
 
 
 def find_workdir(path: pathlib.Path) -> pathlib.Path | None:
-  """The workdir of a workdir, its checkpoints or a step in them; else None."""
+  """The workdir of a workdir, its checkpoints or a step in them; else None.
+
+  A folder of transformers or timm has a config.json, too, but is none.
+  """
   folder = path.absolute()
   if folder.parent.name == "checkpoints":
     folder = folder.parent
   if folder.name == "checkpoints":
     folder = folder.parent
-  is_run = path.is_dir() and (folder / "config.json").is_file()
+  is_run = path.is_dir() and (folder / "config.json").is_file() and (
+      not folders.is_folder(folder))
   return folder if is_run else None
 
 
@@ -84,23 +89,35 @@ def read_run(workdir: pathlib.Path,
   return cfg
 
 
-def read_weights(path: pathlib.Path,
-                 allowed: own.Allowed = ()) -> Experiment | None:
+def read_weights(path: pathlib.Path, allowed: own.Allowed = (),
+                 model: str | None = None) -> Experiment | None:
   """The experiment that made the weights, as far as they record it.
 
   Args:
-    path: a safetensors file, or a run's folder or a part of it.
+    path: a safetensors file, a folder of transformers or timm, or a run's
+      folder or a part of it.
     allowed: as for `read_run`.
+    model: as for `folders.read`.
 
   Returns:
-    None if the file has no metadata of this package.
+    None if neither the file nor its folder describes the model.
 
   Raises:
-    ConfigError: as `read_run`.
+    ConfigError: as `read_run`; or a folder's config.json has settings that
+      cannot be expressed.
   """
   workdir = find_workdir(path)
   if workdir:
     return read_run(workdir, allowed)
+  if folders.is_folder(path):
+    found = _read_metadata(path / folders.WEIGHTS, allowed)
+    return found or folders.read(path, model)
+  return _read_metadata(path, allowed)
+
+
+def _read_metadata(path: pathlib.Path,
+                   allowed: own.Allowed) -> Experiment | None:
+  """The experiment in the metadata of a safetensors file, if it has one."""
   if path.suffix != ".safetensors" or not path.is_file():
     return None
   try:

@@ -362,7 +362,8 @@ def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
 
 def _note_differences(cfg: Experiment) -> None:
   """Warns if config.model computes something else with the weights' names."""
-  made = saved.read_weights(paths.local("config.init", cfg.init), None)
+  made = saved.read_weights(paths.local("config.init", cfg.init), None,
+                            cfg.model.name)
   if made is None or made.task.name != cfg.task.name:
     return
   for line in saved.model_differences(made.model, cfg.model):
