@@ -180,7 +180,7 @@ def read(path: str | pathlib.Path, family: str | None,
         f"{path}: has no head ({absent}): num_classes sets the number of "
         "classes of a new one, 0 omits it")
   if absent:
-    log.info("%s: has no %s; initialised", path, absent)
+    log.info("%s: has no %s", path, absent)
   return variables
 
 

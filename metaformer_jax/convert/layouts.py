@@ -196,6 +196,7 @@ def to_flax(family: str | None, tensors: Tensors, target: Mapping[str, Any],
     where = {name: Entry((name,), "same") for name in target}
   else:
     where = entries(family, layout, target)
+  if layout.startswith("huggingface"):
     tensors = {key: tensor for key, tensor in tensors.items()
                if not rules.UNUSED.fullmatch(key)}
   unnamed = target.keys() - where

@@ -321,8 +321,7 @@ def _base(rule: Rule) -> Rule:
 
 # The same for layouts that are only read.
 READ_ONLY = {
-    family: {"huggingface, without a head,": tuple(
-        map(_base, known["huggingface"]))}
+    family: {"huggingface_base": tuple(map(_base, known["huggingface"]))}
     for family, known in RULES.items() if "huggingface" in known}
 
 # Tensors that no classifier uses: of the pooler of ViTModel and DeiTModel, and

@@ -55,8 +55,7 @@ def main(args: argparse.Namespace) -> None:
   try:
     layouts.check_layout(family, args.layout)
     if output.suffix != _FILE:
-      texts = folders.describe(written, args.layout, args.in_chans,
-                               _measures(path))
+      texts = _texts(made, written, path, args)
     elif args.layout != "flax":
       _check_expressible(made, args.layout)
     variables = pretrained.load_pretrained(
@@ -101,9 +100,18 @@ def _output(args: argparse.Namespace) -> pathlib.Path:
   return output
 
 
-def _measures(path: pathlib.Path) -> dict[str, float]:
-  """Of the evaluation of a run's weights; else none."""
-  return manager.read_metrics(path) if saved.find_workdir(path) else {}
+def _texts(made: schema.Experiment, written: schema.Experiment,
+           path: pathlib.Path, args: argparse.Namespace) -> dict[str, str]:
+  """The files of a folder beside the weights.
+
+  They have the measures of a run, unless the arguments change its model.
+  """
+  is_run = saved.find_workdir(path) and written == made and args.in_chans == 3
+  measures = manager.read_metrics(path) if is_run else {}
+  try:
+    return folders.describe(written, args.layout, args.in_chans, measures)
+  except errors.ConfigError as e:
+    raise errors.ConfigError(f"--layout: {e}") from e
 
 
 def _written(made: schema.Experiment,

@@ -10,7 +10,7 @@ import pytest
 import metaformer_jax
 from metaformer_jax import errors, inference
 from metaformer_jax.config import saved, typed
-from metaformer_jax.config.hub import folders, transformers
+from metaformer_jax.config.hub import folders, kinds
 
 
 def refused(folder):
@@ -99,7 +99,6 @@ def test_preprocessing_that_cannot_be_expressed(key, value, tmp_path):
     ("vit", "id2label", {"0": "a", "1" * 20: "b"}),
     ("timm_vit", "architecture", "vit_giant"),
     ("timm_vit", "architecture", "pvt_tiny"), ("timm_vit", "architecture", 3),
-    ("timm_vit", "num_classes", "5"), ("timm_vit", "num_classes", -1),
     ("timm_vit", "pretrained_cfg", [1]), ("timm_vit", "model_args", 3),
     ("timm_vit", "label_names", ["cat"]), ("timm_vit", "label_names", "cat"),
 ])
@@ -120,7 +119,9 @@ def test_a_setting_that_cannot_be_expressed(name, key, value, tmp_path):
     ("embed_dim", "8", "embed_dim: '8'"), ("crop_mode", "squash", "crop_mo"),
     ("input_size", [3, 224], "input_size"), ("interpolation", "lanczos", "int"),
     ("input_size", [1, 32, 32], "input_size"), ("crop_pct", 2, "crop_pct"),
-    ("mean", 0.5, "mean")])
+    ("mean", 0.5, "mean"), ("num_classes", "5", "num_classes: '5'"),
+    ("num_classes", -1, "num_classes: -1"),
+    ("num_classes", 3, "not the names of 3 classes")])
 def test_arguments_of_timm_that_cannot_be_expressed(key, value, says, tmp_path):
   of_data = ("crop_mode", "input_size", "interpolation", "crop_pct", "mean")
 
@@ -158,10 +159,25 @@ def test_settings_of_poolformer(keys, settings, tmp_path):
       **made.overrides() | settings)
 
 
+def test_a_caller_may_name_one_of_several_models():
+  def name(folder, model=None):
+    return saved.read_weights(hub_cases.GOLDEN / folder, (), model).model.name
+
+  assert name("vit") == "vit_base_patch16_224"
+  assert name("vit", "deit_base_patch16_224") == "deit_base_patch16_224"
+  assert name("poolformer", "poolformer_m48") == "poolformer_m48"
+  # These compute something else.
+  assert name("vit", "deit_base_distilled_patch16_224") == name("vit")
+  assert name("poolformer", "metaformer_id_s12") == "poolformer_s12"
+  assert name("poolformer", "resnet18") == "poolformer_s12"
+  with pytest.raises(errors.ConfigError, match="is of poolformer_s12, not met"):
+    inference.experiment(hub_cases.GOLDEN / "poolformer", "metaformer_id_s12")
+
+
 @pytest.mark.parametrize("hidden, wanted", [
     (hidden, whole) for hidden in (8, 12, 384) for whole in range(1, 99)])
 def test_any_width_of_an_mlp_is_a_ratio(hidden, wanted):
-  assert int(hidden * transformers.ratio(wanted, hidden)) == wanted
+  assert int(hidden * kinds.ratio(wanted, hidden)) == wanted
 
 
 def test_what_a_file_omits_is_the_programs_default(tmp_path):
@@ -288,6 +304,22 @@ def test_settings_are_in_the_config(layout, name, settings, tmp_path):
   assert differ <= allowed[layout]
   if "mlp_ratio" in differ:  # Of the same width.
     assert int(one.mlp_ratio * one.dim) == int(other.mlp_ratio * other.dim)
+
+
+@pytest.mark.parametrize("layout, name, settings, differs", [
+    ("timm", "poolformer_s12", {}, True),
+    ("timm", "poolformer_s12", {"head_norm_first": False}, False),
+    ("huggingface", "poolformer_s12", {}, False),
+    ("timm", "poolformerv2_s12", {}, False),
+    ("huggingface", "pvt_tiny", {}, True),
+    ("huggingface", "pvt_tiny", {"embed_norm_eps": 1e-6}, False),
+])
+def test_where_a_program_computes_otherwise(layout, name, settings, differs):
+  made = inference.published(name)
+  cfg = dataclasses.replace(made, model=dataclasses.replace(
+      made.model, **settings))
+  text = folders.describe(cfg, layout, 3, {})["README.md"]
+  assert ("outputs will differ" in text) == differs
 
 
 @pytest.mark.parametrize("layout, name", [

@@ -1,5 +1,6 @@
 """The model card of a folder: README.md with a header for the hub."""
 
+import dataclasses
 from collections.abc import Mapping
 
 from metaformer_jax.config.schema import Experiment
@@ -92,8 +93,10 @@ def text(cfg: Experiment, layout: str, measures: Mapping[str, float]) -> str:
   task, data = cfg.task, cfg.data
   row = registry.get_spec(cfg.model.name)
   library, loading = _LOADING[layout]
-  changed = ", ".join(f"{key}={value}" for key, value in
-                      cfg.model.overrides().items())
+  overrides = cfg.model.overrides()
+  changed = ", ".join(
+      f"{f.name}={overrides[f.name]}" for f in dataclasses.fields(row.settings)
+      if f.name in overrides and f.metadata["role"] != "training")
   what = f"An image classifier, the architecture {row.name}"
   what += f" with {changed}." if changed else "."
   differs = note(cfg, layout)
@@ -104,8 +107,8 @@ def text(cfg: Experiment, layout: str, measures: Mapping[str, float]) -> str:
       f"pixels, {task.interpolation}; then the centre",
       "Mean of R, G, B": _numbers(data.mean),
       "Standard deviation": _numbers(data.std),
-      **{f"Measured {name}": f"{value:.4f}"
-         for name, value in sorted(measures.items())}}
+      **{f"Measured {measure.name}": f"{measures[measure.name]:.4f}"
+         for measure in task.MEASURES if measure.name in measures}}
   return _CARD.format(
       library=library, name=row.name, loading=loading,
       what="\n\n".join([what, f"{differs}."] if differs else [what]),

@@ -167,14 +167,14 @@ def describe(cfg: Experiment, layout: str, in_chans: int,
   """
   if not isinstance(cfg.task, tasks.Classification):
     raise errors.ConfigError(
-        f"--layout: a folder of {layout} holds a classifier, not a model of "
-        f"the task {cfg.task.name}; name a .safetensors file")
+        f"a folder of {layout} holds a classifier, not a model of the task "
+        f"{cfg.task.name}; name a .safetensors file")
   try:
     config = _WRITERS[layout](cfg, in_chans)
   except ValueError as e:
     raise errors.ConfigError(
-        f"--layout: {layout} cannot express this model in a config.json ({e}); "
-        "--layout=flax can") from e
+        f"{layout} cannot express this model in a config.json ({e}); a "
+        ".safetensors file of the layout flax can") from e
   files = {_CONFIG: config}
   if layout == "huggingface":
     files[_PROCESSOR] = processor.write(cfg)

@@ -79,8 +79,9 @@ def read(config: Mapping[str, Any],
       row.family, {}).items() if theirs in arguments}
   if _settings(row) != row.settings:
     changed["head_norm_first"] = False
-  n = config.get("num_classes", made.get("num_classes", row.num_classes))
-  if config.get("architectures") == ["TimmWrapperModel"]:  # transformers'
+  n = next((found["num_classes"] for found in (arguments, config, made)
+            if found.get("num_classes") is not None), row.num_classes)
+  if config.get("architectures") == ["TimmWrapperModel"]:  # Of transformers.
     n = 0
   if type(n) is not int or n < 0:
     raise ValueError(f"num_classes: {conversion.shown(n)} is not a number of "
@@ -117,8 +118,7 @@ def _check(row: spec.ModelSpec, made: Mapping[str, Any],
   size, (*_, pool) = made.get("input_size"), _LAYERS[row.family]
   only = {"in_chans": 3, "global_pool": pool, "crop_mode": "center",
           "channels of input_size": 3}
-  given = {"in_chans": arguments.get("in_chans"),
-           "global_pool": arguments.get("global_pool"),
+  given = {**{key: arguments.get(key) for key in ("in_chans", "global_pool")},
            "crop_mode": made.get("crop_mode"),
            "channels of input_size": (
                size[0] if isinstance(size, list) and size else None)}

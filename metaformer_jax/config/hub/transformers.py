@@ -1,4 +1,4 @@
-"""The config.json of Hugging Face transformers, and our hyper-parameters.
+"""The config.json of Hugging Face transformers, and our experiment.
 
 Reading and writing check each other: what one direction loses, the way back
 does not restore, and is reported.
@@ -7,22 +7,15 @@ does not restore, and is reported.
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from metaformer_jax.config import conversion
+from metaformer_jax.config.hub import kinds
 from metaformer_jax.config.schema import Experiment
-from metaformer_jax.models import registry, settings, spec
+from metaformer_jax.models import registry, settings
 
 log = logging.getLogger(__name__)
-
-Config = Mapping[str, Any]
-
-# Our activations by their names there.
-_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "relu2": "squared_relu",
-                "silu": "silu", "swish": "silu"}
-_ACTIVATION_NAMES = {ours: theirs for theirs, ours in _ACTIVATIONS.items()
-                     if theirs != "swish"}
 
 # Keys that do not change what trained weights compute.
 IGNORED = (
@@ -54,175 +47,7 @@ APPROXIMATE = ("embed_norm_eps",)
 _INITIAL = ("layer_scale_init_value",)
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-  """A model type of transformers.
-
-  Attributes:
-    row: of our table; what transformers cannot vary is as in it.
-    classes: a folder's "architectures" -> hyper-parameters that they fix; None
-      for a model without a head.
-    defaults: the keys that say what the model computes, with transformers'
-      values for a file that omits them.
-    same: our hyper-parameters with the same meaning, by their keys.
-    to_ours, to_theirs: the other ones; from all keys, from all settings.
-    n_labels: classes if a file does not say how many.
-    is_sized: whether it only takes images of the key image_size.
-  """
-
-  row: str
-  classes: Mapping[str, Mapping[str, Any] | None]
-  defaults: Config
-  same: Mapping[str, str]
-  to_ours: Callable[[Config], dict[str, Any]]
-  to_theirs: Callable[[Any], dict[str, Any]]
-  n_labels: int = 2
-  is_sized: bool = True
-
-  @property
-  def spec(self) -> spec.ModelSpec:
-    return registry.get_spec(self.row)
-
-  def ours(self, config: Config) -> settings.Family:
-    """The settings of a config with all keys."""
-    same = {ours: config[theirs] for theirs, ours in self.same.items()}
-    return self.spec.override(**same, **self.to_ours(config))
-
-  def theirs(self, ours: settings.Family) -> dict[str, Any]:
-    """Inverse of `ours`."""
-    return {"num_channels": 3, **self.to_theirs(ours),
-            **{key: getattr(ours, name) for key, name in self.same.items()}}
-
-
-def ratio(part: int, whole: int) -> float:
-  """A number of which int(whole * number) is the part."""
-  whole = max(whole, 1)
-  found = part / whole
-  return found if int(whole * found) == part else (part + 0.5) / whole
-
-
-def _poolformer_to_ours(config: Config) -> dict[str, Any]:
-  if not config["mlp_ratio"]:  # Ours has no MLPs then, and half of the norms.
-    raise ValueError("mlp_ratio: 0 is not above 0")
-  # Without LayerScale its initial value means nothing; ours of 0 is none.
-  initial = config["layer_scale_init_value"] or 1e-5
-  return {"in_patch_size": config["patch_sizes"][0],
-          "in_stride": config["strides"][0], "in_pad": config["padding"][0],
-          "token_mixers": ("pooling",) * len(config["depths"]),
-          "activation": _ACTIVATIONS.get(config["hidden_act"], "gelu"),
-          "layer_scale_init": initial if config["use_layer_scale"] else 0.0}
-
-
-def _poolformer_to_theirs(ours: settings.MetaFormer) -> dict[str, Any]:
-  n = len(ours.depths)
-  return {"num_encoder_blocks": n,
-          "patch_sizes": (ours.in_patch_size, *(3,) * (n - 1)),
-          "strides": (ours.in_stride, *(2,) * (n - 1)),
-          "padding": (ours.in_pad, *(1,) * (n - 1)),
-          "hidden_act": _ACTIVATION_NAMES.get(ours.activation),
-          "use_layer_scale": bool(ours.layer_scale_init),
-          "layer_scale_init_value": ours.layer_scale_init or 1e-5}
-
-
-_POOLFORMER = Kind(
-    row="poolformer_s12",
-    classes={"PoolFormerForImageClassification": {}, "PoolFormerModel": None},
-    defaults={
-        "num_channels": 3, "pool_size": 3, "mlp_ratio": 4.0,
-        "depths": (2, 2, 6, 2), "hidden_sizes": (64, 128, 320, 512),
-        "num_encoder_blocks": 4, "patch_sizes": (7, 3, 3, 3),
-        "strides": (4, 2, 2, 2), "padding": (2, 1, 1, 1), "hidden_act": "gelu",
-        "use_layer_scale": True, "layer_scale_init_value": 1e-5},
-    same={"pool_size": "pool_size", "mlp_ratio": "mlp_ratio",
-          "depths": "depths", "hidden_sizes": "dims"},
-    to_ours=_poolformer_to_ours, to_theirs=_poolformer_to_theirs,
-    is_sized=False)
-
-
-def _vit(row: str, classes: Mapping[str, Mapping[str, Any] | None]) -> Kind:
-  return Kind(
-      row=row, classes=classes,
-      defaults={
-          "num_channels": 3, "hidden_size": 768, "num_hidden_layers": 12,
-          "num_attention_heads": 12, "intermediate_size": 3072,
-          "hidden_act": "gelu", "layer_norm_eps": 1e-12, "patch_size": 16,
-          "qkv_bias": True},
-      same={"hidden_size": "dim", "num_hidden_layers": "depth",
-            "num_attention_heads": "n_heads", "layer_norm_eps": "norm_eps",
-            "patch_size": "patch_size"},
-      to_ours=lambda config: {"mlp_ratio": ratio(
-          config["intermediate_size"], config["hidden_size"])},
-      to_theirs=lambda ours: {
-          "intermediate_size": int(ours.dim * ours.mlp_ratio),
-          "hidden_act": "gelu", "qkv_bias": True})
-
-
-def _resnet_to_ours(config: Config) -> dict[str, Any]:
-  kind = config["layer_type"]
-  if kind not in settings.RESNET_BLOCKS:
-    raise ValueError(f"layer_type: {conversion.shown(kind)} is not one of "
-                     f"{', '.join(settings.RESNET_BLOCKS)}")
-  _, (*_, expansion), _ = settings.RESNET_BLOCKS[kind]
-  return {"widths": tuple(n // expansion for n in config["hidden_sizes"])}
-
-
-def _resnet_to_theirs(ours: settings.ResNet) -> dict[str, Any]:
-  return {"hidden_sizes": tuple(n for _, n in ours.feature_info().values()),
-          "embedding_size": ours.widths[0], "hidden_act": "relu",
-          "downsample_in_first_stage": False, "downsample_in_bottleneck": False}
-
-
-_RESNET = Kind(
-    row="resnet50",
-    classes={"ResNetForImageClassification": {}, "ResNetModel": None},
-    defaults={
-        "num_channels": 3, "embedding_size": 64,
-        "hidden_sizes": (256, 512, 1024, 2048), "depths": (3, 4, 6, 3),
-        "layer_type": "bottleneck", "hidden_act": "relu",
-        "downsample_in_first_stage": False, "downsample_in_bottleneck": False},
-    same={"depths": "depths", "layer_type": "block"},
-    to_ours=_resnet_to_ours, to_theirs=_resnet_to_theirs, is_sized=False)
-
-
-def _pvt_to_theirs(ours: settings.PyramidVisionTransformer) -> dict[str, Any]:
-  sides = (ours.patch_size, *(2,) * (len(ours.depths) - 1))
-  # Newer versions take whole ratios only.
-  ratios = tuple(int(r) if r == int(r) else r for r in ours.mlp_ratios)
-  return {"num_encoder_blocks": len(ours.depths), "mlp_ratios": ratios,
-          "patch_sizes": sides, "strides": sides, "hidden_act": "gelu"}
-
-
-_PVT = Kind(
-    row="pvt_tiny",
-    classes={"PvtForImageClassification": {}, "PvtModel": None},
-    defaults={
-        "num_channels": 3, "num_encoder_blocks": 4, "depths": (2, 2, 2, 2),
-        "sequence_reduction_ratios": (8, 4, 2, 1),
-        "hidden_sizes": (64, 128, 320, 512), "patch_sizes": (4, 2, 2, 2),
-        "strides": (4, 2, 2, 2), "num_attention_heads": (1, 2, 5, 8),
-        "mlp_ratios": (8, 8, 4, 4), "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6, "qkv_bias": True},
-    same={"depths": "depths", "sequence_reduction_ratios": "sr_ratios",
-          "hidden_sizes": "dims", "num_attention_heads": "n_heads",
-          "layer_norm_eps": "norm_eps", "qkv_bias": "qkv_bias"},
-    to_ours=lambda config: {"mlp_ratios": config["mlp_ratios"],
-                            "patch_size": config["patch_sizes"][0],
-                            "embed_norm_eps": config["layer_norm_eps"]},
-    to_theirs=_pvt_to_theirs, n_labels=1000)
-
-KINDS: dict[str, Kind] = {
-    "poolformer": _POOLFORMER,
-    "vit": _vit("vit_base_patch16_224", {
-        "ViTForImageClassification": {}, "ViTModel": None}),
-    "deit": _vit("deit_base_distilled_patch16_224", {
-        "DeiTForImageClassification": {"dist_head": False},
-        "DeiTForImageClassificationWithTeacher": {}, "DeiTModel": None}),
-    "resnet": _RESNET,
-    "pvt": _PVT,
-}
-
-
-def read(config: Config, wanted: str | None = None) -> dict[str, Any]:
+def read(config: kinds.Config, wanted: str | None = None) -> dict[str, Any]:
   """The sections "model" and "task" of a config.json.
 
   Args:
@@ -234,10 +59,10 @@ def read(config: Config, wanted: str | None = None) -> dict[str, Any]:
     ValueError: what is wrong, or cannot be expressed, in one line.
   """
   name = config["model_type"]
-  if name not in [*KINDS]:
+  if name not in [*kinds.KINDS]:
     raise ValueError(f"model_type: {conversion.shown(name)} is not one of "
-                     f"{', '.join(KINDS)}")
-  kind = KINDS[name]
+                     f"{', '.join(kinds.KINDS)}")
+  kind = kinds.KINDS[name]
   fixed, has_head = _of_class(kind, config)
   given = {key: _convert(key, config[key], default) if key in config else
            default for key, default in kind.defaults.items()}
@@ -260,13 +85,14 @@ def read(config: Config, wanted: str | None = None) -> dict[str, Any]:
   return {"model": {"name": name, **overrides}, "task": task}
 
 
-def keys(config: Config) -> dict[str, str]:
+def keys(config: kinds.Config) -> dict[str, str]:
   """The keys of our hyper-parameters, for messages."""
-  return {ours: theirs for theirs, ours in KINDS[
+  return {ours: theirs for theirs, ours in kinds.KINDS[
       config["model_type"]].same.items()}
 
 
-def _of_class(kind: Kind, config: Config) -> tuple[Mapping[str, Any], bool]:
+def _of_class(kind: kinds.Kind,
+              config: kinds.Config) -> tuple[Mapping[str, Any], bool]:
   """What the class of the folder's model fixes, and whether it has a head."""
   names = config.get("architectures") or [next(iter(kind.classes))]
   if not (isinstance(names, list) and len(names) == 1
@@ -301,13 +127,14 @@ def _convert(key: str, value: Any, default: Any) -> Any:
   return "silu" if (key, value) == ("hidden_act", "swish") else value
 
 
-def _nearest(kind: Kind, ours: settings.Family,
+def _nearest(kind: kinds.Kind, ours: settings.Family,
              wanted: str | None) -> tuple[str, dict[str, Any]]:
-  """The row with most of the settings, and the others."""
+  """Of the rows that the type can express, the nearest; and what differs."""
   rows = {name: registry.get_spec(name) for name in (
       kind.row, *registry.list_models())}
   rows = {name: row for name, row in rows.items()
-          if row.family == kind.spec.family}
+          if row.family == kind.spec.family
+          and not _lost(kind, {}, row.settings)}
   if wanted in rows:
     rows = {wanted: rows[wanted]}
 
@@ -319,7 +146,7 @@ def _nearest(kind: Kind, ours: settings.Family,
   return best, different(best)
 
 
-def _labels(config: Config, default: int) -> tuple[int, list[str] | None]:
+def _labels(config: kinds.Config, default: int) -> tuple[int, list[str] | None]:
   """Number of the classes, and their names unless they are only numbers."""
   labels, n = config.get("id2label"), config.get("num_labels")
   if n is not None and (type(n) is not int or n < 0):
@@ -365,19 +192,18 @@ def write(cfg: Experiment, in_chans: int) -> dict[str, Any]:
   row = registry.get_spec(cfg.model.name)
   ours = row.override(**cfg.model.overrides())
   found = [(_lost(kind, fixed, ours), model_type, name)
-           for model_type, kind in KINDS.items()
+           for model_type, kind in kinds.KINDS.items()
            for name, fixed in kind.classes.items()
            if fixed is not None and kind.spec.family == row.family]
-  lost, model_type, name = min(found, key=lambda item: len(item[0]),
-                               default=(None,) * 3)
   if not found:
     raise ValueError(f"name: {row.name} is not a model of transformers")
+  lost, model_type, name = min(found, key=lambda item: len(item[0]))
   if lost:
     raise ValueError("; ".join(
         f"{key}: {conversion.shown(getattr(ours, key))}" for key in lost))
   names = cfg.task.class_names or [
       f"LABEL_{i}" for i in range(cfg.task.num_classes)]
-  kind, labels = KINDS[model_type], dict(enumerate(names))
+  kind, labels = kinds.KINDS[model_type], dict(enumerate(names))
   return {**kind.theirs(ours), "num_channels": in_chans,
           "architectures": [name], "model_type": model_type,
           "id2label": labels, "label2id": {n: i for i, n in labels.items()},
@@ -385,7 +211,7 @@ def write(cfg: Experiment, in_chans: int) -> dict[str, Any]:
           **({"image_size": cfg.task.image_size} if kind.is_sized else {})}
 
 
-def _lost(kind: Kind, fixed: Mapping[str, Any],
+def _lost(kind: kinds.Kind, fixed: Mapping[str, Any],
           ours: settings.Family) -> list[str]:
   """The settings that a class of models cannot express."""
   config = kind.theirs(ours)
