@@ -89,8 +89,7 @@ def entries(family: str, layout: str, names: Iterable[str]) -> dict[str, Entry]:
   paths = {name: name.partition("/")[2] for name in names}
   embedded = _stages_with("pos_embed", paths.values())
   found = {}
-  known = {**rules.RULES[family], **rules.READ_ONLY.get(family, {})}
-  for rule in known[layout]:
+  for rule in _readable(family)[layout]:
     leaves = rules.KINDS.get(rule.kind)
     for ours, theirs, laying in leaves or ((None, None, rule.kind),):
       template = rule.path if ours is None else f"{rule.path}/{ours}"
@@ -152,7 +151,7 @@ def recognize(family: str | None, keys: Iterable[str],
   """
   keys, names = set(keys), list(names)
   shared = {"flax": len(keys.intersection(names))}
-  for layout in {**_rules(family), **rules.READ_ONLY.get(family, {})}:
+  for layout in _readable(family):
     theirs = {key for entry in entries(family, layout, names).values()
               for key in entry.keys}
     shared[layout] = len(keys & theirs)
@@ -259,6 +258,10 @@ def _leaf(name: str, entry: Entry, tensors: Tensors, want: Any,
 
 def _rules(family: str | None) -> Mapping[str, Any]:
   return {} if family is None else rules.RULES[family]
+
+
+def _readable(family: str | None) -> Mapping[str, Any]:
+  return {**_rules(family), **rules.READ_ONLY.get(family, {})}
 
 
 def check_layout(family: str | None, layout: str) -> None:

@@ -86,7 +86,7 @@ def _output(args: argparse.Namespace) -> pathlib.Path:
   Raises:
     ConfigError: it is neither, or the folder exists.
   """
-  output = pathlib.Path(args.output)
+  output = paths.local("--output", args.output)
   if output.suffix == _FILE:
     return output
   if args.layout not in folders.LAYOUTS or output.suffix in _OTHER_FILES:
@@ -94,7 +94,7 @@ def _output(args: argparse.Namespace) -> pathlib.Path:
         f"--output: {args.output} does not end with {_FILE}; folders are "
         f"written with --layout={' or '.join(folders.LAYOUTS)}")
   try:
-    files.check_new(paths.local("", output))
+    files.check_new(output)
   except errors.ConfigError as e:
     raise errors.ConfigError(f"--output: {e}") from e
   return output
