@@ -21,6 +21,7 @@ from metaformer_jax.checkpoints import published as published_lib
 from metaformer_jax.config import derived, saved, schema
 from metaformer_jax.config import tasks as sections
 from metaformer_jax.config import weights as weights_lib
+from metaformer_jax.config.hub import folders
 from metaformer_jax.tasks import base
 
 log = logging.getLogger(__name__)
@@ -183,7 +184,7 @@ def experiment(weights: str | pathlib.Path, model: str | None = None,
     raise errors.ConfigError(f"{weights} is of {name}, not {model}")
   path = published_lib.locate(weights)
   with published_lib.advising(path):
-    cfg = saved.read_weights(path, allow_import)
+    cfg = saved.read_weights(path, allow_import, name)
   if cfg is not None:
     if name not in (None, cfg.model.name):
       raise errors.ConfigError(f"{weights} is of {cfg.model.name}, not {name}")
@@ -193,7 +194,9 @@ def experiment(weights: str | pathlib.Path, model: str | None = None,
     if name is None:
       raise errors.ConfigError(
           f"{weights}: does not record its model, and is not named after one; "
-          "name it, as in model='poolformer_s12' (--model=poolformer_s12)")
+          "name it, as in model='poolformer_s12' (--model=poolformer_s12)"
+          + ("; or give its folder, which has a config.json"
+             if folders.is_folder(path.parent) else ""))
     log.info("%s: taken for %s, by its name", path, name)
   return published(name), path
 
@@ -218,9 +221,9 @@ def load(weights: str | pathlib.Path, *, model: str | None = None,
 
   Args:
     weights: the name of a model for its published weights, downloaded if
-      necessary; a file of weights; or a run's workdir, its checkpoints folder
-      or one step in it. An existing path wins over a name; "./NAME" and a
-      `pathlib.Path` are always paths.
+      necessary; a file of weights; a folder that transformers or timm wrote; or
+      a run's workdir, its checkpoints folder or one step in it. An existing
+      path wins over a name; "./NAME" and a `pathlib.Path` are always paths.
     model: name of the model, for a file that does not record it.
     num_classes: of a new head, if not those of the weights.
     allow_import: names of modules of the user's own that the weights may name;

@@ -193,7 +193,8 @@ _DRAWS = tuple((re.compile(rf"(^|\.){pattern}$"), power, draw)
     (r"running_mean", 1, _normal(0.2)),
     (r"running_var", 2, _around(1, 0.5)),
     (r"random_matrix", 0, _mixing),
-    (r"(pos_embed\d?|cls_token|dist_token)", 1, _normal(0.2)),
+    (r"(pos_embed\d?|position_embeddings|(cls|dist|distillation)_token)", 1,
+     _normal(0.2)),
     (r"(layer_scale_\d|layer_scale\d\.scale|gamma_\d|ls\d)", 1,
      _around(0.3, 0.1)),
     # A bottleneck's last norm, which alone bounds a ResNet's branches.

@@ -110,7 +110,8 @@ def test_settings_that_the_weights_do_not_show(settings, tmp_path):
     with pytest.raises(errors.WeightsError, match=f"model.{key}: "):
       read()
   arguments = convert_arguments(path, tmp_path / "out.safetensors")
-  for layout in ("official", "timm"):
+  # timm computes PoolFormer's head in the other order.
+  for layout in ("official", "timm")[:1 if key == "head_norm_first" else 2]:
     with pytest.raises(errors.ConfigError, match=f"cannot express.*{key}: "):
       convert.main(dataclasses.replace(arguments, layout=layout))
   convert.main(arguments)

@@ -315,20 +315,8 @@ def read_variables(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     WeightsError: there is no checkpoint, or it is damaged.
   """
-  folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-  try:
-    steps = manifest.steps(folder)
-    step = (folder / str(steps[-1]) if steps else folder).absolute()
-    if not steps and not (step / manifest.NAME).is_file():
-      raise errors.WeightsError(
-          f"{path}: has no checkpoint; give a workdir, its checkpoints "
-          "folder or one complete step in it, or a file")
-    items = manifest.verify(step).items
-  except manifest.DamagedError as e:
-    raise errors.WeightsError(
-        f"{step}: is damaged or incomplete: {e}") from e
-  except errors.ConfigError as e:
-    raise errors.WeightsError(str(e)) from e
+  step, found = _verified(path)
+  items = found.items
   params = "ema_params" if "ema_params" in items else "params"
   log.info("%s: reading %s", step, params)
   reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
@@ -361,3 +349,31 @@ def _arrays(tree) -> dict[str, str]:
   return {
       sharding.path_name(path): f"{x.dtype}{list(x.shape)}"
       for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def read_metrics(path: pathlib.Path) -> dict[str, float]:
+  """The measures of the variables that `read_variables` reads; may be empty.
+
+  Raises:
+    WeightsError: as `read_variables`.
+  """
+  _, found = _verified(path)
+  return found.metrics
+
+
+def _verified(path: pathlib.Path) -> tuple[pathlib.Path, manifest.Manifest]:
+  """The folder of the step that a path means, and its manifest."""
+  folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+  try:
+    steps = manifest.steps(folder)
+    step = (folder / str(steps[-1]) if steps else folder).absolute()
+    if not steps and not (step / manifest.NAME).is_file():
+      raise errors.WeightsError(
+          f"{path}: has no checkpoint; give a workdir, its checkpoints "
+          "folder or one complete step in it, or a file")
+    return step, manifest.verify(step)
+  except manifest.DamagedError as e:
+    raise errors.WeightsError(
+        f"{step}: is damaged or incomplete: {e}") from e
+  except errors.ConfigError as e:
+    raise errors.WeightsError(str(e)) from e

@@ -13,6 +13,7 @@ from metaformer_jax import errors, imports
 from metaformer_jax.checkpoints import manager as checkpoints
 from metaformer_jax.checkpoints import published
 from metaformer_jax.config import paths, saved
+from metaformer_jax.config.hub import folders
 from metaformer_jax.config.model import Model
 from metaformer_jax.convert import adapt, files, layouts
 from metaformer_jax.models import registry
@@ -37,13 +38,15 @@ def load_pretrained(name: str, path: str | pathlib.Path | None = None, *,
       own.
     path: a .safetensors or .pth file in the official layout, timm's or Hugging
       Face transformers', recognised by its names; a safetensors file that
-      `tools.convert` wrote with the names used here; a run's workdir, its
-      checkpoints folder or one step in it (the moving average, if there is
-      one); or the name of a model for its published weights, downloaded if
-      necessary. By default the published weights of this model.
+      `tools.convert` wrote with the names used here; a folder that transformers
+      or timm wrote; a run's workdir, its checkpoints folder or one step in it
+      (the moving average, if there is one); or the name of a model for its
+      published weights, downloaded if necessary. By default the published
+      weights of this model.
     num_classes: of the model. If the file has another number, the last layer is
-      re-initialised; 0 omits the head, which the file may omit as well. By
-      default the run's or the published number, which the file must have.
+      re-initialised, and the whole head if it has none; 0 omits the head, which
+      the file may omit as well. By default the run's, the folder's or the
+      published number, which the file must have.
     in_chans: channels of the images. If not 3, those of the stem are summed or
       repeated as in timm.
     input_size: side, or height and width, of the images, by default the
@@ -71,8 +74,10 @@ def load_pretrained(name: str, path: str | pathlib.Path | None = None, *,
                   (spec.num_classes, spec.input_size))
   path = published.fetch(name) if path is None else published.locate(path)
   with published.advising(path):
-    made = saved.read_weights(path, allow_import)
+    made = saved.read_weights(path, allow_import, name)
   if made is not None:
+    if num_classes is None and made.task.num_classes == 0:
+      num_classes = 0
     n_made = made.task.num_classes or n_made
     size = made.task.input_size or size
     overrides = _with_defaults(made.model, name, overrides, path)
@@ -146,33 +151,58 @@ def read(path: str | pathlib.Path, family: str | None,
     kept: the part of `target` to return; all by default. The rest may be
       absent from the file.
     **head: new_head, other_classes and head_21k of `adapt.to_shape`. A head to
-      be re-initialised is absent from the result.
+      be re-initialised is absent from the result, and may be from the file.
 
   Raises:
     WeightsError: one line that begins with the path.
   """
   path = paths.local("", path, errors.WeightsError)
-  if path.is_dir():
-    tensors = layouts.flatten(checkpoints.read_variables(path))
-  else:
-    with published.advising(path):
-      tensors = files.read_tensors(path)
-  advice = {}  # An ordered set.
+  tensors = _read_tensors(path)
+  names = layouts.flatten(target)
+  heads = {name for name in names if adapt.is_in_head(name)}
+  advice, renewed = {}, set()  # The first is an ordered set.
 
   def to_shape(name, value, shape):
     value = adapt.to_shape(name, value, shape, image_size=image_size, **head)
-    if value is not None and value.shape != shape:
+    if value is None:
+      renewed.add(name)
+    elif value.shape != shape:
       advice[adapt.advice(name, value, shape)] = None
     return value
 
-  unwanted = () if kept is None else (
-      layouts.flatten(target).keys() - layouts.flatten(kept))
+  unwanted = set() if kept is None else names.keys() - layouts.flatten(kept)
   try:
-    return layouts.to_flax(family, tensors, target, to_shape,
-                           unwanted=unwanted)
+    variables = layouts.to_flax(family, tensors, target, to_shape,
+                                unwanted=unwanted, optional=heads)
   except errors.WeightsError as e:
     raise errors.WeightsError(
         "; ".join([f"{path}: {e}", *filter(None, advice)])) from e
+  absent = ", ".join(sorted(
+      names.keys() - layouts.flatten(variables) - unwanted - renewed))
+  if absent and not head.get("new_head"):
+    raise errors.WeightsError(
+        f"{path}: has no head ({absent}): num_classes sets the number of "
+        "classes of a new one, 0 omits it")
+  if absent:
+    log.info("%s: has no %s", path, absent)
+  return variables
+
+
+def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The tensors of a file, of a run, or of a folder with files."""
+  if not path.is_dir():
+    with published.advising(path):
+      return files.read_tensors(path)
+  where = None if saved.find_workdir(path) else folders.weights(path)
+  if where is None and folders.is_folder(path):
+    raise errors.WeightsError(
+        f"{path}: has a config.json, but no weights: {folders.WEIGHTS} or "
+        "pytorch_model.bin, or an index of several")
+  if where is None:
+    return layouts.flatten(checkpoints.read_variables(path))
+  if isinstance(where, pathlib.Path):
+    return files.read_tensors(where)
+  return files.read_shards(where)
 
 
 def merged(variables: Mapping[str, Any], other: Mapping[str, Any],

@@ -16,6 +16,7 @@ _NO_LIMITS = dict.fromkeys(("low", "high", "above", "choices", "own", "each"))
 # Steps are counted in int32, and runs compute in float32.
 _MAX_INT, _MIN_FLOAT, _MAX_FLOAT = 2**31 - 1, 2.0**-126, 2.0**128
 _MAX_LENGTH = 2**13  # Of a string or tuple; twice the longest path.
+_MAX_NAMES = 2**16  # Of a tuple of strings; ImageNet-21K has 21,841 classes.
 
 
 def shown(value: Any) -> str:
@@ -64,12 +65,13 @@ def convert(value, field):
     return _convert_one(value, base, field.metadata)
   if isinstance(value, str) or not isinstance(value, (tuple, list)):
     raise ValueError("is not a tuple")
-  if len(value) > _MAX_LENGTH:
-    raise ValueError(f"has more than {_MAX_LENGTH} items")
+  item = typing.get_args(kind)[0]
+  most = _MAX_NAMES if item is str else _MAX_LENGTH
+  if len(value) > most:
+    raise ValueError(f"has more than {most} items")
   length = field.metadata.get("length")
   if length is not None and len(value) != length:
     raise ValueError(f"has {len(value)} items, not {length}")
-  item = typing.get_args(kind)[0]
   if typing.get_origin(item) is tuple:
     if not all(isinstance(v, (tuple, list)) for v in value):
       raise ValueError("is not a tuple of tuples")

@@ -46,8 +46,9 @@ def _from_init(cfg: Experiment, allowed: own.Allowed) -> Experiment:
   if made is None:
     raise errors.ConfigError(
         f"config.model.name: is missing, and config.init = {cfg.init!r} "
-        + (weights.problem(cfg.init) or "neither records it, as workdirs and "
-           "files of tools.convert do, nor is named after a model"))
+        + (weights.problem(cfg.init) or "neither records it, as workdirs, "
+           "files of tools.convert and folders of transformers and timm do, "
+           "nor is named after a model"))
   keep = {k: v for k, v in vars(cfg.model).items() if v is not None}
   model = dataclasses.replace(made.model, **keep)
   cfg = dataclasses.replace(cfg, model=model)

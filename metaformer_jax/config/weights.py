@@ -67,7 +67,8 @@ def named_after(path: pathlib.Path) -> str | None:
   return next((name for name in names if name in known), None)
 
 
-def made(value: str, allowed: own.Allowed) -> Experiment | None:
+def made(value: str, allowed: own.Allowed,
+         model: str | None = None) -> Experiment | None:
   """The experiment that made the weights of `config.init`, if it is known.
 
   Published weights, and files that record nothing but are named after a model,
@@ -76,6 +77,7 @@ def made(value: str, allowed: own.Allowed) -> Experiment | None:
   Args:
     value: of `config.init`.
     allowed: modules that a file or folder may name in import paths.
+    model: as for `saved.read_weights`.
 
   Raises:
     ConfigError: as `saved.read_weights`.
@@ -83,7 +85,7 @@ def made(value: str, allowed: own.Allowed) -> Experiment | None:
   name = model_of(value)
   if name is None:
     path = paths.local("config.init", value)
-    recorded = saved.read_weights(path, allowed)
+    recorded = saved.read_weights(path, allowed, model)
     name = named_after(path) if path.is_file() else None
     if recorded or not name:
       return recorded

@@ -17,6 +17,7 @@ from metaformer_jax.models import positions
 log = logging.getLogger(__name__)
 
 _HEAD = re.compile(r"params/(head|head_dist|head/fc2)/(kernel|bias)")
+_HEADS = re.compile(r"params/head(_dist)?/.*")
 _STEM = re.compile(
     r"params/(stage1/downsample/conv|stage1/patch_embed/conv|stem/conv"
     r"|patch_embed)/kernel")
@@ -28,6 +29,11 @@ _TIED = re.compile(  # Over all pixels or patches.
 def is_head(name: str) -> bool:
   """Whether a flat name belongs to the layer that outputs the classes."""
   return _HEAD.fullmatch(name) is not None
+
+
+def is_in_head(name: str) -> bool:
+  """Whether a flat name belongs to what a model without classes lacks."""
+  return _HEADS.fullmatch(name) is not None
 
 
 def head_from_21k(value: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +50,40 @@ def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
       tensors: unsupported dtypes, NaN or infinite values, overflow of float32.
   """
   path = pathlib.Path(path)
-  tensors = _strip(_unwrap(path, _read(path)))
+  return _usable(path, _unwrap(path, _read(path)))
+
+
+def read_shards(where: Mapping[str, pathlib.Path]) -> dict[str, np.ndarray]:
+  """Returns the tensors of several files, as `read_tensors` one's.
+
+  Args:
+    where: the file of each tensor, as an index tells. It must name all that the
+      files have.
+
+  Raises:
+    WeightsError: as `read_tensors`; or a tensor is not in the file that the
+      index says, or in another one, too.
+  """
+  tensors, problems = {}, []
+  for path in dict.fromkeys(where.values()):
+    found = _unwrap(path, _read(path))
+    named = {name for name, place in where.items() if place == path}
+    problems += [f"{path.name} has no {name}" for name in
+                 sorted(named - found.keys())]
+    problems += [f"{path.name} has {_shown(name)}, which the index does not say"
+                 for name in found if name not in named]
+    tensors |= {name: found[name] for name in named & found.keys()}
+  folder = next(iter(where.values())).parent
+  if problems:
+    raise errors.WeightsError(one_line(
+        folder, f"its files are not those of its index: {'; '.join(problems)}"))
+  return _usable(folder, tensors)
+
+
+def _usable(path: pathlib.Path,
+            content: dict[Any, Any]) -> dict[str, np.ndarray]:
+  """The tensors of a state dict for the conversion; see `read_tensors`."""
+  tensors = _strip(content)
   problems, result = [], {}
   for name, value in tensors.items():
     try:
@@ -94,6 +128,51 @@ def write_safetensors(path: str | pathlib.Path,
       os.replace(partial, path)
     finally:
       partial.unlink(missing_ok=True)
+  except OSError as error:
+    raise errors.WeightsError(one_line(
+        path, f"cannot be written: {error.strerror or error}")) from error
+
+
+def check_new(path: pathlib.Path) -> None:
+  """Raises WeightsError if something is in the way of a new folder."""
+  try:
+    is_used = path.exists() and (not path.is_dir() or any(path.iterdir()))
+  except OSError as error:
+    raise errors.WeightsError(one_line(path, error.strerror)) from error
+  if is_used:
+    raise errors.WeightsError(one_line(
+        path, "exists and is not an empty folder; name a new one"))
+
+
+def write_folder(path: str | pathlib.Path, name: str,
+                 tensors: Mapping[str, np.ndarray],
+                 metadata: Mapping[str, str], texts: Mapping[str, str]) -> None:
+  """Writes a folder atomically: it has all its files or does not exist.
+
+  Args:
+    path: of the folder; it must not exist, or be empty.
+    name: of the safetensors file in it.
+    tensors, metadata: of that file.
+    texts: the other files, by their names.
+
+  Raises:
+    WeightsError: as `check_new`; or the folder cannot be written.
+  """
+  path = pathlib.Path(path).absolute()
+  check_new(path)
+  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  try:
+    try:
+      partial.mkdir()
+      write_safetensors(partial / name, tensors, metadata)
+      for file, text in texts.items():
+        with open(partial / file, "w", encoding="utf-8") as f:
+          f.write(text)
+          f.flush()
+          os.fsync(f.fileno())
+      os.replace(partial, path)
+    finally:
+      shutil.rmtree(partial, ignore_errors=True)
   except OSError as error:
     raise errors.WeightsError(one_line(
         path, f"cannot be written: {error.strerror or error}")) from error

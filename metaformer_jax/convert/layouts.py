@@ -5,7 +5,13 @@ the path of the module and its leaf.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Mapping,
+  Sequence,
+)
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,10 +51,27 @@ LAYINGS: dict[str, Laying] = {
 
 
 class Entry(NamedTuple):
-  """Name and axes of one of our leaves in a layout."""
+  """Names and axes of one of our leaves in a layout.
 
-  key: str
+  Several names are its equal parts along the last axis; none, if the layout
+  does not have it.
+  """
+
+  keys: tuple[str, ...]
   laying: str
+
+  def to_flax(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
+    """Our leaf of the tensors; ValueError if their shapes do not fit."""
+    parts = [LAYINGS[self.laying].to_flax(tensor) for tensor in tensors]
+    if len({part.shape for part in parts}) > 1:
+      raise ValueError("the parts have different shapes")
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
+
+  def to_torch(self, leaf: np.ndarray) -> dict[str, np.ndarray]:
+    """Inverse of `to_flax`: the tensors by their names."""
+    parts = np.split(leaf, len(self.keys), -1) if self.keys[1:] else [leaf]
+    return {key: LAYINGS[self.laying].to_torch(part)
+            for key, part in zip(self.keys, parts)}
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,25 +88,34 @@ def entries(family: str, layout: str, names: Iterable[str]) -> dict[str, Entry]:
   """The layout's entry for each of our flat names that it has."""
   paths = {name: name.partition("/")[2] for name in names}
   embedded = _stages_with("pos_embed", paths.values())
-  attention = _stages_with(r"block1/token_mixer/qkv", paths.values())
   found = {}
-  for rule in rules.RULES[family][layout]:
+  for rule in _readable(family)[layout]:
     leaves = rules.KINDS.get(rule.kind)
     for ours, theirs, laying in leaves or ((None, None, rule.kind),):
       template = rule.path if ours is None else f"{rule.path}/{ours}"
       pattern = re.compile(re.sub(r"{(\w)}", r"(?P<\1>\\d+)", template))
-      key = rule.key if theirs is None else f"{rule.key}.{theirs}"
+      keys = (rule.key,) if isinstance(rule.key, str) else rule.key
+      if theirs is not None:
+        keys = tuple(f"{key}.{theirs}" for key in keys)
       for name, path in paths.items():
         match = pattern.fullmatch(path)
         if not match or name in found:
           continue
         numbers = {k: int(v) for k, v in match.groupdict().items()}
-        is_attention = numbers.get("s") in attention
-        if rule.where == ("other" if is_attention else "attention"):
+        if rule.where and not _holds(rule.where, numbers, paths.values()):
           continue
-        found[name] = Entry(
-            key.format(**_derived(numbers, embedded)), laying)
+        numbers = _derived(numbers, embedded)
+        found[name] = Entry(tuple(key.format(**numbers) for key in keys),
+                            laying)
   return found
+
+
+def _holds(where: str, numbers: Mapping[str, int],
+           paths: Iterable[str]) -> bool:
+  """Whether a model with these paths fulfils `Rule.where`."""
+  path = where.removeprefix("not ").format(**numbers)
+  found = any(p == path or p.startswith(f"{path}/") for p in paths)
+  return found != where.startswith("not ")
 
 
 def _stages_with(what: str, paths: Iterable[str]) -> set[int]:
@@ -92,19 +124,17 @@ def _stages_with(what: str, paths: Iterable[str]) -> set[int]:
 
 
 def _derived(numbers: dict[str, int], embedded: set[int]) -> dict[str, int]:
-  """The numbers that a key may use: s, b, i, and s0, b0 counted from 0.
+  """The numbers that a key may use: s, b, i, and s0, b0, i0 counted from 0.
 
   In the official PoolFormer's list `network`, `embed` is the index of stage s's
   position embedding, if it has one, `blocks` that of its blocks, and `down`
   that of the downsampling before it.
   """
-  derived = dict(numbers)
-  if "b" in numbers:
-    derived["b0"] = numbers["b"] - 1
+  derived = numbers | {f"{key}0": n - 1 for key, n in numbers.items()}
   if "s" in numbers:
     s = numbers["s"]
     before = sum(stage < s for stage in embedded)
-    derived |= {"s0": s - 1, "down": 2 * s - 3 + before,
+    derived |= {"down": 2 * s - 3 + before,
                 "embed": 2 * s - 2 + before,
                 "blocks": 2 * s - 2 + before + (s in embedded)}
   return derived
@@ -121,21 +151,24 @@ def recognize(family: str | None, keys: Iterable[str],
   """
   keys, names = set(keys), list(names)
   shared = {"flax": len(keys.intersection(names))}
-  for layout in _rules(family):
-    theirs = {e.key for e in entries(family, layout, names).values()}
+  for layout in _readable(family):
+    theirs = {key for entry in entries(family, layout, names).values()
+              for key in entry.keys}
     shared[layout] = len(keys & theirs)
   best = max(shared, key=shared.get)
   if not shared[best]:
     shown = ", ".join(sorted(keys)[:3])
     raise errors.WeightsError(
         f"no tensor has a name that this model uses; its layouts are "
-        f"{', '.join(sorted(shared))}, the file has {shown}, ...")
+        f"{', '.join(sorted(['flax', *_rules(family)]))}, the file has "
+        f"{shown}, ...")
   return best
 
 
 def to_flax(family: str | None, tensors: Tensors, target: Mapping[str, Any],
             adapt: Adapt = lambda name, value, shape: value, *,
-            unwanted: Collection[str] = ()) -> dict[str, Any]:
+            unwanted: Collection[str] = (),
+            optional: Collection[str] = ()) -> dict[str, Any]:
   """Converts a whole model; each tensor is used once, each target filled.
 
   Args:
@@ -146,6 +179,8 @@ def to_flax(family: str | None, tensors: Tensors, target: Mapping[str, Any],
       If it returns None, the result omits the array.
     unwanted: flat names of the target that the result omits; the tensors may
       have them.
+    optional: flat names of a head, which the result omits if the tensors have
+      none of them, with what else belongs to the head in their layout.
 
   Returns:
     Variables of numpy arrays.
@@ -157,39 +192,26 @@ def to_flax(family: str | None, tensors: Tensors, target: Mapping[str, Any],
   target = flatten(target)
   layout = recognize(family, tensors, target)
   if layout == "flax":
-    where = {name: Entry(name, "same") for name in target}
+    where = {name: Entry((name,), "same") for name in target}
   else:
     where = entries(family, layout, target)
+  if layout.startswith("huggingface"):
+    tensors = {key: tensor for key, tensor in tensors.items()
+               if not rules.UNUSED.fullmatch(key)}
   unnamed = target.keys() - where
   if unnamed:
     raise errors.WeightsError(
         f"the {layout} layout has no name for {', '.join(sorted(unnamed))}")
-  used = {entry.key for entry in where.values()}
+  used = {key for entry in where.values() for key in entry.keys}
   unused = [f"{key} has no place" for key in sorted(tensors.keys() - used)]
+  omitted = {*unwanted, *_head(where, tensors, optional)}
   problems, made = [], {}
   for name, want in target.items():
-    key, laying = where[name]
-    if name in unwanted:
+    if name in omitted:
       continue
-    if key not in tensors:
-      if laying == "count":  # PyTorch before 0.4.1 did not save it.
-        made[name] = np.zeros(want.shape, want.dtype)
-      else:
-        problems.append(f"{key} is missing")
-      continue
-    tensor, laying = tensors[key], LAYINGS[laying]
-    if tensor.dtype.kind != np.dtype(want.dtype).kind:
-      problems.append(f"{key} is {tensor.dtype}, not {np.dtype(want.dtype)}")
-      continue
-    try:
-      value = adapt(name, laying.to_flax(tensor), want.shape)
-      fits = value is None or value.shape == want.shape
-    except ValueError:  # The tensor has another rank.
-      fits = False
-    if not fits:
-      need = laying.to_torch(_placeholder(want)).shape
-      problems.append(f"{key} is {list(tensor.shape)}, not {list(need)}")
-    elif value is not None:
+    value, wrong = _leaf(name, where[name], tensors, want, adapt)
+    problems += wrong
+    if value is not None:
       made[name] = np.asarray(value, want.dtype, order="C")
   if problems or unused:
     raise errors.WeightsError(
@@ -198,8 +220,48 @@ def to_flax(family: str | None, tensors: Tensors, target: Mapping[str, Any],
   return unflatten(made)
 
 
+def _head(where: Mapping[str, Entry], tensors: Tensors,
+          optional: Collection[str]) -> set[str]:
+  """The names of a head that the tensors do not have; see `to_flax`."""
+  if not optional or any(key in tensors for name in optional
+                         for key in where[name].keys):
+    return set()
+  return {*optional, *(name for name, entry in where.items() if not entry.keys)}
+
+
+def _leaf(name: str, entry: Entry, tensors: Tensors, want: Any,
+          adapt: Adapt) -> tuple[np.ndarray | None, list[str]]:
+  """One array of the result, or None to omit it; and what is wrong."""
+  missing = [key for key in entry.keys or [name] if key not in tensors]
+  if missing and entry.laying == "count":  # PyTorch before 0.4.1 had none.
+    return np.zeros(want.shape, want.dtype), []
+  if missing:
+    return None, [f"{key} is missing" for key in missing]
+  found = {key: tensors[key] for key in entry.keys}
+  dtype = np.dtype(want.dtype)
+  wrong = [f"{key} is {tensor.dtype}, not {dtype}"
+           for key, tensor in found.items() if tensor.dtype.kind != dtype.kind]
+  if wrong:
+    return None, wrong
+  try:
+    value = adapt(name, entry.to_flax(list(found.values())), want.shape)
+    fits = value is None or value.shape == want.shape
+  except ValueError:  # A tensor has another rank, or the parts differ.
+    fits = False
+  if fits:
+    return value, []
+  need = entry.to_torch(_placeholder(want))
+  return None, [
+      f"{key} is {list(tensor.shape)}, not {list(need[key].shape)}"
+      for key, tensor in found.items() if tensor.shape != need[key].shape]
+
+
 def _rules(family: str | None) -> Mapping[str, Any]:
   return {} if family is None else rules.RULES[family]
+
+
+def _readable(family: str | None) -> Mapping[str, Any]:
+  return {**_rules(family), **rules.READ_ONLY.get(family, {})}
 
 
 def check_layout(family: str | None, layout: str) -> None:
@@ -229,9 +291,8 @@ def to_torch(family: str | None, variables: Mapping[str, Any], layout: str,
     raise errors.WeightsError(
         f"the {layout} layout has no name for {', '.join(sorted(unnamed))}")
   return {
-      where[name].key: np.asarray(
-          LAYINGS[where[name].laying].to_torch(np.asarray(value)), order="C")
-      for name, value in flat.items()}
+      key: np.asarray(tensor, order="C") for name, value in flat.items()
+      for key, tensor in where[name].to_torch(np.asarray(value)).items()}
 
 
 def _placeholder(like) -> np.ndarray:

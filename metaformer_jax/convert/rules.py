@@ -6,6 +6,7 @@ them. A kind is that of a module, which has named leaves (`KINDS`), or that of a
 single leaf, which says how its axes differ (`layouts.LAYINGS`).
 """
 
+import re
 from typing import NamedTuple
 
 
@@ -14,14 +15,15 @@ class Rule(NamedTuple):
 
   Attributes:
     path: our path, without the collection.
-    key: the name in PyTorch.
+    key: the name in PyTorch. Several names are the equal parts of one of our
+      leaves, along its last axis; none, if the layout does not have it.
     kind: a name in `KINDS` or in `layouts.LAYINGS`.
-    where: "attention" for stages whose mixer is attention, "other" for the
-      rest, None for all.
+    where: a path that the model must have for the rule to apply or, after
+      "not ", must not have; None for all models.
   """
 
   path: str
-  key: str
+  key: str | tuple[str, ...]
   kind: str
   where: str | None = None
 
@@ -42,6 +44,7 @@ KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 
 _BLOCK = "stage{s}/block{b}"
+_ATTENTION = "stage{s}/block1/token_mixer/qkv"
 
 # sail-sg/poolformer: models/poolformer.py and models/metaformer.py.
 _POOLFORMER = (
@@ -63,17 +66,17 @@ _POOLFORMER = (
     Rule("head", "head", "dense"),
 )
 
-_HUGGINGFACE = "poolformer.encoder.block.{s0}.{b0}"
+_POOLFORMER_LAYER = "poolformer.encoder.block.{s0}.{b0}"
 
 # Hugging Face transformers: PoolFormerForImageClassification.
 _POOLFORMER_HUGGINGFACE = (
     Rule("stage{s}/downsample/conv",
          "poolformer.encoder.patch_embeddings.{s0}.projection", "conv"),
-    Rule(f"{_BLOCK}/norm1", f"{_HUGGINGFACE}.before_norm", "norm"),
-    Rule(f"{_BLOCK}/norm2", f"{_HUGGINGFACE}.after_norm", "norm"),
+    Rule(f"{_BLOCK}/norm1", f"{_POOLFORMER_LAYER}.before_norm", "norm"),
+    Rule(f"{_BLOCK}/norm2", f"{_POOLFORMER_LAYER}.after_norm", "norm"),
     Rule(f"{_BLOCK}/layer_scale{{i}}/scale",
-         f"{_HUGGINGFACE}.layer_scale_{{i}}", "same"),
-    Rule(f"{_BLOCK}/mlp/fc{{i}}", f"{_HUGGINGFACE}.output.conv{{i}}",
+         f"{_POOLFORMER_LAYER}.layer_scale_{{i}}", "same"),
+    Rule(f"{_BLOCK}/mlp/fc{{i}}", f"{_POOLFORMER_LAYER}.output.conv{{i}}",
          "pointwise"),
     Rule("norm", "norm", "norm"),
     Rule("head", "classifier", "dense"),
@@ -127,8 +130,9 @@ _METAFORMER_TIMM = (
     Rule(f"{_BLOCK}/token_mixer/proj", f"{_TIMM}.token_mixer.proj", "dense"),
     Rule(f"{_BLOCK}/layer_scale{{i}}", f"{_TIMM}.layer_scale{{i}}", "scale"),
     Rule(f"{_BLOCK}/res_scale{{i}}", f"{_TIMM}.res_scale{{i}}", "scale"),
-    Rule(f"{_BLOCK}/mlp/fc{{i}}", f"{_TIMM}.mlp.fc{{i}}", "dense", "attention"),
-    Rule(f"{_BLOCK}/mlp/fc{{i}}", f"{_TIMM}.mlp.fc{{i}}", "pointwise", "other"),
+    Rule(f"{_BLOCK}/mlp/fc{{i}}", f"{_TIMM}.mlp.fc{{i}}", "dense", _ATTENTION),
+    Rule(f"{_BLOCK}/mlp/fc{{i}}", f"{_TIMM}.mlp.fc{{i}}", "pointwise",
+         f"not {_ATTENTION}"),
     Rule(f"{_BLOCK}/mlp/act", f"{_TIMM}.mlp.act", "star_relu"),
     Rule("norm", "head.norm", "norm"),
     Rule("head", "head.fc", "dense"),
@@ -150,6 +154,36 @@ _VIT = (
     Rule("norm", "norm", "norm"),
     Rule("head", "head", "dense"),
     Rule("head_dist", "head_dist", "dense"),
+)
+
+
+def _vit_huggingface(base: str, where: str) -> tuple[Rule, ...]:
+  """Of a model without its heads, which is called `base`."""
+  layer = f"{base}.encoder.layer.{{b0}}"
+  attention = f"{layer}.attention.attention"
+  return tuple(Rule(*rule, where) for rule in (
+      ("patch_embed", f"{base}.embeddings.patch_embeddings.projection", "conv"),
+      ("cls_token", f"{base}.embeddings.cls_token", "same"),
+      ("pos_embed", f"{base}.embeddings.position_embeddings", "same"),
+      ("block{b}/norm1", f"{layer}.layernorm_before", "norm"),
+      ("block{b}/norm2", f"{layer}.layernorm_after", "norm"),
+      ("block{b}/attn/qkv", (f"{attention}.query", f"{attention}.key",
+                             f"{attention}.value"), "dense"),
+      ("block{b}/attn/proj", f"{layer}.attention.output.dense", "dense"),
+      ("block{b}/mlp/fc1", f"{layer}.intermediate.dense", "dense"),
+      ("block{b}/mlp/fc2", f"{layer}.output.dense", "dense"),
+      ("norm", f"{base}.layernorm", "norm")))
+
+
+# Hugging Face transformers, as files have it: ViTForImageClassification,
+# DeiTForImageClassification, DeiTForImageClassificationWithTeacher.
+_VIT_HUGGINGFACE = (
+    *_vit_huggingface("vit", "not dist_token"),
+    *_vit_huggingface("deit", "dist_token"),
+    Rule("dist_token", "deit.embeddings.distillation_token", "same"),
+    Rule("head", "classifier", "dense", "not head_dist"),
+    Rule("head", "cls_classifier", "dense", "head_dist"),
+    Rule("head_dist", "distillation_classifier", "dense"),
 )
 
 # timm: models/mlp_mixer.py.
@@ -197,6 +231,23 @@ _RESNET = (
     Rule("head", "fc", "dense"),
 )
 
+_RESNET_LAYER = "resnet.encoder.stages.{s0}.layers.{b0}"
+
+# Hugging Face transformers: ResNetForImageClassification.
+_RESNET_HUGGINGFACE = (
+    Rule("stem/conv", "resnet.embedder.embedder.convolution", "conv"),
+    Rule("stem/norm", "resnet.embedder.embedder.normalization", "norm"),
+    Rule(f"{_BLOCK}/conv{{i}}", f"{_RESNET_LAYER}.layer.{{i0}}.convolution",
+         "conv"),
+    Rule(f"{_BLOCK}/norm{{i}}", f"{_RESNET_LAYER}.layer.{{i0}}.normalization",
+         "norm"),
+    Rule(f"{_BLOCK}/downsample/conv", f"{_RESNET_LAYER}.shortcut.convolution",
+         "conv"),
+    Rule(f"{_BLOCK}/downsample/norm", f"{_RESNET_LAYER}.shortcut.normalization",
+         "norm"),
+    Rule("head", "classifier.1", "dense"),
+)
+
 # whai362/PVT: classification/pvt.py.
 _PVT = (
     Rule("stage{s}/patch_embed/conv", "patch_embed{s}.proj", "conv"),
@@ -214,14 +265,66 @@ _PVT = (
     Rule("head", "head", "dense"),
 )
 
+_PVT_LAYER = "pvt.encoder.block.{s0}.{b0}"
+_PVT_EMBED = "pvt.encoder.patch_embeddings.{s0}"
+
+# Hugging Face transformers: PvtForImageClassification.
+_PVT_HUGGINGFACE = (
+    Rule("stage{s}/patch_embed/conv", f"{_PVT_EMBED}.projection",
+         "conv"),
+    Rule("stage{s}/patch_embed/norm", f"{_PVT_EMBED}.layer_norm",
+         "norm"),
+    Rule("stage{s}/pos_embed", f"{_PVT_EMBED}.position_embeddings",
+         "same"),
+    Rule("stage{s}/cls_token", f"{_PVT_EMBED}.cls_token", "same"),
+    Rule(f"{_BLOCK}/norm{{i}}", f"{_PVT_LAYER}.layer_norm_{{i}}", "norm"),
+    Rule(f"{_BLOCK}/attn/q", f"{_PVT_LAYER}.attention.self.query", "dense"),
+    Rule(f"{_BLOCK}/attn/kv", (f"{_PVT_LAYER}.attention.self.key",
+                               f"{_PVT_LAYER}.attention.self.value"),
+         "dense"),
+    Rule(f"{_BLOCK}/attn/proj", f"{_PVT_LAYER}.attention.output.dense",
+         "dense"),
+    Rule(f"{_BLOCK}/attn/sr",
+         f"{_PVT_LAYER}.attention.self.sequence_reduction", "conv"),
+    Rule(f"{_BLOCK}/attn/norm", f"{_PVT_LAYER}.attention.self.layer_norm",
+         "norm"),
+    Rule(f"{_BLOCK}/mlp/fc{{i}}", f"{_PVT_LAYER}.mlp.dense{{i}}", "dense"),
+    Rule("norm", "pvt.encoder.layer_norm", "norm"),
+    Rule("head", "classifier", "dense"),
+)
+
+
 # ModelSpec.family -> layout -> rules.
 RULES: dict[str, dict[str, tuple[Rule, ...]]] = {
     "poolformer": {"official": _POOLFORMER, "timm": _METAFORMER_TIMM,
                    "huggingface": _POOLFORMER_HUGGINGFACE},
     "metaformer_baselines": {"official": _BASELINES, "timm": _METAFORMER_TIMM},
-    "vit": {"timm": _VIT},
+    "vit": {"timm": _VIT, "huggingface": _VIT_HUGGINGFACE},
     "mlp_mixer": {"timm": _MLP_MIXER},
     "resmlp": {"timm": _RESMLP_TIMM, "official": _RESMLP},
-    "resnet": {"timm": _RESNET},
-    "pvt": {"official": _PVT},
+    "resnet": {"timm": _RESNET, "huggingface": _RESNET_HUGGINGFACE},
+    "pvt": {"official": _PVT, "huggingface": _PVT_HUGGINGFACE},
 }
+
+_BASE = re.compile(r"(poolformer|vit|deit|resnet|pvt)\.")
+
+
+def _base(rule: Rule) -> Rule:
+  """The rule of a model without its head, as PoolFormerModel.
+
+  Its names are those that begin with "poolformer." in the whole model.
+  """
+  keys = (rule.key,) if isinstance(rule.key, str) else rule.key
+  return rule._replace(key=tuple(
+      _BASE.sub("", key, count=1) for key in keys if _BASE.match(key)))
+
+
+# The same for layouts that are only read.
+READ_ONLY = {
+    family: {"huggingface_base": tuple(map(_base, known["huggingface"]))}
+    for family, known in RULES.items() if "huggingface" in known}
+
+# Tensors that no classifier uses: of the pooler of ViTModel and DeiTModel, and
+# of pretraining on masked images.
+UNUSED = re.compile(r"((vit|deit)\.)?(pooler\.dense\.(weight|bias)"
+                    r"|embeddings\.mask_token)")

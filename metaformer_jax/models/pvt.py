@@ -26,12 +26,14 @@ class Attention(nn.Module):
     n_heads: must divide dim.
     sr_ratio: kernel and stride of the convolution; 1 for none.
     qkv_bias: whether queries, keys and values have a bias.
+    norm_eps: epsilon of the norm after the convolution.
     drop_rate: of its output.
   """
 
   n_heads: int
   sr_ratio: int = 1
   qkv_bias: bool = True
+  norm_eps: float = 1e-5
   drop_rate: float = 0.0
   dtype: DTypeLike | None = None
 
@@ -57,7 +59,7 @@ class Attention(nn.Module):
                   dtype=self.dtype, name="sr")(layers.apply_mask(y, mask))
       mask = layers.downsample_mask(mask, *y.shape[1:3], kernel_size=r,
                                     stride=r, padding=0)
-      y = norms.LayerNorm(dtype=self.dtype, name="norm")(y)
+      y = norms.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm")(y)
     # The output channels are ordered (k v, head, channel of the head).
     kv = dense(2 * dim, use_bias=self.qkv_bias, name="kv")(y)
     kv = kv.reshape(b, -1, 2, self.n_heads, dim // self.n_heads)
@@ -135,6 +137,7 @@ class Stage(nn.Module):
   patch_size: int
   blocks: Sequence[Callable[..., nn.Module]]
   class_token: bool = False
+  norm_eps: float = 1e-5
   drop_rate: float = 0.0
   dtype: DTypeLike | None = None
 
@@ -142,8 +145,8 @@ class Stage(nn.Module):
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
     x, mask = layers.Downsample(
         self.dim, self.patch_size, self.patch_size, 0,
-        post_norm=norms.LayerNorm, dtype=self.dtype, name="patch_embed")(
-            x, mask=mask, train=train)
+        post_norm=functools.partial(norms.LayerNorm, eps=self.norm_eps),
+        dtype=self.dtype, name="patch_embed")(x, mask=mask, train=train)
     b, h, w, dim = x.shape
     first = int(self.class_token)  # Index of the first patch.
     shape = ((1, first + h * w, dim) if self.is_initializing()
@@ -174,7 +177,8 @@ class PyramidVisionTransformer(settings.PyramidVisionTransformer, nn.Module):
     sr_ratios: how much each stage reduces keys and values; 1 in the last, which
       has the class token.
     patch_size: of the first stage; it is 2 in the others.
-    norm_eps: of the blocks' norms and the last; the others have 1e-5.
+    norm_eps: of the blocks' norms and the last; the others have
+      `embed_norm_eps` (Hugging Face has one epsilon for all).
     drop_rate: dropout of the tokens with their positions, in the attention's
       output and in the MLPs.
     drop_path_rate: of the last block; linear from 0 at the first.
@@ -198,7 +202,8 @@ class PyramidVisionTransformer(settings.PyramidVisionTransformer, nn.Module):
 
   def _stage(self, i: int, drop_path_rates: Sequence[float]) -> Stage:
     attention = functools.partial(
-        Attention, self.n_heads[i], self.sr_ratios[i], self.qkv_bias)
+        Attention, self.n_heads[i], self.sr_ratios[i], self.qkv_bias,
+        self.embed_norm_eps)
     return Stage(
         self.dims[i], patch_size=2 if i else self.patch_size,
         blocks=[
@@ -206,8 +211,8 @@ class PyramidVisionTransformer(settings.PyramidVisionTransformer, nn.Module):
                 Block, attention, self.mlp_ratios[i], rate, dtype=self.dtype,
                 norm_eps=self.norm_eps, drop_rate=self.drop_rate)
             for rate in drop_path_rates],
-        class_token=i + 1 == len(self.depths), drop_rate=self.drop_rate,
-        dtype=self.dtype, name=f"stage{i + 1}")
+        class_token=i + 1 == len(self.depths), norm_eps=self.embed_norm_eps,
+        drop_rate=self.drop_rate, dtype=self.dtype, name=f"stage{i + 1}")
 
   def _stages(self, x, mask, train) -> Iterator[tuple[jax.Array, Any, Any]]:
     layers.check_images(self, x, "stage1", "patch_embed", "conv")

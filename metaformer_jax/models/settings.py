@@ -267,6 +267,9 @@ class PyramidVisionTransformer(NormEps, Dropout, Family):
                            low=1, role="shape")
   qkv_bias: bool = option(True, "queries, keys and values have a bias",
                           role="shape")
+  embed_norm_eps: float = option(
+      1e-5, "epsilon of the norms of patches, and of reduced keys and values",
+      above=0)
 
   def feature_info(self) -> dict[str, tuple[int, int]]:
     return _pyramid(self.patch_size, self.dims)
@@ -344,6 +347,9 @@ class VisionTransformer(NormEps, OneMlp):
   n_heads: int = option(REQUIRED, "attention heads", low=1)
   distilled: bool = option(
       False, "a distillation token with a head of its own", role="shape")
+  dist_head: bool = option(
+      True, "distilled: the token has that head; False: it has none, and the "
+      "class token's gives the logits", role="shape")
 
   def check_structure(self) -> Iterator[str]:
     yield from limits.check_heads("dim", self.dim, self.n_heads)

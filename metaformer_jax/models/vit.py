@@ -99,6 +99,8 @@ class VisionTransformer(settings.VisionTransformer, nn.Module):
   Attributes:
     distilled: adds a distillation token with a head of its own. The logits, or
       without heads the tokens, are the mean of both, in training too.
+    dist_head: False omits that head; the output is the class token's alone
+      (Hugging Face's DeiTForImageClassification).
     drop_rate: dropout after positions, attention and in the MLPs.
     drop_path_rate: of the last block; linear from 0 at the first.
     num_classes: outputs of the head; 0 for the normed class token.
@@ -126,11 +128,15 @@ class VisionTransformer(settings.VisionTransformer, nn.Module):
       self.heads = [
           nn.Dense(self.num_classes, dtype=self.dtype,
                    kernel_init=layers.trunc_normal_02, name=name)
-          for name in ("head", "head_dist")[:self._n_prefix]]
+          for name in ("head", "head_dist")[:self._n_outputs]]
 
   @property
   def _n_prefix(self) -> int:
     return 2 if self.distilled else 1
+
+  @property
+  def _n_outputs(self) -> int:
+    return 2 if self.distilled and self.dist_head else 1
 
   @nn.compact
   def _embed(self, x, mask):
@@ -188,7 +194,7 @@ class VisionTransformer(settings.VisionTransformer, nn.Module):
                train: bool = False) -> jax.Array:
     """Returns logits [B, num_classes] for images and mask as in `features`."""
     prefix, _, _ = self._tokens(x, mask, train)
-    y = self.final_norm(prefix)
+    y = self.final_norm(prefix[:, :self._n_outputs])
     if self.num_classes:
       y = jnp.stack([head(y[:, i]) for i, head in enumerate(self.heads)], 1)
     return y.mean(1)

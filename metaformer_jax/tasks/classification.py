@@ -135,10 +135,13 @@ class Classification:
 
     Returns:
       {"classes": int [C], the most probable first; "probabilities": float32
-      [C], of these classes; "names": theirs, if they are known}.
+      [C], of these classes; "names": theirs, if they are known}. Of a model
+      without a head {"features": float32 [C]}, what it would be given.
     """
     del example
     logits = np.asarray(outputs, np.float32)
+    if not self.cfg.task.num_classes:
+      return {"features": logits}
     classes = np.argsort(-logits, kind="stable")
     exponents = np.exp(logits - logits.max())
     found = {"classes": classes,

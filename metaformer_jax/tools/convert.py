@@ -5,9 +5,15 @@ r"""Converts weights between PyTorch's layouts and ours:
         --layout=timm
 
 The layout of an input file is recognised by its names. The input may also be a
-run's workdir, its checkpoints folder or one step in it; then the model is that
-of the run. The output is safetensors, which timm and the official code load
-with strict=True.
+folder that transformers or timm wrote, or a run's workdir, its checkpoints
+folder or one step in it; then the model is that of the folder or the run.
+
+The output is safetensors, which timm and the official code load with
+strict=True; or, with --layout=huggingface or --layout=timm, a folder with
+config.json, weights and a model card, which the library loads by its name:
+
+    python -m metaformer_jax.tools.convert --input=runs/s24 \
+        --layout=huggingface --output=poolformer_s24
 """
 
 import argparse
@@ -15,56 +21,110 @@ import dataclasses
 import json
 import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from metaformer_jax import cli, errors, imports, inference
-from metaformer_jax.checkpoints import pretrained
-from metaformer_jax.config import saved, schema, typed
+from metaformer_jax.checkpoints import manager, pretrained
+from metaformer_jax.config import paths, saved, schema, typed
+from metaformer_jax.config.hub import card, folders, timm
 from metaformer_jax.convert import files, layouts
 from metaformer_jax.models import registry
 
 log = logging.getLogger("metaformer_jax.tools.convert")
 
+_FILE = ".safetensors"
+_OTHER_FILES = (".bin", ".ckpt", ".pt", ".pth", ".safetensor", ".tar")
+
 
 def main(args: argparse.Namespace) -> None:
   """Converts the weights that the command line names."""
-  if pathlib.Path(args.output).suffix != ".safetensors":
-    raise errors.ConfigError(
-        f"--output: {args.output} does not end with .safetensors")
+  output = _output(args)
   try:
     made, path = inference.experiment(args.input, args.model,
                                       args.allow_import)
   except errors.ConfigError as e:
     raise errors.ConfigError(f"--input: {e}") from e
-  name, overrides = made.model.name, made.model.overrides()
+  name, written = made.model.name, _written(made, args)
   own = imports.is_path(name)
-  spec = None if own else registry.get_spec(name)
-  family = None if own else spec.family
+  family = None if own else registry.get_spec(name).family
+  texts = None
   try:
     layouts.check_layout(family, args.layout)
-    if args.layout != "flax":
+    if output.suffix != _FILE:
+      texts = _texts(made, written, path, args)
+    elif args.layout != "flax":
       _check_expressible(made, args.layout)
     variables = pretrained.load_pretrained(
         name, path, num_classes=args.num_classes, in_chans=args.in_chans,
-        input_size=args.input_size or made.task.input_size,
-        head_21k=args.head_21k, allow_import=args.allow_import,
-        **overrides)
+        input_size=written.task.input_size, head_21k=args.head_21k,
+        allow_import=args.allow_import, **made.model.overrides())
   except ValueError as e:
     raise errors.ConfigError(f"command line: {e}") from e
   tensors = layouts.to_torch(
       family, jax.tree.map(np.asarray, variables), args.layout)
-  files.write_safetensors(args.output, tensors, {
-      "format": "pt", "model": name, "layout": args.layout,
-      saved.METADATA: _description(made, args)})
-  log.info("%s: %d tensors of %s in the %s layout", args.output, len(tensors),
+  metadata = {"format": "pt", "model": name, "layout": args.layout}
+  if written.task.num_classes != 0:  # An experiment has classes.
+    metadata[saved.METADATA] = _description(written)
+  if texts is None:
+    files.write_safetensors(output, tensors, metadata)
+  else:
+    files.write_folder(output, folders.WEIGHTS, tensors, metadata, texts)
+  log.info("%s: %d tensors of %s in the %s layout", output, len(tensors),
            name, args.layout)
-  if args.layout == "timm" and getattr(spec.settings, "head_norm_first", False):
-    log.warning(
-        "timm computes PoolFormer's head in another order than the paper's "
-        "code, mean before norm: its outputs will differ")
+  note = None if own else card.note(made, args.layout)
+  if note:
+    log.warning("%s", note)
+
+
+def _output(args: argparse.Namespace) -> pathlib.Path:
+  """Where to write: a file, or a folder in the layouts that have one.
+
+  Raises:
+    ConfigError: it is neither, or the folder exists.
+  """
+  output = paths.local("--output", args.output)
+  if output.suffix == _FILE:
+    return output
+  if args.layout not in folders.LAYOUTS or output.suffix in _OTHER_FILES:
+    raise errors.ConfigError(
+        f"--output: {args.output} does not end with {_FILE}; folders are "
+        f"written with --layout={' or '.join(folders.LAYOUTS)}")
+  try:
+    files.check_new(output)
+  except errors.ConfigError as e:
+    raise errors.ConfigError(f"--output: {e}") from e
+  return output
+
+
+def _texts(made: schema.Experiment, written: schema.Experiment,
+           path: pathlib.Path, args: argparse.Namespace) -> dict[str, str]:
+  """The files of a folder beside the weights.
+
+  They have the measures of a run, unless the arguments change its model.
+  """
+  is_run = saved.find_workdir(path) and written == made and args.in_chans == 3
+  measures = manager.read_metrics(path) if is_run else {}
+  try:
+    return folders.describe(written, args.layout, args.in_chans, measures)
+  except errors.ConfigError as e:
+    raise errors.ConfigError(f"--layout: {e}") from e
+
+
+def _written(made: schema.Experiment,
+             args: argparse.Namespace) -> schema.Experiment:
+  """The experiment of the output: that of the input, with the arguments."""
+  task, n = made.task, args.num_classes
+  if args.head_21k and n is None:
+    n = 1000
+  if n not in (None, task.num_classes):
+    task = dataclasses.replace(task, num_classes=n, class_names=None)
+  if args.input_size:
+    task = dataclasses.replace(task, image_size=args.input_size)
+  return dataclasses.replace(made, task=task)
 
 
 def _check_expressible(made: schema.Experiment, layout: str) -> None:
@@ -85,9 +145,12 @@ def _check_expressible(made: schema.Experiment, layout: str) -> None:
         model.init, jax.random.key(0), image))
 
   own = shapes()
+  differences = [key for key in settings.differences(published.settings)
+                 if (layout, published.family, key) != (
+                     "timm", *timm.APPROXIMATE)]
   hidden = [
       f"{key}: {getattr(published.settings, key)}, {getattr(settings, key)}"
-      for key in settings.differences(published.settings)
+      for key in differences
       if any(shapes(**{key: value}) == own for value in _instead(
           key, getattr(settings, key), getattr(published.settings, key)))]
   if hidden:
@@ -106,22 +169,15 @@ def _instead(key: str, value: Any, published: Any) -> list[Any]:
           for i in range(len(value)) if value[i] != published[i]]
 
 
-def _description(made: schema.Experiment, args: argparse.Namespace) -> str:
+def _description(cfg: schema.Experiment) -> str:
   """What a file records of its model, as JSON: for `inference.load`."""
-  task = made.task
-  if args.num_classes or args.head_21k:
-    n = args.num_classes or 1000
-    task = dataclasses.replace(task, num_classes=n, class_names=(
-        task.class_names if n == task.num_classes else None))
-  if args.input_size:
-    task = dataclasses.replace(task, image_size=args.input_size)
-  tree = typed.as_dict(dataclasses.replace(made, task=task))
+  tree = typed.as_dict(cfg)
   data = {key: tree["data"][key] for key in ("mean", "std")}
   return json.dumps({"task": tree["task"], "model": tree["model"],
                      "data": data})
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   """The command line."""
   parser = cli.Parser(__doc__, "convert")
   parser.add_argument("--model", help="a name of metaformer_jax.list_models(), "
@@ -129,8 +185,10 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--allow_import", default="", help="modules of your own "
                       "that the input may name, separated by commas")
   parser.add_argument("--input", required=True,
-                      help="safetensors, .pth, or a run's folder")
-  parser.add_argument("--output", required=True, help="a .safetensors file")
+                      help="safetensors, .pth, a folder of transformers or "
+                      "timm, or a run's")
+  parser.add_argument("--output", required=True, help="a .safetensors file, or "
+                      "a new folder")
   parser.add_argument(
       "--layout", default="official", help="of the output: official, timm, "
       "huggingface, or flax for our own names; not every model has each")
@@ -144,7 +202,7 @@ def parse() -> argparse.Namespace:
                       help="channels of the images")
   parser.add_argument("--input_size", type=int, help="side of the images, to "
                       "which position embeddings are resized")
-  return parser.parse_args()
+  return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -377,7 +377,7 @@ def _head(cfg: Experiment) -> dict[str, bool]:
   fine-tuning. Warns if config.model computes something else than the weights'
   model with the same names.
   """
-  made = weights.made(cfg.init, None)
+  made = weights.made(cfg.init, None, cfg.model.name)
   names = getattr(cfg.task, "class_names", None)
   head = {"head_21k": names in (None, imagenet.ids())}
   if made is None or made.task.name != cfg.task.name:

@@ -295,6 +295,9 @@ def test_tool_converts_a_run_with_its_settings(run, tmp_path):
   for found in written:
     assert_same(found, tensors)
   assert tensors["stages.0.0.norm1.num_batches_tracked"].shape == ()
+  # Measures, as a model card has them, are those of the step that is read.
+  metrics = manifest.read(run / "checkpoints" / "2").metrics
+  assert "top1" in metrics and checkpoints.read_metrics(run) == metrics
   with pytest.raises(errors.ConfigError, match=f"is of {NAME}, not resnet18"):
     tool(f"--input={run}", f"--output={out}", "--model=resnet18")
 

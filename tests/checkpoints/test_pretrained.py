@@ -179,7 +179,19 @@ def test_without_a_head_the_file_need_not_have_one(tmp_path, write):
       "metaformer_baselines", layouts.unflatten(want), "timm"), {})
   got = load("caformer_s18", bare, num_classes=0, **SMALL)
   assert not changed(got, want)
-  assert "head.fc.fc2.weight is missing" in refused(
+  # A new head is as another number of classes, and has to be asked for.
+  new = load("caformer_s18", bare, num_classes=10, **SMALL)
+  assert not changed({k: v for k, v in new.items() if "/head" not in k}, want)
+  fresh = load("caformer_s18", path, num_classes=7, **SMALL)
+  assert new.keys() == fresh.keys()
+  assert new["params/head/fc2/kernel"].std() == pytest.approx(0.02, rel=0.2)
+  assert "has no head (params/head/fc1/bias, " in refused(
+      "caformer_s18", bare, **SMALL)
+  # Only a whole head may be absent.
+  part = tensors_of("caformer_s18", "timm", **SMALL)
+  del part["head.fc.fc1.bias"]
+  files.write_safetensors(bare, part, {})
+  assert "head.fc.fc1.bias is missing" in refused(
       "caformer_s18", bare, num_classes=10, **SMALL)
 
 

@@ -237,7 +237,7 @@ def test_a_layout_that_is_not_known_suggests():
   variables = {"params": {"norm": {"scale": np.ones(2)}}}
   with pytest.raises(errors.WeightsError, match="did you mean official"):
     layouts.to_torch("poolformer", variables, "oficial")
-  with pytest.raises(errors.WeightsError, match="flax, timm"):
+  with pytest.raises(errors.WeightsError, match="flax, huggingface, timm"):
     layouts.to_torch("vit", variables, "h")
   with pytest.raises(errors.WeightsError, match="no name for params/mine"):
     layouts.to_torch("poolformer", {"params": {"mine": np.ones(2)}}, "timm")
