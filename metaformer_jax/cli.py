@@ -126,6 +126,8 @@ def one_line_errors():
       print(f"{type(e).__name__}: {errors.one_line(e)}", file=sys.stderr,
             flush=True)
       sys.exit(e.exit_code)
+    except KeyboardInterrupt:  # `ending` has said it.
+      sys.exit(errors.Preempted.exit_code)
     except BrokenPipeError:  # The reader of stdout has ended, as of `| head`.
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       sys.exit(1)

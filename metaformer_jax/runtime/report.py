@@ -160,7 +160,7 @@ class Progress:
     if self._bar is None:
       # tqdm shows no bar in a terminal of 0 rows, which is one of unknown size.
       self._bar = tqdm.tqdm(total=self._total, initial=self._step,
-                            unit=" step", ncols=_columns(), nrows=20)
+                            unit="step", ncols=_columns(), nrows=20)
       self._redirection.enter_context(tqdm_logging.logging_redirect_tqdm())
     else:
       self._bar.ncols = _columns()  # The window may have another size now.

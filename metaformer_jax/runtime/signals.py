@@ -70,7 +70,8 @@ class Listener:
 def ending() -> Listener:
   """Within it, a signal ends the process, with one line and without saving.
 
-  The main thread ends in order, but it may be in a compiler.
+  The main thread gets a KeyboardInterrupt. It may be in a compiler: if it has
+  not ended soon, the process does.
   """
   told = threading.Event()
 
@@ -82,8 +83,8 @@ def ending() -> Listener:
     os._exit(errors.Preempted.exit_code)
 
   def leave_main():
-    told.wait(_GRACE_SECONDS)  # It may end before the line is written.
-    sys.exit(errors.Preempted.exit_code)
+    told.wait(_GRACE_SECONDS)  # Or it could end before the line is written.
+    raise KeyboardInterrupt
 
   return Listener(leave, leave_main)
 

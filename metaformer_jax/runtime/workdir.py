@@ -60,7 +60,8 @@ def hold(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def claim(cfg: Experiment, workdir: pathlib.Path, parameters: str = "") -> None:
+def claim(cfg: Experiment, workdir: pathlib.Path,
+          parameters: str | None = None) -> None:
   """Writes the experiment to the workdir, which must be held.
 
   What a run without any checkpoint has left is deleted: a mistake in a config
@@ -69,7 +70,7 @@ def claim(cfg: Experiment, workdir: pathlib.Path, parameters: str = "") -> None:
   Args:
     cfg: the experiment.
     workdir: of the run.
-    parameters: what to write to parameters.txt.
+    parameters: what to write to parameters.txt, if anything.
 
   Raises:
     ConfigError: it has a run of another experiment, or cannot be written.
@@ -95,7 +96,8 @@ def claim(cfg: Experiment, workdir: pathlib.Path, parameters: str = "") -> None:
         _clear(workdir)
   with _writing():
     write(path, typed.to_json(cfg))
-    write(workdir / "parameters.txt", parameters)
+    if parameters is not None:
+      write(workdir / "parameters.txt", parameters)
     _note_modules(cfg, workdir)
 
 

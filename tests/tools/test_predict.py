@@ -118,3 +118,20 @@ def test_a_reader_may_end_early(weights, photos):
       capture_output=True, cwd=command_line.ROOT, timeout=120)
   assert done.stdout == "image,class,name,probability\n"
   assert "Traceback" not in done.stderr and "Error" not in done.stderr
+
+
+def test_the_console_command(weights, photos, monkeypatch, capsys):
+  """As setup.py names it."""
+  assert "metaformer-predict = metaformer_jax.tools.predict:console" in (
+      command_line.ROOT / "setup.py").read_text()
+  monkeypatch.setattr(sys, "argv", ["/bin/metaformer-predict", "--help"])
+  with pytest.raises(SystemExit):
+    predict.console()
+  assert capsys.readouterr().out.startswith("usage: metaformer-predict ")
+  monkeypatch.setattr(sys, "argv", [
+      "/bin/metaformer-predict", f"--weights={weights}", "nothing.jpg"])
+  with pytest.raises(SystemExit) as e:
+    predict.console()
+  assert e.value.code == errors.ConfigError.exit_code
+  assert capsys.readouterr().err == (
+      "ConfigError: nothing.jpg: does not exist\n")
