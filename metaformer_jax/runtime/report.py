@@ -37,11 +37,12 @@ def plan(cfg: Experiment, abstract_state, frozen: Container[str], mesh,
   n_params = sum(x.size for x in jax.tree.leaves(params))
   device = mesh.devices.flat[0]
   size = cfg.task.input_size
-  n_processes = jax.process_count()
+  n_processes, n_classes = jax.process_count(), cfg.task.num_classes
   summary = _table({
       "model": f"{cfg.model.name}, {n_params:,} parameters, {cfg.model.dtype}",
       "data": f"{cfg.data.source}: {n_train:,} to train, {n_eval:,} to "
-              "evaluate" + (f", {size[0]}x{size[1]}" if size else ""),
+              "evaluate" + (f", {size[0]}x{size[1]}" if size else "")
+              + (f", {n_classes:,} classes" if n_classes else ""),
       "steps": f"{total_steps:,} of {train.batch_size} images"
                + (f" in {train.accumulate} micro-batches"
                   if train.accumulate > 1 else "")
