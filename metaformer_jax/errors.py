@@ -131,7 +131,7 @@ def did_you_mean(name: str, valid: Iterable[str],
 
   The arguments are those of `nearest`.
   """
-  valid = sorted(valid)
+  valid = sorted(set(valid))
   if not valid:
     return ""
   shown = ", ".join(valid[:12]) + (", ..." if len(valid) > 12 else "")

@@ -26,7 +26,7 @@ SMALL = {"depths": (1, 1), "dims": (16, 32), "res_scale_init": (),
          "token_mixers": ("sepconv", "attention")}
 # Appended to the page's commands: the published model is too large here.
 REDUCED = [f"--config.model.{key}={value}" for key, value in SMALL.items()] + [
-    "--config.task.image_size=32"]
+    "--config.task.image_size=32", "--config.train.epochs=6"]
 
 
 def command(module, *words):
@@ -74,10 +74,10 @@ def test_fine_tuning_needs_a_folder_and_a_name(home, trained_run):
   assert cfg["task"]["num_classes"] == 3 and cfg["task"]["image_size"] == 32
   assert cfg["model"]["name"] == "caformer_s18"
   assert cfg["model"]["depths"] == [1, 1]
-  # 20, 20 and 20 + 1 bad image; 30 epochs of what is not held out.
+  # 20, 20 and 20 + 1 bad image; 6 epochs of what is not held out.
   summary = json.loads((home / "runs/photos/summary.json").read_text())
   assert summary["n_examples"] + summary["bad_images"] == 12
-  assert summary["step"] == round(30 * 49 / 32)
+  assert summary["step"] == round(6 * 49 / 32)
   assert "re-initialised with 3" in trained_run.stderr
 
 

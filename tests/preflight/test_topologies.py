@@ -68,7 +68,7 @@ def test_the_shape_for_every_power_of_two_has_that_many_chips():
     ("v5e-2", "nearest: v5e-"), ("v4-4", "nearest: v4-8"),
     ("v2-16", "nearest: v2-"), ("v5e-0", "nearest: v5e-1"),
     ("v5p-99999999999999999999", "nearest: v5p-16384"),
-    ("v9-8", "did you mean v"), ("gpu-8", "is not a known generation"),
+    ("v9-8", "valid: tpu7x, v2, v3"), ("gpu-8", "is not a known generation"),
     ("v5e", "is not the name of a slice"), ("v5e-", "is not the name"),
     ("v5e:2x4:1", "is not the name"), ("", "is not the name"),
     ("v5e:3x5", "hosts of 2x2"), ("v5p:2x4", "on 3 axes"),

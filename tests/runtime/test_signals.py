@@ -20,6 +20,14 @@ from metaformer_jax.training import evaluate
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def usual_effect():
+  """Of SIGINT, which a shell makes its background processes ignore."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 class Signalled(line_task.LineTask):
   """Sends SIGINT to this process while the batch of some steps is made."""
 
