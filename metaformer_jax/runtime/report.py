@@ -1,6 +1,7 @@
 """What the user sees of a run: the plan at its start, then its progress."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
@@ -11,6 +12,7 @@ from collections.abc import Container, Iterator, Sequence
 
 import jax
 import tqdm
+from clu import parameter_overview
 from tqdm.contrib import logging as tqdm_logging
 
 from metaformer_jax.config.schema import Experiment
@@ -106,19 +108,24 @@ def _largest(rows: dict[str, list[int]]) -> dict[str, list[int]]:
       f"{len(others)} others": [sum(column) for column in zip(*others)]}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+  """A row of parameters.txt."""
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: str
+  size: int
+  note: str
+
+
 def parameters(params, frozen: Container[str] = ()) -> str:
-  """A line for each parameter, as in parameters.txt; arguments: `modules`."""
-  rows = [("name", "shape", "dtype", "parameters", "")]
-  rows += [(name, "x".join(map(str, x.shape)) or "scalar", str(x.dtype),
-            f"{x.size:,}", "frozen" if name in frozen else "")
-           for name, x in _named(params)]
-  n = sum(x.size for _, x in _named(params))
-  rows.append(("total", "", "", f"{n:,}", ""))
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  return "".join("  ".join(
-      cell.rjust(width) if i == 3 else cell.ljust(width)
-      for i, (cell, width) in enumerate(zip(row, widths))).rstrip() + "\n"
-                 for row in rows)
+  """A table of all parameters, as in parameters.txt; arguments: `modules`."""
+  rows = [_Parameter(name, x.shape, str(x.dtype), x.size,
+                     "frozen" if name in frozen else "")
+          for name, x in _named(params)]
+  total = sum(row.size for row in rows)
+  return f"{parameter_overview.make_table(rows)}\nTotal: {total:,}\n"
 
 
 def _named(params) -> list[tuple[str, jax.ShapeDtypeStruct]]:
