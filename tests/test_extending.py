@@ -70,7 +70,6 @@ def test_its_tests_run(folder):
   assert "2 passed" in out, out
 
 
-@pytest.mark.slow
 def test_it_is_trained_and_compared_with_pooling(folder):
   run(folder, "metaformer_jax.tools.study", "--config=compare_mixers.py",
       "--workdir=runs/mixers", "--seeds=0", "--set", "train.epochs=3.0",
@@ -123,6 +122,7 @@ def test_the_norm_normalises(folder):
   assert np.isfinite(model.apply(variables, x)).all()
 
 
+@pytest.mark.slow
 def test_the_task_learns_in_one_file(folder):
   run(folder, "metaformer_jax.main", "--config=my_task.py",
       "--workdir=runs/read", "--config.task.delta=0.5")
