@@ -244,6 +244,23 @@ def test_an_evaluation_split_is_used_if_there_is_one(tmp_path):
   assert held_out(tmp_path, eval_split="test")[1] == {"test/b/3.jpg"}
 
 
+def test_numbered_classes_are_held_out_as_well(tmp_path):
+  write(tmp_path, *(f"{n}/{i}.jpg" for n in (0, 2) for i in range(5)))
+  data = schema.Data(source="folder", path=str(tmp_path), eval_fraction=0.2)
+  source = sources.create(data, "eval", numbered=True)
+  assert sorted(label for _, label in named(source)) == [0, 2]
+
+
+def test_a_split_that_cannot_be_read_is_a_line(tmp_path, monkeypatch):
+  write(tmp_path, "train/a/1.jpg")
+
+  def refuse(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+  monkeypatch.setattr(os, "scandir", refuse)
+  fails(lambda: folder_source(tmp_path), "config.data.path", "Permission")
+
+
 def test_a_class_may_be_called_like_a_split(tmp_path):
   """A split holds folders; a class holds images."""
   files = [f"{name}/{i}.jpg" for name in ("car", "test", "train", "val")

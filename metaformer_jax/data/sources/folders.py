@@ -164,10 +164,16 @@ def splits(data: schema.Data) -> Splits:
   the latter, `data.eval_fraction` of the training split's images is held out;
   then, if there is no training folder either, the class folders may be in
   `data.path` itself. The folders need not exist, except for that.
+
+  Raises:
+    ConfigError: a folder cannot be read.
   """
   root = pathlib.Path(data.path).expanduser()
-  train = _first_split(root, data.train_split, _TRAIN)
-  evaluation = _first_split(root, data.eval_split, _EVAL)
+  try:
+    train = _first_split(root, data.train_split, _TRAIN)
+    evaluation = _first_split(root, data.eval_split, _EVAL)
+  except OSError as e:
+    raise errors.ConfigError(f"config.data.path: {data.path}: {e}") from e
   if data.eval_fraction is not None and evaluation is None:
     return Splits(train or root, None)
   return Splits(train or root / _TRAIN[0], evaluation or root / _EVAL[0])
@@ -207,7 +213,7 @@ def create(data: schema.Data, train: bool, numbered: bool = False,
         raise errors.ConfigError(
             f"config.data.eval_split: {root} has the folder {name!r}, which "
             "is not the number of a class")
-    return ClassFolders(root, [str(i) for i in range(1 + max(map(int, found)))])
+    names = [str(i) for i in range(1 + max(map(int, found)))]
   part = None if where.evaluation else Part(
       data.eval_fraction, data.eval_seed, held_out=not train)
   return ClassFolders(root, names or class_names(where.train), part)
