@@ -4,15 +4,15 @@ import gc
 import os
 import tempfile
 
+import fast_compilation
+
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""),
      "--xla_force_host_platform_device_count=8",
      # On a busy machine a device may keep the others waiting for long; XLA
      # would end the process after 40 seconds.
      "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-     # Most of the time is compilation, and most programs run once.
-     "--xla_backend_optimization_level=0",
-     "--xla_cpu_use_fusion_emitters=false"]).strip()
+     fast_compilation.XLA_FLAGS]).strip()
 # Programs are many small objects that stay: collecting more often takes a
 # quarter of the time.
 gc.set_threshold(50_000, 20, 100)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import fast_compilation
 import small_runs
 
 from metaformer_jax.config import schema, tasks, typed
@@ -67,8 +68,7 @@ def environment(n_devices: int) -> dict[str, str]:
   """Of a process with that many fake devices."""
   return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS":
           f"--xla_force_host_platform_device_count={n_devices} "
-          "--xla_backend_optimization_level=0 "
-          "--xla_cpu_use_fusion_emitters=false"}
+          f"{fast_compilation.XLA_FLAGS}"}
 
 
 def said(folder: pathlib.Path, workdir: pathlib.Path, i: int = 0) -> str:

@@ -13,6 +13,7 @@ import subprocess
 import types
 import zipfile
 
+import fast_compilation
 import jax
 import nbclient
 import nbformat
@@ -98,8 +99,7 @@ def execute(folder, *injected):
   for source in injected:
     book.cells.insert(at + 1, nbformat.v4.new_code_cell(source))
   book.cells.append(nbformat.v4.new_code_cell(REPORT))
-  env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-         "--xla_cpu_use_fusion_emitters=false",
+  env = {**os.environ, "XLA_FLAGS": fast_compilation.XLA_FLAGS,
          "IPYTHONDIR": str(folder / "ipython")}
   client = nbclient.NotebookClient(
       book, timeout=600, kernel_name="python3",

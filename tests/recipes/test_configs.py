@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 
+import fast_compilation
 import numpy as np
 import pytest
 import shipped
@@ -154,8 +155,7 @@ def test_s24_trains_on_imagenet(form, imagenet, tmp_path):
        f"--config.log.compilation_cache={imagenet / 'cache'}", *data],
       cwd=ROOT, capture_output=True, text=True,
       env={**os.environ, "PYTHONPATH": str(ROOT),
-           "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-           "--xla_cpu_use_fusion_emitters=false"})
+           "XLA_FLAGS": fast_compilation.XLA_FLAGS})
   assert done.returncode == 0, done.stderr
   # grain's workers may have prepared another batch when they are terminated.
   told = re.sub(r".*leaked shared_memory objects.*\n.*\n", "", done.stderr)

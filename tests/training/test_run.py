@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import fast_compilation
 import jax
 import line_task
 import numpy as np
@@ -20,9 +21,6 @@ from metaformer_jax.runtime import devices, writers
 from metaformer_jax.tasks import classification
 from metaformer_jax.training import evaluate, loop
 
-# Compilation takes most of the time.
-FLAGS = ("--xla_backend_optimization_level=0 "
-         "--xla_cpu_use_fusion_emitters=false")
 ROOT = pathlib.Path(__file__).parents[2]
 
 # The quickstart in seconds: fewer, narrower blocks and few steps.
@@ -42,7 +40,8 @@ def start(*args, env=None, **kwargs):
   return subprocess.Popen(
       command(*args, **kwargs), cwd=ROOT, stderr=subprocess.PIPE,
       stdout=subprocess.PIPE, text=True,
-      env=env or {**os.environ, "XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT)})
+      env=env or {**os.environ, "XLA_FLAGS": fast_compilation.XLA_FLAGS,
+                  "PYTHONPATH": str(ROOT)})
 
 
 def run(*args, expect=0, **kwargs):
@@ -243,7 +242,8 @@ def test_the_second_start_compiles_nothing_again(tmp_path):
   flags = (f"--config.log.compilation_cache={cache}",
            "--config.train.steps=1")
   env = {k: v for k, v in os.environ.items()
-         if k != "JAX_COMPILATION_CACHE_DIR"} | {"XLA_FLAGS": FLAGS}
+         if k != "JAX_COMPILATION_CACHE_DIR"}
+  env["XLA_FLAGS"] = fast_compilation.XLA_FLAGS
   run(tmp_path / "a", *flags, env=env)
   compiled = sorted(p.name for p in cache.rglob("*-cache"))
   assert compiled
