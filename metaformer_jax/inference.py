@@ -21,7 +21,8 @@ from metaformer_jax.checkpoints import published as published_lib
 from metaformer_jax.config import derived, saved, schema
 from metaformer_jax.config import tasks as sections
 from metaformer_jax.config import weights as weights_lib
-from metaformer_jax.config.hub import folders
+from metaformer_jax.config.hub import folders as hub_folders
+from metaformer_jax.data.sources import folders
 from metaformer_jax.tasks import base
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Loaded:
     try:
       if isinstance(image, (str, pathlib.Path)):
         return self.task.preprocess(
-            pathlib.Path(image).expanduser().read_bytes())
+            folders.read_file(str(pathlib.Path(image).expanduser())))
       if isinstance(image, Image.Image):
         known = image.mode in ("L", "RGB", "RGBA") or (
             image.mode.startswith("I;16"))
@@ -196,7 +197,7 @@ def experiment(weights: str | pathlib.Path, model: str | None = None,
           f"{weights}: does not record its model, and is not named after one; "
           "name it, as in model='poolformer_s12' (--model=poolformer_s12)"
           + ("; or give its folder, which has a config.json"
-             if folders.is_folder(path.parent) else ""))
+             if hub_folders.is_folder(path.parent) else ""))
     log.info("%s: taken for %s, by its name", path, name)
   return published(name), path
 

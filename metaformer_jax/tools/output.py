@@ -1,6 +1,7 @@
 """How tools print rows: as a table, as JSON or as comma-separated values."""
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,9 @@ def write(rows: Rows, form: str, header: bool = True) -> None:
     form: "table"; "json": an object on each line; or "csv".
     header: csv: whether to begin with the names of the columns.
   """
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    # The name of a file may be any bytes; Python has them as surrogates.
+    sys.stdout.reconfigure(errors="surrogateescape")
   if form == "csv":
     writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
     if header:

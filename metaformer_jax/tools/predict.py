@@ -57,6 +57,9 @@ def main(args: argparse.Namespace) -> None:
                             allow_import=args.allow_import)
   except errors.ConfigError as e:
     raise errors.ConfigError(f"--weights: {e}") from e
+  if loaded.cfg.task.num_classes == 0:
+    raise errors.ConfigError(f"--weights: {args.weights} has no head, and so "
+                             "no classes; give weights with one")
   n_bad = 0
   with tqdm.tqdm(total=len(images), unit="image", ncols=79,
                  disable=not sys.stderr.isatty()) as bar:

@@ -147,7 +147,11 @@ class Run:
       log.info("%s\n", report.plan(
           cfg, program.shapes, program.frozen, mesh, train_data.n_examples,
           eval_data.n_examples, program.n_steps, workdir / "parameters.txt"))
-    state, record = _first_state(cfg, task, program, checkpoints, dog)
+    with errors.fitting_memory(
+        f"config.model: its state of {sharding.n_bytes(program.shapes):,} "
+        "bytes does not fit in memory; divide it among devices with "
+        "config.mesh.fsdp, or choose a smaller model"):
+      state, record = _first_state(cfg, task, program, checkpoints, dog)
     restored = int(jax.device_get(state.step))
     if first and restored:
       log.info("resumed %s at step %d", workdir, restored)
@@ -341,14 +345,6 @@ def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
      ones; a head with other classes is re-initialised.
   3. From scratch.
   """
-  with errors.fitting_memory(
-      f"config.model: its state of {sharding.n_bytes(program.shapes):,} bytes "
-      "does not fit in memory; divide it among devices with config.mesh.fsdp, "
-      "or choose a smaller model"):
-    return _make_state(cfg, task, program, checkpoints, dog)
-
-
-def _make_state(cfg, task, program, checkpoints, dog):
   shapes = program.shapes
   restored = checkpoints.latest_good()
   if restored is not None:

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 
 import command_line
 import drawings
+import hub_cases
 import pytest
 from test_inference import STAGES, variables_of, write
 
@@ -102,6 +104,27 @@ def test_mistakes_are_one_line(weights, photos, tmp_path, monkeypatch, capsys,
   with pytest.raises(errors.ConfigError) as caught:
     run(monkeypatch, capsys, *argv)
   assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_odd_files(weights, photos, tmp_path):
+  """A name that is not UTF-8 is printed as it is; a pipe is not waited for."""
+  name = os.fsencode(tmp_path) + b"/\xff.png"
+  with open(name, "wb") as file:
+    file.write(next(photos.rglob("*.png")).read_bytes())
+  os.mkfifo(tmp_path / "pipe.jpg")
+  done = subprocess.run(
+      [sys.executable, "-m", "metaformer_jax.tools.predict", "--csv", "--top=1",
+       f"--weights={weights}", tmp_path], capture_output=True, timeout=120,
+      cwd=command_line.ROOT)
+  assert done.stdout.splitlines()[1].startswith(name + b","), done
+  assert b"pipe.jpg is not a regular file" in done.stderr
+  assert b"Traceback" not in done.stderr
+
+
+def test_weights_without_a_head_are_a_line(photos, monkeypatch, capsys):
+  folder = hub_cases.GOLDEN / "poolformer_base"
+  with pytest.raises(errors.ConfigError, match="has no head"):
+    run(monkeypatch, capsys, photos, f"--weights={folder}")
 
 
 def test_no_usable_image_is_an_error(weights, photos, monkeypatch, capsys):

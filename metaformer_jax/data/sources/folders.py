@@ -103,11 +103,11 @@ class ClassFolders:
 
   def __getitem__(self, index: int) -> base.Record:
     path = self.path(index)
-    return {"image": _read_file(path), "label": int(self._labels[index]),
+    return {"image": read_file(path), "label": int(self._labels[index]),
             "path": path}
 
 
-def _read_file(path: str) -> bytes:
+def read_file(path: str) -> bytes:
   """A file's bytes; OSError if it is a pipe, a device or far too large."""
 
   def at_once(path, flags):  # Opening a pipe would wait for a writer.
