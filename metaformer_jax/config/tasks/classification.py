@@ -1,81 +1,27 @@
-"""The task section of an experiment: one dataclass per task, chosen by name.
-
-A section declares how images become examples, the loss, and the measures of
-its task; what all tasks share is in `schema`.
-"""
+"""The task section of image classification."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from metaformer_jax import errors
 from metaformer_jax.config import paths, policies
+from metaformer_jax.config.tasks import base
 from metaformer_jax.models.options import option
 
 if TYPE_CHECKING:
   from metaformer_jax.config.schema import Experiment
 
-# Larger values would run out of memory, or take for ever to start.
-_MAX_SIDE = 2**14  # Of an image, in pixels.
-_MAX_BATCH_BYTES = 2**40
 _MAX_OPERATIONS = 100  # Of RandAugment, per image.
 
 
-class Measure(NamedTuple):
-  """A figure that an evaluation reports.
-
-  Attributes:
-    name: as in the evaluation's result.
-    higher_is_better: the direction in which checkpoints are ranked by it.
-    is_fraction: it is in [0, 1], and tables show it in percent.
-  """
-
-  name: str
-  higher_is_better: bool
-  is_fraction: bool = False
-
-
 @dataclasses.dataclass(frozen=True)
-class Task:
-  """What every task section has.
-
-  Attributes:
-    MEASURES: by which checkpoints can be ranked, the default one first.
-    RESUMABLE: keys that may change when a run is resumed.
-  """
-
-  MEASURES: ClassVar[tuple[Measure, ...]]
-  RESUMABLE: ClassVar[tuple[str, ...]] = ()
-
-  name: str
-
-  @property
-  def input_size(self) -> tuple[int, int] | None:
-    """Height and width of the model's images; None if they vary."""
-    return None
-
-  @property
-  def num_classes(self) -> int | None:
-    """Classes that the model tells apart; None for a task without classes."""
-    return None
-
-  def check(self, cfg: "Experiment", files: bool) -> Iterator[str]:
-    """Yields a line per mistake that spans keys, or that is on disk.
-
-    Args:
-      cfg: the experiment that this section is in.
-      files: whether the files that it names must be on this machine.
-    """
-    del cfg, files
-    yield from ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Classification(Task):
+class Classification(base.Task):
   """Image classification: one label per image."""
 
-  MEASURES = (Measure("top1", True, is_fraction=True),
-              Measure("top5", True, is_fraction=True), Measure("loss", False))
+  MEASURES = (base.Measure("top1", True, is_fraction=True),
+              base.Measure("top5", True, is_fraction=True),
+              base.Measure("loss", False))
   RESUMABLE = ("eval_labels", "real_path")
 
   name: str = option("classification", "what is learned")
@@ -140,7 +86,8 @@ class Classification(Task):
     return self.image_size and (self.image_size, self.image_size)
 
   def check(self, cfg: "Experiment", files: bool) -> Iterator[str]:
-    yield from self._check_images(cfg)
+    if self.input_size is not None:
+      yield from base.check_images(cfg, "image_size", *self.input_size)
     for key in ("crop_area", "crop_ratio"):
       low, high = getattr(self, key)
       if low > high:
@@ -162,40 +109,9 @@ class Classification(Task):
       yield (f"config.task.real_path: {self.real_path!r} is not a file; give "
              "real.json of github.com/google-research/reassessed-imagenet")
 
-  def _check_images(self, cfg: "Experiment") -> Iterator[str]:
-    side = self.image_size
-    if side is None:
-      return
-    if side > _MAX_SIDE:
-      yield f"config.task.image_size: {side} is above the largest, {_MAX_SIDE}"
-      return
-    largest = _MAX_BATCH_BYTES // (3 * side**2)
-    for section in ("train", "eval"):
-      n = getattr(cfg, section).batch_size
-      if n > largest:
-        yield (f"config.{section}.batch_size: {n} images of {side} x {side} "
-               f"pixels are more than 1 TiB; largest: {largest}")
-
 
 def _is_file(path: str | None) -> bool:
   try:
     return path is not None and paths.local("", path).is_file()
   except errors.ConfigError:
     return False
-
-
-@dataclasses.dataclass(frozen=True)
-class Own(Task):
-  """The section of a user's own task until its module is imported.
-
-  Attributes:
-    name: import path of the task.
-    settings: the other keys of the section, which the task declares.
-  """
-
-  MEASURES = ()
-
-  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-TASKS: Mapping[str, type[Task]] = {"classification": Classification}

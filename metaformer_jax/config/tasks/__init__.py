@@ -1,0 +1,16 @@
+"""The task section of an experiment: one dataclass per task, chosen by name.
+
+A section declares how images become examples, the loss, and the measures of
+its task; what all tasks share is in `schema`.
+"""
+
+from collections.abc import Mapping
+
+from metaformer_jax.config.tasks import base, classification, segmentation
+
+Measure, Task, Own = base.Measure, base.Task, base.Own
+Classification = classification.Classification
+Segmentation = segmentation.Segmentation
+
+TASKS: Mapping[str, type[Task]] = {
+    "classification": Classification, "segmentation": Segmentation}
