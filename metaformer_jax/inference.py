@@ -1,5 +1,6 @@
 """Models with their weights, ready to use: `metaformer_jax.load`."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -134,11 +135,22 @@ class Loaded:
                batch_size: int,
                ) -> Iterator[dict[str, Any] | errors.DataError]:
     """The predictions for one batch of examples; errors are passed on."""
-    examples = [x for x in results if not isinstance(x, errors.DataError)]
-    if not examples:
-      yield from results
-      return
-    # A small batch is filled up, to have the shape of the others.
+    groups = collections.defaultdict(list)  # Of examples of the same shapes.
+    for i, result in enumerate(results):
+      if not isinstance(result, errors.DataError):
+        groups[base.signature(result)].append(i)
+    found = list(results)
+    for group in groups.values():
+      # Each size is compiled; that of all batches is the best if it fits.
+      n = batch_size if len(groups) == 1 else enough_for(len(group))
+      predicted = self._outputs([results[i] for i in group], n)
+      for i, outputs in zip(group, predicted):
+        found[i] = self.task.postprocess(outputs, results[i])
+    yield from found
+
+  def _outputs(self, examples: list[dict[str, np.ndarray]],
+               batch_size: int) -> Iterator[Any]:
+    """What the model gives for each of some examples of the same shapes."""
     filled = [*examples, *[examples[-1]] * (batch_size - len(examples))]
     with errors.fitting_memory(
         f"batch_size: {batch_size} images at a time do not fit in memory; "
@@ -146,14 +158,8 @@ class Loaded:
       batch = {name: np.stack([example[name] for example in filled])
                for name in examples[0]}
       outputs = jax.device_get(self._compiled(self.variables, batch))
-    rows = iter(range(len(examples)))
-    for result in results:
-      if isinstance(result, errors.DataError):
-        yield result
-      else:
-        i = next(rows)
-        yield self.task.postprocess(
-            jax.tree.map(lambda x, i=i: x[i], outputs), result)
+    for i in range(len(examples)):
+      yield jax.tree.map(lambda x, i=i: x[i], outputs)
 
   @functools.cached_property
   def _compiled(self):

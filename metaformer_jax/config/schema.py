@@ -75,7 +75,10 @@ class Optim:
   step_factor: float = option(0.1, "step: by this factor", above=0, high=1)
   weight_decay: float = option(
       0.05, "not applied to biases, norms and other vectors, nor to ViT's "
-      "position embedding and tokens", low=0)
+      "position embedding and tokens, unless decay_all", low=0)
+  decay_all: bool = option(
+      False, "weight decay of all parameters, as in mmsegmentation and "
+      "mmdetection")
   beta1: float = option(0.9, "adamw, lamb: decay of the first moment", low=0,
                         high=0.9999)
   beta2: float = option(0.999, "of the second", low=0, high=0.999999)

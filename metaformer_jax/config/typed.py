@@ -17,9 +17,10 @@ from metaformer_jax.config import conversion, model, tasks
 from metaformer_jax.config.schema import Experiment
 
 
-def default() -> ml_collections.ConfigDict:
+def default(task: str = tasks.Classification.name,
+            ) -> ml_collections.ConfigDict:
   """Every key of an experiment at its default, for a config file to change."""
-  return as_config(Experiment())
+  return as_config(Experiment(task=tasks.TASKS[task]()))
 
 
 def as_config(cfg: Any) -> ml_collections.ConfigDict:
@@ -63,7 +64,10 @@ def optional_keys() -> list[str]:
 
 
 def describe() -> list[str]:
-  """A line for each key: "section.key=default  meaning"."""
+  """A line for each key: "section.key=default  meaning".
+
+  A key that several tasks have is described as the first one declares it.
+  """
   return [f"{key}={f.default!r}  {f.metadata['help']}"
           for key, f in _fields(Experiment).items()]
 
@@ -101,8 +105,8 @@ def _fields(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
   found = {}
   for f in dataclasses.fields(cls):
     if f.type is tasks.Task:
-      for section in tasks.TASKS.values():
-        found |= _fields(section, f"{prefix}{f.name}.")
+      for section in reversed(tasks.TASKS.values()):  # The first one wins.
+        found = found | _fields(section, f"{prefix}{f.name}.")
     elif dataclasses.is_dataclass(f.type):
       found |= _fields(f.type, f"{prefix}{f.name}.")
     else:

@@ -6,11 +6,18 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 from flax import linen as nn
+from PIL import Image
 
 Variables = Mapping[str, Any]
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
 Rows = list[dict[str, Any]]
+
+
+def signature(batch: Batch) -> tuple:
+  """What tells the shapes of batches apart."""
+  return tuple(sorted((name, tuple(x.shape), str(x.dtype))
+                      for name, x in batch.items()))
 
 
 class Data(Protocol):
@@ -48,6 +55,9 @@ class Evaluator(Protocol):
   def result(self) -> dict[str, float]:
     """The measures over all that was added."""
 
+  def table(self) -> Rows:
+    """Measures in more detail, by class for example; it need not have them."""
+
 
 class Backbone(NamedTuple):
   """Where a task's model holds a network of the model table.
@@ -70,7 +80,7 @@ class Backbone(NamedTuple):
 
 
 # What a run asks of a task; `preprocess`, `postprocess` and `describe` are for
-# tools.
+# tools, and so is `pictures`, which a task need not have.
 REQUIRED = ("model", "pretrained", "rng_names", "init_inputs", "train_batches",
             "loss", "predict", "make_data", "make_evaluators")
 
@@ -141,4 +151,16 @@ class Task(Protocol):
 
     Returns:
       Rows of plain values with the same keys, the most certain one first.
+    """
+
+  def pictures(self, found: Mapping[str, Any], image: bytes | np.ndarray,
+               ) -> dict[str, Image.Image]:
+    """What `postprocess` gave, as pictures for a user.
+
+    Args:
+      found: of one image.
+      image: that image, as for `preprocess`.
+
+    Returns:
+      Pictures by name, "overlay" for example.
     """

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from metaformer_jax import errors, imports
+from metaformer_jax import imports
 from metaformer_jax.config import checks, derived, imagenet, typed
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.data import loader, sources
@@ -19,15 +19,8 @@ from metaformer_jax.data.sources import real_labels
 from metaformer_jax.data.transforms import classification as transforms
 from metaformer_jax.evaluation import topk
 from metaformer_jax.models import registry
-from metaformer_jax.tasks import base, mixing, own_models
-
-
-def normalize(image: jax.Array, mean, std) -> jax.Array:
-  """uint8 [..., 3] -> float32, with mean 0 and deviation 1 on the data set."""
-  shape = (1,) * (image.ndim - 1) + (-1,)
-  mean, std = (jnp.reshape(jnp.array(v, jnp.float32), shape)
-               for v in (mean, std))
-  return (image.astype(jnp.float32) / 255 - mean) / std
+from metaformer_jax.ops import images as image_ops
+from metaformer_jax.tasks import base, classes, mixing, own_models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +60,8 @@ class Classification:
         "replaced": jax.ShapeDtypeStruct((batch_size,), jnp.bool_)}]
 
   def _images(self, batch: base.Batch) -> jax.Array:
-    return normalize(batch["image"], self.cfg.data.mean, self.cfg.data.std)
+    data = self.cfg.data
+    return image_ops.normalize(batch["image"], data.mean, data.std)
 
   def loss(self, variables, batch, rngs, train):
     cfg = self.cfg.task
@@ -107,11 +101,7 @@ class Classification:
     labels = "split" if train else cfg.task.eval_labels
     source = sources.create(cfg.data, split, numbered=labels == "number",
                             names=cfg.task.class_names)
-    n, outputs = source.n_classes, cfg.task.num_classes
-    if n is not None and (n > outputs or (train and n < outputs)):
-      raise errors.ConfigError(
-          f"config.task.num_classes: {outputs}, but the {split} data has "
-          f"labels of {n} classes; None is the training data's number")
+    classes.check_number(source.n_classes, cfg, split)
     if labels == "real":
       source = real_labels.RealLabels(source, cfg.task.real_path,
                                       cfg.task.num_classes)
@@ -169,31 +159,6 @@ def create(cfg: Experiment,
   """As `tasks.create`."""
   cfg = derived.fill(cfg)
   own_models.check(cfg)
-  task = cfg.task
-  n, names = task.num_classes, task.class_names
-  if n is None or (names is None and files):
-    n, names = _classes(cfg, n)
-  cfg = dataclasses.replace(cfg, task=dataclasses.replace(
-      task, num_classes=n, class_names=names))
+  cfg = classes.fill(cfg, files)
   typed.refuse(checks.check(cfg, files=False))  # The settings with n outputs.
   return cfg, Classification(cfg)
-
-
-def _classes(cfg: Experiment,
-             outputs: int | None) -> tuple[int, tuple[str, ...] | None]:
-  """Number and names of the classes, from the training data."""
-  try:
-    n, names = sources.classes(cfg.data)
-  except errors.ConfigError as e:
-    if outputs is not None:  # `make_data` reports it, where data is needed.
-      return outputs, None
-    raise errors.ConfigError(
-        f"config.task.num_classes: None, and the classes cannot be counted: {e}"
-        ) from e
-  if outputs is None and n is None:
-    raise errors.ConfigError(
-        "config.task.num_classes: None, and config.data.source = "
-        f"{cfg.data.source} does not know the number of its classes; set it")
-  if outputs is None:
-    outputs = n
-  return outputs, tuple(names) if names and len(names) == outputs else None

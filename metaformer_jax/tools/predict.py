@@ -2,15 +2,21 @@ r"""Predicts what is on images:
 
     python -m metaformer_jax.tools.predict --weights=runs/mine photos/ cat.jpg
     python -m metaformer_jax.tools.predict --weights=caformer_s18 *.jpg --csv
+    python -m metaformer_jax.tools.predict --weights=runs/ade20k photos/ \
+        --output=predicted/
 
 --weights is the name of a model with published weights, a file of weights, or
 the folder of a run. In a folder, all images are taken, those of its subfolders
-included. Images that cannot be read are named, and passed over.
+included. Images that cannot be read are named, and passed over. --output writes
+what a segmentation model predicts as pictures: NAME.labels.png, whose values
+are the classes, and NAME.overlay.png, with a legend of their names.
 """
 
 import argparse
+import contextlib
 import logging
 import os
+import pathlib
 import sys
 import textwrap
 from typing import Any
@@ -27,25 +33,71 @@ from metaformer_jax.tools import output
 log = logging.getLogger("metaformer_jax.tools.predict")
 
 
-def find(paths: list[str]) -> list[str]:
+def find(paths: list[str]) -> dict[str, str]:
   """The files of images, and those of folders, in order.
+
+  Returns:
+    {path: its name below the folder that was given}, or its own name.
 
   Raises:
     ConfigError: a path does not exist, or a folder has no images.
   """
-  found = []
+  found = {}
   for path in paths:
     if os.path.isdir(path):
       inside = folders.image_files(path, "command line")
       if not inside:
         raise errors.ConfigError(
             f"{path}: has no images ({', '.join(folders.IMAGE_SUFFIXES)})")
-      found += [os.path.join(path, name) for name in inside]
+      found |= {os.path.join(path, name): name for name in inside}
     elif os.path.exists(path):
-      found.append(path)
+      found[path] = os.path.basename(path)
     else:
       raise errors.ConfigError(f"{path}: does not exist")
   return found
+
+
+class Pictures:
+  """Writes the pictures of predictions into a folder."""
+
+  def __init__(self, folder: str, task: base.Task, names: dict[str, str]):
+    """Takes the names of the images by path, as `find` returns them.
+
+    Raises:
+      ConfigError: the task has no pictures, the folder cannot be made, or two
+        images would be written under one name.
+    """
+    if not hasattr(task, "pictures"):
+      raise errors.ConfigError(
+          "--output: the weights are of a task whose predictions are not "
+          "pictures; omit it")
+    self._task, self._folder, self._names = task, pathlib.Path(folder), names
+    seen = {}
+    for path, name in names.items():
+      first = seen.setdefault(os.path.splitext(name)[0], path)
+      if first != path:
+        raise errors.ConfigError(
+            f"--output: {first} and {path} would be written under the same "
+            "name; predict them separately")
+    with self._one_line():
+      self._folder.mkdir(parents=True, exist_ok=True)
+
+  def write(self, path: str, found: dict[str, Any]) -> None:
+    """Writes what was found on the image at a path."""
+    pictures = self._task.pictures(found, folders.read_file(path))
+    stem = self._folder / os.path.splitext(self._names[path])[0]
+    with self._one_line():
+      stem.parent.mkdir(parents=True, exist_ok=True)
+      for name, picture in pictures.items():
+        picture.save(f"{stem}.{name}.png")
+
+  @contextlib.contextmanager
+  def _one_line(self):
+    try:
+      yield
+    except OSError as e:
+      raise errors.ConfigError(
+          f"--output: {self._folder} cannot be written: {e}") from e
 
 
 def main(args: argparse.Namespace) -> None:
@@ -60,14 +112,18 @@ def main(args: argparse.Namespace) -> None:
   if loaded.cfg.task.num_classes == 0:
     raise errors.ConfigError(f"--weights: {args.weights} has no head, and so "
                              "no classes; give weights with one")
+  pictures = args.output and Pictures(args.output, loaded.task, images)
   n_bad = 0
   with tqdm.tqdm(total=len(images), unit="image", ncols=79,
                  disable=not sys.stderr.isatty()) as bar:
     batch_size = min(args.batch_size, inference.enough_for(len(images)))
-    for i, found in enumerate(loaded.stream(images, batch_size)):
+    results = loaded.stream(images, batch_size)
+    for i, (path, found) in enumerate(zip(images, results)):
       with bar.external_write_mode():
-        n_bad += not _show(images[i], found, loaded.task, args,
-                           first=i == n_bad)
+        usable = _show(path, found, loaded.task, args, first=i == n_bad)
+      if usable and pictures:
+        pictures.write(path, found)
+      n_bad += not usable
       bar.update()
   if n_bad:
     message = f"{n_bad} of {len(images)} images cannot be used"
@@ -104,6 +160,8 @@ def parse() -> argparse.Namespace:
                       "for weights that do not record it")
   parser.add_argument("--top", type=_positive, default=5,
                       help="classes to show for each image, 5 by default")
+  parser.add_argument("--output", help="a folder for pictures of what a "
+                      "segmentation model predicts")
   parser.add_argument("--batch_size", type=_positive, default=32,
                       help="images per call of the model, at most; 32 by "
                       "default")

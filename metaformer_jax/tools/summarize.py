@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from metaformer_jax import cli, errors
+from metaformer_jax import tasks as task_lib
 from metaformer_jax.checkpoints import published
 from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config import tasks
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.models import cost, registry
 
@@ -49,7 +51,7 @@ Written by `python -m metaformer_jax.tools.summarize --configs=configs --output=
 
     python -m metaformer_jax.main --config=configs/caformer.py:s18 --config.data.path=/path/to/imagenet
 
-- Top-1 (percent) is published, by the source beside it, and was not measured here. Measured numbers are in [results.md](results.md).
+- Top-1 and mIoU (percent) are published, by the source beside them, and were not measured here. Measured numbers are in [results.md](results.md).
 - The peak learning rate is that of the batch size in the table; with another `--config.train.batch_size` it scales in proportion. Epochs: training + cool-down.
 - The batches of ImageNet are for a TPU pod slice or several GPUs. `--config.train.accumulate=8` computes one in eight parts, to fit it on fewer devices.
 - `--config.init` replaces the initial weights.
@@ -58,7 +60,11 @@ Written by `python -m metaformer_jax.tools.summarize --configs=configs --output=
 
 _RECIPE_COLUMNS = (
     "config", "model", "parameters", "image", "batch", "epochs", "optimizer",
-    "peak rate", "drop path", "initial weights", "top-1", "notes")
+    "peak rate", "drop path", "initial weights", "published", "notes")
+
+
+# Names of the tasks' first measures, as papers write them.
+_MEASURES = {"top1": "top-1", "miou": "mIoU"}
 
 
 def _table(columns: tuple[str, ...], cells: Iterator[list[str]],
@@ -105,8 +111,8 @@ def recipes(folder: pathlib.Path) -> Iterator[str]:
   """The lines of the page of all config files in a folder and its subfolders.
 
   Files without variants share the first table. A family's section begins with
-  its docstring; its file defines VARIANTS, {name: (..., published top-1 or
-  None)}, and optionally SOURCE, of the top-1, and NOTES, {pattern of names:
+  its docstring; its file defines VARIANTS, {name: (..., published result or
+  None)}, and optionally SOURCE, of the results, and NOTES, {pattern of names:
   text}.
 
   Raises:
@@ -128,7 +134,7 @@ def recipes(folder: pathlib.Path) -> Iterator[str]:
     yield f"\n## {path}\n\n{_linked(found['__doc__'].strip())}\n"
     yield from _table(_RECIPE_COLUMNS, (
         _recipe_row(path, f"{path}:{name}", found, found["get_config"](name), {
-            "top1": row[-1], "notes": "; ".join(
+            "published": row[-1], "notes": "; ".join(
                 text for pattern, text in found.get("NOTES", {}).items()
                 if fnmatch.fnmatchcase(name, pattern))})
         for name, row in found["VARIANTS"].items()))
@@ -147,39 +153,48 @@ def _recipe_row(path: str, argument: str, found: dict[str, Any], config,
     argument: of --config.
     found: what the file defines.
     config: its experiment.
-    variant: "top1" and "notes"; empty for a file without variants.
+    variant: "published" and "notes"; empty for a file without variants.
   """
   try:
     cfg = config_lib.resolve(config, files=False)
   except errors.ConfigError as e:
     raise errors.ConfigError(f"{path}: {e}") from e
   spec = registry.get_spec(cfg.model.name)
-  is_published = _network(cfg) == {"num_classes": spec.num_classes}
-  top1 = variant.get("top1", spec.top1 if is_published else None)
-  if top1 is not None:
-    accuracy = f"{top1:.1f} ({found.get('SOURCE', spec.source)})"
-  else:
-    measured = "docs/results.md" in found["__doc__"]
-    accuracy = "[measured](results.md)" if measured else ""
-  optim, train, side = cfg.optim, cfg.train, cfg.task.image_size
-  epochs = f"{train.epochs:g}"
-  if optim.cooldown_epochs:
-    epochs += f" + {optim.cooldown_epochs:g}"
-  n_params = spec.n_params if is_published else cost.of_model(
-      registry.create_model(cfg.model.name, **_network(cfg)), side).n_params
+  is_published = _settings(cfg) == {"num_classes": spec.num_classes}
+  result = variant.get("published", spec.top1 if is_published else None)
+  if result is not None:
+    measure = _MEASURES[cfg.task.MEASURES[0].name]
+    result = f"{result:.1f} {measure} ({found.get('SOURCE', spec.source)})"
+  elif "docs/results.md" in found["__doc__"]:
+    result = "[measured](results.md)"
+  optim, train = cfg.optim, cfg.train
+  length = f"{train.epochs:g}"
+  if train.steps is not None:
+    length = f"{train.steps:,} steps"
+  elif optim.cooldown_epochs:
+    length += f" + {optim.cooldown_epochs:g}"
+  n_params = spec.n_params if is_published else _n_params(cfg)
   return [
-      f"`{argument}`", cfg.model.name, f"{n_params:,}", f"{side} x {side}",
-      f"{train.batch_size:,}", epochs, optim.name,
-      f"{optim.base_lr * train.batch_size / 1024:.3g}",
+      f"`{argument}`", cfg.model.name, f"{n_params:,}",
+      " x ".join(map(str, cfg.task.input_size)), f"{train.batch_size:,}",
+      length, optim.name, f"{optim.base_lr * train.batch_size / 1024:.3g}",
       f"{cfg.model.drop_path_rate:g}", f"`{cfg.init}`" if cfg.init else "",
-      accuracy, variant.get("notes", "")]
+      result or "", variant.get("notes", "")]
 
 
-def _network(cfg: Experiment) -> dict[str, Any]:
-  """What the experiment sets of its network, without its dropout."""
+def _settings(cfg: Experiment) -> dict[str, Any] | None:
+  """What a classifier sets of its network, without its dropout."""
+  if not isinstance(cfg.task, tasks.Classification):
+    return None
   settings = cfg.model.overrides() | {"num_classes": cfg.task.num_classes}
   return {k: v for k, v in settings.items()
           if k not in ("drop_path_rate", "head_drop_rate")}
+
+
+def _n_params(cfg: Experiment) -> int:
+  """The parameters of the whole network of an experiment."""
+  _, task = task_lib.create(cfg, files=False)
+  return cost.of_inputs(task.model, *task.init_inputs()).n_params
 
 
 def page(args: argparse.Namespace) -> str:

@@ -198,13 +198,13 @@ class Run:
                       "minutes")
     for arguments in step.abstract_arguments(
         self.cfg, self.task, self.mesh, self.program):
-      self._compiled[step.signature(arguments[1])] = (
+      self._compiled[base.signature(arguments[1])] = (
           self.program.step.lower(*arguments).compile())
     self.progress.say(
         f"compiled the training step in {self.clock.spent():.1f} s")
 
   def _step_for(self, batch: base.Batch):
-    shapes = step.signature(batch)
+    shapes = base.signature(batch)
     if shapes not in self._compiled:
       raise ValueError(
           f"the training data gave a batch of {shapes}, but the task's "

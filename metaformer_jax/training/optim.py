@@ -57,7 +57,8 @@ def create(cfg: schema.Experiment, total_steps: int, steps_per_epoch: float,
   if clip_norm is not None:
     parts.append(optax.clip_by_global_norm(clip_norm))
   algorithm = {"adamw": adamw, "lamb": lamb, "sgd": sgd}[optim.name]
-  parts += algorithm(optim, functools.partial(decay_mask, path=path))
+  mask = None if optim.decay_all else functools.partial(decay_mask, path=path)
+  parts += algorithm(optim, mask)
   if optim.layer_decay < 1:
     parts.append(scale_by_layer(optim.layer_decay, path, params, frozen))
   parts.append(optax.scale_by_learning_rate(schedule))
@@ -65,7 +66,11 @@ def create(cfg: schema.Experiment, total_steps: int, steps_per_epoch: float,
 
 
 def adamw(optim: schema.Optim, mask) -> list[optax.GradientTransformation]:
-  """Adam with decoupled weight decay (arXiv 1711.05101; torch.optim.AdamW)."""
+  """Adam with decoupled weight decay (arXiv 1711.05101; torch.optim.AdamW).
+
+  `mask` is a function of the parameters that is true for those that decay;
+  None if all do.
+  """
   return [
       optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps or 1e-8),
       optax.add_decayed_weights(optim.weight_decay, mask)]
@@ -81,7 +86,8 @@ def lamb(optim: schema.Optim, mask) -> list[optax.GradientTransformation]:
       optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps or 1e-6),
       optax.add_decayed_weights(optim.weight_decay, mask)]
   if optim.weight_decay:
-    parts.append(optax.masked(optax.scale_by_trust_ratio(), mask))
+    scaled = optax.scale_by_trust_ratio()
+    parts.append(scaled if mask is None else optax.masked(scaled, mask))
   return parts
 
 

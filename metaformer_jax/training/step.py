@@ -223,9 +223,3 @@ def advice(cfg: Experiment) -> str:
           f"config.train.accumulate = {train.accumulate} does not fit in "
           "memory; raise accumulate, reduce the batch size, or use more "
           "devices; tools.preflight shows what fits")
-
-
-def signature(batch: Mapping[str, Any]) -> tuple:
-  """What tells the shapes of batches apart."""
-  return tuple(sorted((name, tuple(x.shape), str(x.dtype))
-                      for name, x in batch.items()))

@@ -129,6 +129,19 @@ def test_decay_spares_vectors_and_shrinks_matrices():
     np.testing.assert_allclose(value, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ("adamw", "lamb", "sgd"))
+def test_decay_of_all_parameters(name):
+  """Without a gradient, nothing but the decay moves the parameters."""
+  params = {"bias": jnp.full(3, 2.0), "kernel": jnp.full((3, 3), 2.0)}
+  gradients = [jax.tree.map(jnp.zeros_like, params)]
+  found = trajectory(create(rate=0.1, name=name, weight_decay=0.5,
+                            momentum=0.0, decay_all=True), params, gradients)
+  # LAMB scales the step to the norm of the parameter.
+  decay = 1.0 if name == "lamb" else 0.5
+  for (value,) in found.values():
+    np.testing.assert_allclose(value, 2 * (1 - 0.1 * decay), rtol=1e-6)
+
+
 def test_sgd_by_hand():
   params = {"w": np.full((1, 1), 2.0, np.float32)}
   gradients = [{"w": np.full((1, 1), g, np.float32)} for g in (1.0, -3.0)]

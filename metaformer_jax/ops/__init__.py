@@ -1,0 +1,1 @@
+"""Pure numerics with static shapes."""

@@ -1,0 +1,228 @@
+"""Semantic segmentation: a class for each pixel."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from PIL import Image
+
+from metaformer_jax import imports
+from metaformer_jax.config import checks, derived, typed
+from metaformer_jax.config.schema import Experiment
+from metaformer_jax.config.tasks.segmentation import IGNORE
+from metaformer_jax.data import images, loader, sources
+from metaformer_jax.data.transforms import segmentation as transforms
+from metaformer_jax.evaluation import miou
+from metaformer_jax.heads import segmenter
+from metaformer_jax.models import registry, settings
+from metaformer_jax.ops import images as image_ops
+from metaformer_jax.ops import pixels, resize, windows
+from metaformer_jax.tasks import base, classes, drawing, own_models
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+  """Cross-entropy of all pixels; mean IoU.
+
+  Batches are {"image": uint8 [B, H, W, 3], "size": int32 [B, 2], height and
+  width of each image, which begins at the top left of its canvas; "label":
+  uint8 [B, H', W'], IGNORE where no class counts; "replaced": bool [B]}. In
+  training the label maps have the images' size. In evaluation they have a
+  canvas of their own, with the original sizes "label_size": int32 [B, 2]; and
+  "image1", "size1", ... are the images at further scales.
+  """
+
+  cfg: Experiment
+
+  rng_names = ("dropout", "drop_path")
+
+  def _backbone(self, num_classes: int) -> nn.Module:
+    cfg = self.cfg.model
+    return registry.create_model(cfg.name, num_classes=num_classes,
+                                 dtype=jnp.dtype(cfg.dtype), **cfg.overrides())
+
+  @functools.cached_property
+  def model(self) -> nn.Module:
+    return segmenter.create(self._backbone(0), self.cfg.task,
+                            feature_norm=_feature_norm(self.cfg))
+
+  @property
+  def pretrained(self) -> base.Backbone:
+    name = self.cfg.model.name
+    family = None if imports.is_path(name) else registry.get_spec(name).family
+    return base.Backbone(family, "backbone", self.cfg.task.crop_size,
+                         self._backbone(1000))
+
+  def init_inputs(self) -> tuple[jax.Array, jax.Array]:
+    size = self.cfg.task.crop_size
+    return jnp.zeros((1, *size, 3)), jnp.ones((1, *size), bool)
+
+  def train_batches(self, batch_size: int):
+    size, struct = self.cfg.task.crop_size, jax.ShapeDtypeStruct
+    return [{
+        "image": struct((batch_size, *size, 3), jnp.uint8),
+        "label": struct((batch_size, *size), jnp.uint8),
+        "size": struct((batch_size, 2), jnp.int32),
+        "replaced": struct((batch_size,), jnp.bool_)}]
+
+  def _apply(self, variables, x, sizes, **kwargs) -> Any:
+    """What the model gives for normalised images at the top left."""
+    mask = resize.mask(sizes, *x.shape[1:3])
+    return self.model.apply(variables, x, mask=mask, **kwargs)
+
+  def _images(self, image: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Normalised images, zero in the padding."""
+    data = self.cfg.data
+    mask = resize.mask(sizes, *image.shape[1:3])
+    return jnp.where(mask[..., None],
+                     image_ops.normalize(image, data.mean, data.std), 0)
+
+  def loss(self, variables, batch, rngs, train):
+    sizes = batch["size"]
+    outputs, updates = self._apply(
+        variables, self._images(batch["image"], sizes), sizes, train=train,
+        rngs=rngs, mutable=["batch_stats"])
+    loss, accuracy = self._cross_entropy(outputs["logits"], outputs["mask"],
+                                         batch)
+    metrics = {"loss": loss, "pixel_accuracy": accuracy}
+    if "auxiliary" in outputs:
+      auxiliary, _ = self._cross_entropy(
+          outputs["auxiliary"], outputs["auxiliary_mask"], batch)
+      loss = loss + self.cfg.task.auxiliary_weight * auxiliary
+      metrics |= {"loss": loss, "auxiliary_loss": auxiliary}
+    state = {k: v for k, v in variables.items() if k != "params"}
+    return loss, metrics, {**state, **updates}
+
+  def _cross_entropy(self, logits, mask, batch):
+    return pixels.cross_entropy(logits, resize.sizes(mask), batch["label"],
+                                batch["size"], IGNORE)
+
+  def predict(self, variables, batch):
+    """Returns the class of each pixel of the label maps, uint8 [B, H', W'].
+
+    As mmsegmentation: logits are resized to the network's image, then to the
+    label map; with several scales or mirrored images, the probabilities are
+    averaged.
+    """
+    found = []
+    for i in range(len(self.cfg.task.eval_scales)):
+      key = str(i or "")
+      sizes = batch[f"size{key}"]
+      x = self._images(batch[f"image{key}"], sizes)
+      found.append(self._logits(variables, x, sizes))
+      if self.cfg.task.eval_flip:
+        mirrored = self._logits(variables, windows.mirrored(x, sizes[:, 1]),
+                                sizes)
+        found.append(mirrored._replace(logits=windows.mirrored(
+            mirrored.logits, mirrored.sizes[:, 1])))
+    return pixels.classes(found, batch["label_size"], batch["label"].shape[1:])
+
+  def _logits(self, variables, x, sizes) -> pixels.Logits:
+    """Logits of the whole images, or of windows."""
+    task = self.cfg.task
+
+    def whole(x, sizes):
+      outputs = self._apply(variables, x, sizes)
+      return pixels.Logits(outputs["logits"], resize.sizes(outputs["mask"]),
+                           sizes)
+
+    if task.eval_mode == "whole":
+      return whole(x, sizes)
+
+    def window(x, sizes):
+      found = whole(x, sizes)
+      return resize.resize(found.logits, x.shape[1:3],
+                           from_sizes=found.sizes, to_sizes=sizes)
+
+    logits = windows.average(window, x, sizes, tuple(task.crop_size),
+                             tuple(task.eval_stride))
+    return pixels.Logits(logits, sizes, sizes)
+
+  def make_data(self, split: str) -> loader.Loader:
+    cfg, train = self.cfg, split == "train"
+    source = sources.create(cfg.data, split, names=cfg.task.class_names)
+    classes.check_number(source.n_classes, cfg, split)
+    make = functools.partial(
+        loader.create, cfg, split, source, n_devices=jax.device_count(),
+        process_index=jax.process_index(), process_count=jax.process_count())
+    if train:
+      return make(transforms.TrainTransform(cfg.data, cfg.task))
+    transform = transforms.EvalTransform.for_sizes(cfg.data, cfg.task,
+                                                   source.sizes())
+    return make(transform, groups=transform.groups(source.sizes()))
+
+  def make_evaluators(self) -> dict[str, base.Evaluator]:
+    task = self.cfg.task
+    return {"segmentation": miou.MeanIoU(task.num_classes, task.class_names)}
+
+  def preprocess(self, image: bytes | np.ndarray) -> dict[str, np.ndarray]:
+    """An image as an example of evaluation, with an empty label map."""
+    return transforms.example(image, self.cfg.data, self.cfg.task)
+
+  def postprocess(self, outputs: np.ndarray,
+                  example: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The label map of one image.
+
+    Returns:
+      {"label_map": uint8 [H, W], in the image's own size; "names": those of the
+      classes, if they are known}.
+    """
+    height, width = example["label_size"]
+    names = self.class_names
+    return {"label_map": np.asarray(outputs)[:height, :width],
+            **({"names": names} if names else {})}
+
+  @property
+  def class_names(self) -> tuple[str, ...] | None:
+    return self.cfg.task.class_names
+
+  def describe(self, found: Mapping[str, Any], top: int) -> base.Rows:
+    """The `top` classes with most pixels, and their part of the image."""
+    label_map = found["label_map"]
+    counts = np.bincount(label_map.ravel(), minlength=256)
+    ranked = np.argsort(-counts, kind="stable")
+    return [{"class": int(i),
+             "name": str(found["names"][i] if "names" in found else i),
+             "area": float(counts[i] / label_map.size)}
+            for i in ranked[:top] if counts[i]]
+
+
+  def pictures(self, found: Mapping[str, Any], image: bytes | np.ndarray,
+               ) -> dict[str, Image.Image]:
+    """"labels", with a palette, and "overlay", with a legend of names."""
+    label_map = found["label_map"]
+    names = found.get("names", range(self.cfg.task.num_classes))
+    picture = images.decode(image, self.cfg.data.max_pixels)
+    return {"labels": drawing.labels(label_map),
+            "overlay": drawing.overlay(np.asarray(picture), label_map,
+                                       list(map(str, names)))}
+
+
+def _feature_norm(cfg: Experiment) -> str:
+  """The norm of the backbone's outputs: the section's, or the model's."""
+  if cfg.task.feature_norm is not None:
+    return cfg.task.feature_norm
+  if imports.is_path(cfg.model.name):
+    return "none"
+  model = registry.get_spec(cfg.model.name).override(**cfg.model.overrides())
+  match model:
+    case settings.MetaFormer():
+      return model.norm
+    case settings.OneStage():
+      return "layer_norm"
+  return "none"
+
+
+def create(cfg: Experiment,
+           files: bool = True) -> tuple[Experiment, base.Task]:
+  """As `tasks.create`."""
+  cfg = derived.fill(cfg)
+  own_models.check(cfg)
+  cfg = classes.fill(cfg, files)
+  typed.refuse(checks.check(cfg, files=False))  # The settings with n outputs.
+  return cfg, Segmentation(cfg)
