@@ -1,0 +1,1 @@
+"""Operations on arrays that dense tasks share; no parameters."""
