@@ -27,6 +27,8 @@ ALLOWED = {
     "recipes": {"config", *TABLES},
     "data": {"config"},
     "evaluation": set(),
+    "ops": set(),
+    "heads": {"models", "ops"},
     "convert": {"models"},
     "runtime": {"config"},
     "checkpoints": {"runtime", "config", "convert", "models"},

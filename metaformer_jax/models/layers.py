@@ -17,7 +17,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from metaformer_jax import errors, imports
-from metaformer_jax.models import activations, norms, settings
+from metaformer_jax.models import activations, norms, parts
 
 # timm's trunc_normal_(std=0.02) truncates at +-2, which is 100 standard
 # deviations: a plain normal distribution.
@@ -241,6 +241,30 @@ def downsample_mask(mask: jax.Array | None, height: int, width: int, *,
   return mask[:, last::stride, last::stride][:, :height, :width]
 
 
+class Features:
+  """Mixed into the models: the geometry of their `features`."""
+
+  def feature_masks(self, mask: jax.Array | None,
+                    ) -> dict[str, jax.Array | None]:
+    """The masks of the outputs of `features`, without computing these.
+
+    Needs no variables.
+
+    Args:
+      mask: of the images, [B, H, W]; None if there is no padding.
+
+    Returns:
+      {"stage1": bool [B, H/4, W/4], ...}, of the features' sizes; or None each.
+    """
+    masks = {}
+    for stage, before in self.feature_windows().items():
+      for window in before if mask is not None else ():
+        mask = downsample_mask(
+            mask, *map(window.n_outputs, mask.shape[1:]), **window._asdict())
+      masks[stage] = mask
+    return masks
+
+
 def patch_embed(dim: int, patch_size: int, **kwargs) -> nn.Conv:
   """Cuts images into patches: [B, H, W, 3] -> [B, H / p, W / p, dim]."""
   p = patch_size
@@ -248,7 +272,7 @@ def patch_embed(dim: int, patch_size: int, **kwargs) -> nn.Conv:
                  name="patch_embed", **kwargs)
 
 
-class Downsample(settings.ConvInit, nn.Module):
+class Downsample(parts.ConvInit, nn.Module):
   """Strided convolution with PyTorch's padding: the stem and between stages.
 
   [B, H, W, C] -> [B, floor((H + 2 pad - kernel) / stride) + 1, ..., dim].

@@ -9,10 +9,17 @@ import jax
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from metaformer_jax.models import layers, mixers, norms, positions, settings
+from metaformer_jax.models import (
+  layers,
+  mixers,
+  norms,
+  parts,
+  positions,
+  settings,
+)
 
 
-class MetaFormerBlock(settings.MetaFormerBlock, nn.Module):
+class MetaFormerBlock(parts.MetaFormerBlock, nn.Module):
   """Y = X + TokenMixer(Norm(X));  Z = Y + MLP(Norm(Y)): eq. 2 and 3.
 
   [B, H, W, dim] -> [B, H, W, dim].
@@ -83,7 +90,7 @@ class Stage(nn.Module):
     return x, mask
 
 
-class MetaFormer(settings.MetaFormer, nn.Module):
+class MetaFormer(settings.MetaFormer, layers.Features, nn.Module):
   """Stages of MetaFormer blocks, and a head.
 
   `settings.MetaFormer` declares the hyper-parameters. An element of
@@ -127,7 +134,7 @@ class MetaFormer(settings.MetaFormer, nn.Module):
         MetaFormerBlock, dim=self.dims[i], token_mixer=self._mixer(i),
         norm=self._norm(), dtype=self.dtype,
         res_scale_init=self.res_scale_init[i] if self.res_scale_init else 0.0,
-        **self._shared(settings.MetaFormerBlock))
+        **self._shared(parts.MetaFormerBlock))
     return Stage(
         downsample=self._downsample(i),
         blocks=[functools.partial(block, drop_path_rate=rate)

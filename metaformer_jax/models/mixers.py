@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
 
-from metaformer_jax.models import layers, settings
+from metaformer_jax.models import layers, parts
 
 MixerFactory = Callable[..., nn.Module]
 
@@ -51,7 +51,7 @@ def _window_count(height: int, width: int, size: int) -> np.ndarray:
   return np.outer(along(height), along(width))[None, :, :, None]
 
 
-class Pooling(settings.Pooling, nn.Module):
+class Pooling(parts.Pooling, nn.Module):
   """PoolFormer's mixer: average pooling minus its input.
 
   Mean over the pool_size x pool_size window around each pixel, borders counted
@@ -88,7 +88,7 @@ def depthwise_conv(dim: int, kernel_size: int, *, use_bias: bool,
                  kernel_init=kernel_init, bias_init=bias_init, name=name)
 
 
-class DepthwiseConv(settings.Convolution, nn.Module):
+class DepthwiseConv(parts.Convolution, nn.Module):
   """A depthwise convolution: the ablation of arXiv 2111.11418, table 5.
 
   The authors recommend its kernel of 3 (sail-sg/poolformer, issue 18).
@@ -104,7 +104,7 @@ class DepthwiseConv(settings.Convolution, nn.Module):
                           name="conv")(layers.apply_mask(x, mask))
 
 
-class SepConv(settings.Convolution, settings.Activation, nn.Module):
+class SepConv(parts.Convolution, parts.Activation, nn.Module):
   """Inverted separable convolution: ConvFormer's mixer (arXiv 2210.13452).
 
   Dense to `expansion` times the channels, activation, depthwise convolution,
@@ -148,7 +148,7 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, *,
   return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-class Attention(settings.Attention, nn.Module):
+class Attention(parts.Attention, nn.Module):
   """Multi-head self-attention over all pixels; memory grows as (H W)^2.
 
   Heads have `head_dim` channels, and there is at least one; queries, keys and

@@ -17,7 +17,7 @@ def over_patches(fn: Callable[[jax.Array], jax.Array],
   return fn(x.swapaxes(1, 2)).swapaxes(1, 2)
 
 
-class PatchMlp(settings.OneStage, nn.Module):
+class PatchMlp(settings.OneStage, layers.Features, nn.Module):
   """Patches, blocks that mix them, norm, mean over the patches, head.
 
   The blocks have matrices over all patches, so that a model only works at the

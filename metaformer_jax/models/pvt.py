@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from metaformer_jax.models import layers, mixers, norms, positions, settings
+from metaformer_jax.models import (
+  layers,
+  mixers,
+  norms,
+  parts,
+  positions,
+  settings,
+)
 
 
 class Attention(nn.Module):
@@ -74,7 +81,7 @@ class Attention(nn.Module):
     return nn.Dropout(self.drop_rate, name="drop")(y, deterministic=not train)
 
 
-class Block(settings.NormEps, settings.Dropout, nn.Module):
+class Block(parts.NormEps, parts.Dropout, nn.Module):
   """Y = X + Attention(Norm(X));  Z = Y + MLP(Norm(Y)); [B, N, dim]."""
 
   attention: Callable[..., nn.Module]
@@ -168,7 +175,8 @@ class Stage(nn.Module):
     return x[:, first:].reshape(b, h, w, dim), mask, x[:, :first]
 
 
-class PyramidVisionTransformer(settings.PyramidVisionTransformer, nn.Module):
+class PyramidVisionTransformer(settings.PyramidVisionTransformer,
+                               layers.Features, nn.Module):
   """Stages of transformer blocks, each on fewer tokens; a class token's head.
 
   `settings.PyramidVisionTransformer` declares the hyper-parameters.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from metaformer_jax.models import layers, norms, settings
+from metaformer_jax.models import layers, norms, settings, windows
 
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -57,15 +57,26 @@ def max_pool(x: jax.Array, mask):
 
 
 class Stem(nn.Module):
-  """A 7x7 convolution, then max pooling: [B, H, W, 3] -> stride 4, mask."""
+  """Convolutions, then max pooling: [B, H, W, 3] -> stride 4, mask.
+
+  Attributes:
+    dim: channels of the last convolution.
+    kind: a name in `windows.RESNET_STEMS`.
+  """
 
   dim: int
+  kind: str = "7x7"
   dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
-    x, mask = conv_norm(x, mask, self.dim, 7, 2, dtype=self.dtype, train=train)
-    return max_pool(nn.relu(x), mask)
+    stem = layers.lookup(windows.RESNET_STEMS, "stem", self.kind)
+    for i, (window, width) in enumerate(zip(stem.convs, stem.widths), 1):
+      x, mask = conv_norm(
+          x, mask, int(width * self.dim), window.kernel_size, window.stride,
+          dtype=self.dtype, train=train, suffix=i if stem.convs[1:] else "")
+      x = nn.relu(x)
+    return max_pool(x, mask)
 
 
 class Projection(nn.Module):
@@ -131,7 +142,7 @@ class Stage(nn.Module):
     return x, mask
 
 
-class ResNet(settings.ResNet, nn.Module):
+class ResNet(settings.ResNet, layers.Features, nn.Module):
   """A stem, stages of residual blocks, mean over the pixels, a linear head.
 
   `settings.ResNet` declares the hyper-parameters.
@@ -150,7 +161,7 @@ class ResNet(settings.ResNet, nn.Module):
     self.require_structure()
     _, (*_, expansion), _ = layers.lookup(
         settings.RESNET_BLOCKS, "block", self.block)
-    self.stem = Stem(self.widths[0], dtype=self.dtype, name="stem")
+    self.entry = Stem(self.widths[0], self.stem, dtype=self.dtype, name="stem")
     rates = layers.drop_path_rates(self.drop_path_rate, self.depths)
     self.stages = [self._stage(i, rates[i]) for i in range(len(self.depths))]
     self.dropout = nn.Dropout(self.drop_rate, name="drop")
@@ -169,8 +180,9 @@ class ResNet(settings.ResNet, nn.Module):
         for j, rate in enumerate(drop_path_rates)], name=f"stage{i + 1}")
 
   def _stages(self, x, mask, train) -> Iterator[tuple[jax.Array, Any]]:
-    layers.check_images(self, x, "stem", "conv")
-    x, mask = self.stem(x, mask=mask, train=train)
+    layers.check_images(self, x, "stem",
+                        "conv" if self.stem == "7x7" else "conv1")
+    x, mask = self.entry(x, mask=mask, train=train)
     for stage in self.stages:
       x, mask = stage(x, mask=mask, train=train)
       yield x, mask

@@ -7,9 +7,11 @@ No jax: configs are checked before it is imported.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import math
+import operator
+from collections.abc import Iterator, Sequence
 
-from metaformer_jax.models import limits
+from metaformer_jax.models import limits, parts, windows
 from metaformer_jax.models.options import REQUIRED, option
 
 # Of a ResNet block's convolutions: kernel sizes, channels in units of the
@@ -18,10 +20,6 @@ RESNET_BLOCKS = {
     "basic": ((3, 3), (1, 1), 1),
     "bottleneck": ((1, 3, 1), (1, 1, 4), 2),
 }
-
-def _pyramid(stride, dims) -> dict[str, tuple[int, int]]:
-  """Of stages that each halve the image, the first at this stride."""
-  return {f"stage{i + 1}": (stride * 2**i, dim) for i, dim in enumerate(dims)}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -38,6 +36,20 @@ class Family:
 
   def feature_info(self) -> dict[str, tuple[int, int]]:
     """Stride and channels of each output of the model's `features`."""
+    strides = itertools.accumulate((
+        math.prod(window.stride for window in before)
+        for before in self.feature_windows().values()), operator.mul)
+    return dict(zip(self.feature_windows(), zip(strides, self.feature_dims())))
+
+  def feature_dims(self) -> Sequence[int]:
+    """Channels of each output of the model's `features`."""
+    raise NotImplementedError
+
+  def feature_windows(self) -> dict[str, tuple[windows.Window, ...]]:
+    """For each output, the windows between it and the one before.
+
+    Those that keep the size are omitted.
+    """
     raise NotImplementedError
 
   def differences(self, other: "Family") -> list[str]:
@@ -77,75 +89,8 @@ class Family:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Dropout:
-  """Of models with dropout in the blocks."""
-
-  drop_rate: float = option(0.0, "dropout in the blocks", low=0, high=0.999,
-                            role="training")
-
-
-@dataclasses.dataclass(kw_only=True)
-class NormEps:
-  """Of the transformers and MLP-Mixer."""
-
-  norm_eps: float = option(1e-6, "epsilon of the norms", above=0)
-
-
-@dataclasses.dataclass(kw_only=True)
-class Pooling:
-  """Of the mixer "pooling"."""
-
-  pool_size: int = option(3, "window side of pooling", low=1, each="odd")
-  pool_subtract: bool = option(True, "pooling subtracts its input")
-
-
-@dataclasses.dataclass(kw_only=True)
-class ConvInit:
-  """Of all convolutions of a MetaFormer."""
-
-  conv_init: str = option(
-      "torch", "initial weights of the convolutions", role="training",
-      choices=("torch", "trunc_normal"))
-
-
-@dataclasses.dataclass(kw_only=True)
-class Convolution(ConvInit):
-  """Of the mixers "depthwise_conv" and "sepconv"."""
-
-  conv_kernel_size: int = option(
-      3, "of depthwise_conv and sepconv", low=1, each="odd", role="shape")
-
-
-@dataclasses.dataclass(kw_only=True)
-class Attention:
-  """Of the mixer "attention"."""
-
-  attention_proj_bias: bool = option(True, "attention ends with a bias",
-                                     role="shape")
-
-
-@dataclasses.dataclass(kw_only=True)
-class Activation:
-  """Of the MLPs and the mixer "sepconv"."""
-
-  activation: str = option("gelu", "of MLPs and sepconv", own=True, choices=(
-      "gelu", "relu", "silu", "squared_relu", "star_relu"))
-
-
-@dataclasses.dataclass(kw_only=True)
-class MetaFormerBlock(Activation, Dropout):
-  """Of the blocks of a MetaFormer, whatever their mixer."""
-
-  mlp_ratio: float = option(4.0, "hidden / outer channels; 0: no MLP", low=0,
-                            role="shape")
-  mlp_bias: bool = option(True, "the MLPs have biases", role="shape")
-  residual: bool = option(True, "blocks add to their input")
-  layer_scale_init: float = option(
-      1e-5, "initial value of LayerScale; 0: none", role="shape")
-
-
-@dataclasses.dataclass(kw_only=True)
-class MetaFormer(Pooling, Convolution, Attention, MetaFormerBlock, Family):
+class MetaFormer(parts.Pooling, parts.Convolution, parts.Attention,
+                 parts.MetaFormerBlock, Family):
   """MetaFormers, with PoolFormer's defaults (arXiv 2111.11418)."""
 
   depths: tuple[int, ...] = option(REQUIRED, "blocks of each stage", low=1,
@@ -178,8 +123,12 @@ class MetaFormer(Pooling, Convolution, Attention, MetaFormerBlock, Family):
   head_drop_rate: float = option(
       0.0, "dropout of the head", low=0, high=0.999, role="training")
 
-  def feature_info(self) -> dict[str, tuple[int, int]]:
-    return _pyramid(self.in_stride, self.dims)
+  def feature_dims(self) -> Sequence[int]:
+    return self.dims
+
+  def feature_windows(self) -> dict[str, tuple[windows.Window, ...]]:
+    stem = windows.Window(self.in_patch_size, self.in_stride, self.in_pad)
+    return windows.of_stages([stem], windows.Window(3, 2, 1), len(self.dims))
 
   def check_structure(self) -> Iterator[str]:
     of_stages = {"depths": self.depths, "dims": self.dims,
@@ -229,12 +178,20 @@ class ResNet(Family):
   widths: tuple[int, ...] = option(
       (64, 128, 256, 512), "channels of each stage's 3x3 convolutions", low=1,
       role="shape")
+  stem: str = option(
+      "7x7", "the first convolution, or 3x3: three of these instead (ResNet-C)",
+      choices=tuple(windows.RESNET_STEMS), role="shape")
   drop_rate: float = option(0.0, "dropout before the head", low=0, high=0.999,
                             role="training")
 
-  def feature_info(self) -> dict[str, tuple[int, int]]:
+  def feature_dims(self) -> Sequence[int]:
     _, (*_, expansion), _ = RESNET_BLOCKS[self.block]
-    return _pyramid(4, [expansion * width for width in self.widths])
+    return [expansion * width for width in self.widths]
+
+  def feature_windows(self) -> dict[str, tuple[windows.Window, ...]]:
+    stem = windows.RESNET_STEMS[self.stem]
+    return windows.of_stages([*stem.convs, stem.pool], windows.Window(3, 2, 1),
+                             len(self.widths))
 
   def check_structure(self) -> Iterator[str]:
     yield from limits.check_stages(depths=self.depths, widths=self.widths)
@@ -248,7 +205,7 @@ class ResNet(Family):
 
 
 @dataclasses.dataclass(kw_only=True)
-class PyramidVisionTransformer(NormEps, Dropout, Family):
+class PyramidVisionTransformer(parts.NormEps, parts.Dropout, Family):
   """PVT (arXiv 2102.12122)."""
 
   depths: tuple[int, ...] = option(REQUIRED, "blocks of each stage", low=1,
@@ -271,8 +228,12 @@ class PyramidVisionTransformer(NormEps, Dropout, Family):
       1e-5, "epsilon of the norms of patches, and of reduced keys and values",
       above=0)
 
-  def feature_info(self) -> dict[str, tuple[int, int]]:
-    return _pyramid(self.patch_size, self.dims)
+  def feature_dims(self) -> Sequence[int]:
+    return self.dims
+
+  def feature_windows(self) -> dict[str, tuple[windows.Window, ...]]:
+    patch = windows.Window(self.patch_size, self.patch_size, 0)
+    return windows.of_stages([patch], windows.Window(2, 2, 0), len(self.dims))
 
   def check_structure(self) -> Iterator[str]:
     yield from limits.check_stages(
@@ -310,8 +271,12 @@ class OneStage(Family):
   dim: int = option(REQUIRED, "channels", low=1, role="shape")
   depth: int = option(REQUIRED, "blocks", low=1, role="shape")
 
-  def feature_info(self) -> dict[str, tuple[int, int]]:
-    return {"stage4": (self.patch_size, self.dim)}
+  def feature_dims(self) -> Sequence[int]:
+    return (self.dim,)
+
+  def feature_windows(self) -> dict[str, tuple[windows.Window, ...]]:
+    patch = windows.Window(self.patch_size, self.patch_size, 0)
+    return {"stage4": (patch,)}
 
   def block_params(self, n_patches: int) -> float:
     """A lower bound on the parameters of a block."""
@@ -329,7 +294,7 @@ class OneStage(Family):
 
 
 @dataclasses.dataclass(kw_only=True)
-class OneMlp(Dropout, OneStage):
+class OneMlp(parts.Dropout, OneStage):
   """Base of those with one MLP in a block."""
 
   mlp_ratio: float = option(
@@ -341,7 +306,7 @@ class OneMlp(Dropout, OneStage):
 
 
 @dataclasses.dataclass(kw_only=True)
-class VisionTransformer(NormEps, OneMlp):
+class VisionTransformer(parts.NormEps, OneMlp):
   """ViT and DeiT (arXiv 2010.11929, 2012.12877)."""
 
   n_heads: int = option(REQUIRED, "attention heads", low=1)
@@ -359,7 +324,7 @@ class VisionTransformer(NormEps, OneMlp):
 
 
 @dataclasses.dataclass(kw_only=True)
-class MlpMixer(NormEps, OneStage):
+class MlpMixer(parts.NormEps, OneStage):
   """MLP-Mixer (arXiv 2105.01601)."""
 
   mlp_ratio: tuple[float, ...] = option(

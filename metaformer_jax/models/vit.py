@@ -88,7 +88,8 @@ def position_grid(embedding: jax.Array, height: int, width: int) -> jax.Array:
   return embedding.reshape(height, width, dim)
 
 
-class VisionTransformer(settings.VisionTransformer, nn.Module):
+class VisionTransformer(settings.VisionTransformer, layers.Features,
+                        nn.Module):
   """Patches, class token, positions, pre-norm blocks, norm, head.
 
   `settings.VisionTransformer` declares the hyper-parameters. Images can have

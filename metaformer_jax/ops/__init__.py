@@ -1,1 +1,1 @@
-"""Pure numerics with static shapes."""
+"""Operations on arrays that dense tasks share; no parameters."""
