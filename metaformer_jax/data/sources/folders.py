@@ -22,8 +22,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif",
                   ".tiff", ".webp")
 
 # What data sets call their splits; the first one that is there is used.
-_TRAIN = ("train", "training")
-_EVAL = ("val", "valid", "validation", "test")
+TRAIN = ("train", "training")
+EVAL = ("val", "valid", "validation", "test")
 
 
 class Part(NamedTuple):
@@ -170,13 +170,13 @@ def splits(data: schema.Data) -> Splits:
   """
   root = pathlib.Path(data.path).expanduser()
   try:
-    train = _first_split(root, data.train_split, _TRAIN)
-    evaluation = _first_split(root, data.eval_split, _EVAL)
+    train = _first_split(root, data.train_split, TRAIN)
+    evaluation = _first_split(root, data.eval_split, EVAL)
   except OSError as e:
     raise errors.ConfigError(f"config.data.path: {data.path}: {e}") from e
   if data.eval_fraction is not None and evaluation is None:
     return Splits(train or root, None)
-  return Splits(train or root / _TRAIN[0], evaluation or root / _EVAL[0])
+  return Splits(train or root / TRAIN[0], evaluation or root / EVAL[0])
 
 
 def _first_split(root: pathlib.Path, name: str | None,
