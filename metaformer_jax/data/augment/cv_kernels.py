@@ -60,26 +60,29 @@ def _mix_columns(row, filters, out):
 
 
 @compiled
-def _halved(image, top, left, out):
+def _halved(image, top, left, flip, out):
   """The mean of 2 x 2 pixels: what OpenCV does to halve both sides."""
-  for y in range(out.shape[0]):
-    for x in range(out.shape[1]):
+  height, width, _ = out.shape
+  for y in range(height):
+    for column in range(width):
+      x = width - 1 - column if flip else column
       for c in range(3):
         total = np.int32(2)
         for j in range(2):
           for i in range(2):
             total += image[2 * (top + y) + j, 2 * (left + x) + i, c]
-        out[y, x, c] = total >> 2
+        out[y, column, c] = total >> 2
 
 
 @compiled
-def resize(image, size, box):
+def resize(image, size, box, flip):
   """A part of the resized picture, by OpenCV's INTER_LINEAR.
 
   Args:
     image: uint8 [H, W, 3].
     size: (height, width) of the whole result.
     box: (top, left, height, width) of the part, inside of it.
+    flip: whether left and right of the part are exchanged.
 
   Returns:
     uint8 [height, width, 3], of the box.
@@ -88,9 +91,12 @@ def resize(image, size, box):
   top, left, height, width = box
   out = np.empty((height, width, 3), np.uint8)
   if n_rows == 2 * size[0] and n_columns == 2 * size[1]:
-    _halved(image, top, left, out)
+    _halved(image, top, left, flip, out)
     return out
-  across = _weights(n_columns, size[1], left, width, True)
+  left_one, right_one, u, v = _weights(n_columns, size[1], left, width, True)
+  step = -1 if flip else 1
+  across = (left_one[::step].copy(), right_one[::step].copy(),
+            u[::step].copy(), v[::step].copy())
   first, second, one, other = _weights(n_rows, size[0], top, height, False)
   # The two rows that were last mixed, as most are needed more than once.
   rows = np.empty((2, 3 * width), np.int32)
@@ -107,9 +113,9 @@ def resize(image, size, box):
       _mix_columns(image[second[y]], across, rows[1])
       held[1] = second[y]
     above, below, line = rows[0], rows[1], flat[y]
-    u, v = one[y], other[y]
+    a, b = one[y], other[y]
     for i in range(3 * width):
-      line[i] = ((u * above[i] >> 16) + (v * below[i] >> 16) + 2) >> 2
+      line[i] = ((a * above[i] >> 16) + (b * below[i] >> 16) + 2) >> 2
   return out
 
 

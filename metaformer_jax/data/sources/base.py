@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from metaformer_jax import errors
 from metaformer_jax.config import paths, schema
 
@@ -57,6 +59,23 @@ class _Renumbered:
   def __getitem__(self, index: int) -> Record:
     record = self._source[index]
     return {**record, "label": self._numbers[record["label"]]}
+
+
+class Grouped:
+  """A source whose records have the number of their group, as "group"."""
+
+  def __init__(self, source: Source, groups: Sequence[np.ndarray]):
+    """Takes the indices of each group's examples; each has one group."""
+    self._source = source
+    self._numbers = np.empty(len(source), np.int32)
+    for number, group in enumerate(groups):
+      self._numbers[group] = number
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> Record:
+    return {**self._source[index], "group": int(self._numbers[index])}
 
 
 def renumbered(source: Source, names: Sequence[str]) -> Source:

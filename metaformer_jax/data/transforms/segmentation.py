@@ -15,7 +15,7 @@ from metaformer_jax.config.tasks.segmentation import IGNORE
 from metaformer_jax.data import images
 from metaformer_jax.data.augment import cv_kernels, photometric
 from metaformer_jax.data.sources import base
-from metaformer_jax.data.transforms import canvases
+from metaformer_jax.data.transforms import framing
 
 # Draws of a crop after the first, if one class has too much of it.
 _REDRAWS = 10
@@ -27,7 +27,7 @@ def draw_size(height: int, width: int, task: tasks.Segmentation,
               rng: np.random.Generator) -> tuple[int, int]:
   """Draws the size that an image of a size is resized to (mmseg's Resize)."""
   factor = rng.uniform(*task.scale_range)
-  return canvases.rescaled(height, width,
+  return framing.rescaled(height, width,
                            [int(side * factor) for side in task.scale])
 
 
@@ -158,10 +158,8 @@ class TrainTransform:
     size = draw_size(*labels.shape, task, rng)
     box = draw_box(labels, size, task, rng)
     flip = rng.random() < task.flip
-    image = cv_kernels.resize(image, size, box)
+    image = cv_kernels.resize(image, size, box, flip)
     labels = crop_labels(labels, size, box, flip=flip)
-    if flip:
-      image = image[:, ::-1]
     if task.photometric:
       image = photometric.apply(image, photometric.draw(rng))
     return {"image": _padded(image, task.crop_size, 0),
@@ -179,13 +177,13 @@ class EvalTransform:
 
   Attributes:
     data, task: the sections.
-    canvases: what images may be padded to, of `canvases.choose`; a batch has
+    canvases: what images may be padded to, of `framing.choose`; a batch has
       one of them. Without any, sides are padded to multiples of 128.
   """
 
   data: schema.Data
   task: tasks.Segmentation
-  canvases: tuple[canvases.Canvas, ...] = ()
+  canvases: tuple[framing.Canvas, ...] = ()
 
   def groups(self, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
     """The images that each canvas is for, in order, by index.
@@ -210,9 +208,9 @@ class EvalTransform:
     Raises:
       ValueError: it fits into none.
     """
-    own = canvases.needed(height, width, self.task)
+    own = framing.needed(height, width, self.task)
     for i, canvas in enumerate(self.canvases):  # By their area.
-      if canvases.fits(own, canvas):
+      if framing.fits(own, canvas):
         return i
     raise ValueError(f"an image of {width} x {height} pixels fits into none of "
                      "the canvases that were chosen for the data")
@@ -229,7 +227,7 @@ class EvalTransform:
   def preprocess(self, image: bytes | np.ndarray) -> Example:
     """The example of an image without a label map, on a canvas of its own."""
     picture = np.asarray(images.decode(image, self.data.max_pixels))
-    canvas = canvases.needed(*picture.shape[:2], self.task, canvases.ALONE)
+    canvas = framing.needed(*picture.shape[:2], self.task, framing.ALONE)
     return self._images(picture, canvas)
 
   def blank(self, group: int) -> Example:
@@ -247,26 +245,27 @@ class EvalTransform:
     return ["", *map(str, range(1, len(self.task.eval_scales)))]
 
   def _canvas(self, height: int, width: int,
-              group: int | None) -> canvases.Canvas:
+              group: int | None) -> framing.Canvas:
     if not self.canvases:
-      return canvases.needed(height, width, self.task, canvases.ALONE)
-    own = canvases.needed(height, width, self.task)
+      return framing.needed(height, width, self.task, framing.ALONE)
+    own = framing.needed(height, width, self.task)
     canvas = self.canvases[self.canvas_of(height, width) if group is None
                            else group]
-    if not canvases.fits(own, canvas):
+    if not framing.fits(own, canvas):
       raise ValueError(f"the image has {width} x {height} pixels, more than its "
                        "header says")
     return canvas
 
-  def _images(self, image: np.ndarray, canvas: canvases.Canvas) -> Example:
+  def _images(self, image: np.ndarray, canvas: framing.Canvas) -> Example:
     height, width, _ = image.shape
     example = {"label_size": np.array((height, width), np.int32)}
-    sizes = canvases.network_sizes(height, width, self.task)
+    sizes = framing.network_sizes(height, width, self.task)
     for suffix, (size, stretched), whole in zip(self._suffixes(), sizes,
                                                 canvas.images):
-      resized = cv_kernels.resize(image, size, (0, 0, *size))
+      resized = cv_kernels.resize(image, size, (0, 0, *size), False)
       if stretched != size:
-        resized = cv_kernels.resize(resized, stretched, (0, 0, *stretched))
+        resized = cv_kernels.resize(resized, stretched, (0, 0, *stretched),
+                                    False)
       example[f"image{suffix}"] = _padded(resized, whole, 0)
       example[f"size{suffix}"] = np.array(stretched, np.int32)
     return example
