@@ -89,8 +89,8 @@ def decode_labels(labels: bytes | np.ndarray,
   """
   if not isinstance(labels, bytes):
     if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
-      raise ValueError(f"an array {list(labels.shape)} of {labels.dtype} is not "
-                       "a label map; give integers [H, W]")
+      raise ValueError(f"an array {list(labels.shape)} of {labels.dtype} is "
+                       "not a label map; give integers [H, W]")
     return labels
   with _open(labels, max_pixels, ("PNG",)) as picture:
     if picture.mode not in ("1", "L", "P", "I") and not (

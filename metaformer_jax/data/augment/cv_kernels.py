@@ -4,8 +4,8 @@ mmsegmentation resizes and converts colours with OpenCV, whose numbers differ
 from Pillow's: its bilinear filter does not average when it shrinks. Only the
 crop of a resized picture is computed. Pictures are uint8 [H, W, 3].
 
-Sources: OpenCV 4 and 5, modules/imgproc/src/resize.cpp (fixed-point INTER_LINEAR,
-INTER_NEAREST) and color_hsv.simd.hpp (8-bit HSV with a hue below 180).
+Sources: OpenCV 4 and 5, modules/imgproc/src/resize.cpp (INTER_LINEAR in fixed
+point, INTER_NEAREST) and color_hsv.simd.hpp (8-bit HSV, hues below 180).
 """
 
 import math

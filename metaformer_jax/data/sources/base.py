@@ -4,6 +4,10 @@ A classification record is {"image", "label"}: the image either encoded, as
 bytes, or uint8 [H, W] or [H, W, 3]; the label an int; and, if there is a file,
 its "path", by which a bad image is reported. Several threads read a source, and
 it is pickled to worker processes.
+
+A record with a label map has "label" encoded as well, or as integers [H, W],
+and its source `sizes()`: heights and widths of the images by their headers,
+int32 [N, 2], 0 where a header cannot be read.
 """
 
 import pathlib
@@ -34,8 +38,8 @@ class Source(Protocol):
   """What the loader needs of a data set.
 
   Attributes:
-    n_classes: labels are below it; None if the source cannot know. A source may
-      also have `class_names`, one for each.
+    n_classes: of the labels, which are below it in classification; None if the
+      source cannot know. A source may also have `class_names`, one for each.
   """
 
   n_classes: int | None
@@ -59,6 +63,19 @@ class _Renumbered:
   def __getitem__(self, index: int) -> Record:
     record = self._source[index]
     return {**record, "label": self._numbers[record["label"]]}
+
+
+class _RenumberedMaps(_Renumbered):
+  """The same for a source of label maps; "numbers" are the classes' new ones.
+
+  A label map is decoded, and renumbered, in the transform.
+  """
+
+  def __getitem__(self, index: int) -> Record:
+    return {**self._source[index], "numbers": self._numbers}
+
+  def sizes(self) -> np.ndarray:
+    return self._source.sizes()
 
 
 class Grouped:
@@ -89,7 +106,8 @@ def renumbered(source: Source, names: Sequence[str]) -> Source:
     return source
   check_names(own, names, "the data")
   numbers = {name: i for i, name in enumerate(names)}
-  return _Renumbered(source, [numbers[name] for name in own], len(names))
+  kind = _RenumberedMaps if hasattr(source, "sizes") else _Renumbered
+  return kind(source, [numbers[name] for name in own], len(names))
 
 
 def check_names(own: Iterable[str], names: Iterable[str], where: Any) -> None:

@@ -1,12 +1,13 @@
 """Class folders of images, as ImageNet is commonly stored."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -107,8 +108,9 @@ class ClassFolders:
             "path": path}
 
 
-def read_file(path: str) -> bytes:
-  """A file's bytes; OSError if it is a pipe, a device or far too large."""
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+  """A file to read; OSError if it is a pipe, a device or far too large."""
 
   def at_once(path, flags):  # Opening a pipe would wait for a writer.
     return os.open(path, flags | os.O_NONBLOCK)
@@ -119,6 +121,12 @@ def read_file(path: str) -> bytes:
       raise OSError(f"{path} is not a regular file")
     if found.st_size > _MAX_IMAGE_BYTES:
       raise OSError(f"{path} has {found.st_size} bytes, too many for an image")
+    yield f
+
+
+def read_file(path: str) -> bytes:
+  """A file's bytes; OSError as for `opened`."""
+  with opened(path) as f:
     return f.read()
 
 

@@ -252,8 +252,8 @@ class EvalTransform:
     canvas = self.canvases[self.canvas_of(height, width) if group is None
                            else group]
     if not framing.fits(own, canvas):
-      raise ValueError(f"the image has {width} x {height} pixels, more than its "
-                       "header says")
+      raise ValueError(f"the image has {width} x {height} pixels, which is not "
+                       "what its header said")
     return canvas
 
   def _images(self, image: np.ndarray, canvas: framing.Canvas) -> Example:
