@@ -12,14 +12,17 @@ from metaformer_jax.config import conversion
 _MAX_BYTES, _MAX_DEPTH = 2**22, 8
 
 
-def read(path: pathlib.Path) -> Any:
-  """Parses a JSON file; OSError or ValueError says why it cannot be."""
+def read(path: pathlib.Path, limit: int = _MAX_BYTES) -> Any:
+  """Parses a JSON file; OSError or ValueError says why it cannot be.
+
+  It cannot be if it has more than `limit` bytes.
+  """
   if not path.is_file():  # Opening a pipe would block.
     raise ValueError("is not a file")
   with open(path, "rb") as file:
-    data = file.read(_MAX_BYTES + 1)
-  if len(data) > _MAX_BYTES:
-    raise ValueError(f"is larger than {_MAX_BYTES} bytes")
+    data = file.read(limit + 1)
+  if len(data) > limit:
+    raise ValueError(f"is larger than {limit} bytes")
   return parse(data.decode())
 
 

@@ -7,10 +7,14 @@ of several frames is used; EXIF's orientation is not applied, because the
 published accuracies were measured without it (Pillow itself applies a TIFF's).
 This module differs only where `convert` would clip values: 16-bit gray keeps
 its high bytes, and pixels without a defined white are refused.
+
+Label maps are PNGs. A label is the number that the file holds for a pixel: a
+gray value, or an index of the palette whatever its colours.
 """
 
 import io
 import warnings
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -19,6 +23,9 @@ from metaformer_jax.config import schema
 
 # No others: Pillow's EPS decoder, for example, runs a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
+
+# Where a PNG has its bits per value.
+_BIT_DEPTH = 24
 
 # Pillow warns about metadata that nothing here reads, and about images above
 # its limit of pixels. It refuses those above twice the limit; `decode` refuses
@@ -47,21 +54,76 @@ def decode(image: bytes | np.ndarray,
     if image.ndim == 3 and image.shape[-1] == 1:
       image = image[..., 0]
     return _rgb(Image.fromarray(image))
+  with _open(image, max_pixels, FORMATS) as picture:
+    picture.load()
+    return _rgb(picture)
+
+
+def size(image: bytes | np.ndarray | BinaryIO) -> tuple[int, int]:
+  """(height, width) of an image by its header; no pixel is decoded.
+
+  Raises:
+    Exception: of many types. The header is damaged, or of another format.
+  """
+  if isinstance(image, np.ndarray):
+    return image.shape[:2]
+  file = io.BytesIO(image) if isinstance(image, bytes) else image
+  with Image.open(file, formats=FORMATS) as picture:
+    width, height = picture.size
+  return height, width
+
+
+def decode_labels(labels: bytes | np.ndarray,
+                  max_pixels: int = schema.Data.max_pixels) -> np.ndarray:
+  """A label map as integers [H, W], the numbers that its file holds.
+
+  Args:
+    labels: a PNG with one value per pixel: gray of 1 to 16 bits, or indices of
+      a palette; or an array of integers, which is returned as it is.
+    max_pixels: as for `decode`.
+
+  Raises:
+    Exception: of many types. The file is truncated, damaged, of another format
+      or too large; it is a picture in colour, or has transparency; or the array
+      has another shape.
+  """
+  if not isinstance(labels, bytes):
+    if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
+      raise ValueError(f"an array {list(labels.shape)} of {labels.dtype} is "
+                       "not a label map; give integers [H, W]")
+    return labels
+  with _open(labels, max_pixels, ("PNG",)) as picture:
+    if picture.mode not in ("1", "L", "P", "I") and not (
+        picture.mode.startswith("I;16")):
+      raise ValueError(
+          f"a label map of mode {picture.mode} has {len(picture.getbands())} "
+          "values per pixel; save the numbers of the classes as 8-bit gray")
+    found = np.array(picture)
+  if picture.mode == "1":
+    return found.astype(np.uint8)
+  # Pillow spreads the values of gray with 2 or 4 bits over 0 to 255.
+  scale = {2: 85, 4: 17}.get(labels[_BIT_DEPTH], 1)
+  return found // scale if picture.mode == "L" and scale > 1 else found
+
+
+def _open(image: bytes, max_pixels: int,
+          formats: tuple[str, ...]) -> Image.Image:
+  """Opens an encoded picture; ValueError if it has more than `max_pixels`."""
   # Also limits a GIF's frame and a TIFF's tile, which can exceed the picture.
   Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
   try:
-    picture = Image.open(io.BytesIO(image), formats=FORMATS)
+    picture = Image.open(io.BytesIO(image), formats=formats)
   except UnidentifiedImageError as e:
+    kind = "a PNG" if formats == ("PNG",) else "an image"
     raise UnidentifiedImageError(
-        f"cannot identify an image in {len(image)} bytes that begin with "
+        f"cannot identify {kind} in {len(image)} bytes that begin with "
         f"{image[:16]!r}") from e
-  with picture:
-    width, height = picture.size
-    if width * height > max_pixels:
-      raise ValueError(f"{width} x {height} pixels are more than "
-                       f"config.data.max_pixels, {max_pixels}")
-    picture.load()
-    return _rgb(picture)
+  width, height = picture.size
+  if width * height > max_pixels:
+    picture.close()
+    raise ValueError(f"{width} x {height} pixels are more than "
+                     f"config.data.max_pixels, {max_pixels}")
+  return picture
 
 
 def _check_array(image: np.ndarray) -> None:

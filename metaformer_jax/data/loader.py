@@ -59,7 +59,7 @@ class Loader:
   Attributes:
     source: the data set.
     transform: `(record, rng) -> example`, a dict of arrays, which have the same
-      shapes for all records.
+      shapes for all records of a group.
     batch_size: over all processes.
     seed: of the order and the augmentation.
     process_index, process_count: this process's part of each batch.
@@ -69,6 +69,9 @@ class Loader:
       epoch still has n_examples positions, filled by the first n_examples /
       repeats of its permutation (repeated augmentation, arXiv 1901.09335, as in
       DeiT's and timm's samplers).
+    groups: the examples of each shape that evaluation has, by index; None: all
+      have one. Of a group, records have its number as "group", and
+      `transform.blank(number)` is an example.
   """
 
   source: base.Source
@@ -80,6 +83,7 @@ class Loader:
   workers: int = 0
   threads: int = 4
   repeats: int = 1
+  groups: tuple[np.ndarray, ...] | None = None
   _named: set[int] = dataclasses.field(
       default_factory=set, init=False, repr=False, compare=False)
 
@@ -94,7 +98,8 @@ class Loader:
 
   @property
   def n_eval_batches(self) -> int:
-    return -(-self.n_examples // self.batch_size)
+    groups = self.groups or (range(self.n_examples),)
+    return sum(-(-len(group) // self.batch_size) for group in groups)
 
   def check(self) -> None:
     """Reads and transforms the first example, in this process.
@@ -102,9 +107,16 @@ class Loader:
     Raises:
       DataError: why it cannot be used.
     """
-    _, reason = _try(self.source, self.transform, 0, np.random.default_rng(0))
+    _, reason = _try(self._examples, self.transform, 0,
+                     np.random.default_rng(0))
     if reason:
       raise errors.DataError(reason)
+
+  @property
+  def _examples(self) -> base.Source:
+    """The source, whose records name their groups."""
+    return (base.Grouped(self.source, self.groups) if self.groups else
+            self.source)
 
   def train_batches(self, position: int) -> Iterator[Batch]:
     """Endless batches of this process, starting `position` images in.
@@ -124,15 +136,22 @@ class Loader:
   def eval_batches(self) -> Iterator[Batch]:
     """The whole data set in order, once; the last batch is padded.
 
+    With groups, it is one group after the other, each in order, and the last
+    batch of each is padded, so that a batch has one shape.
+
     Yields:
       As `train_batches`, and "mask": bool [b], false for padding and for bad
-      examples. A bad example is all zeros, and only there "replaced" is true.
+      examples. A bad example is all zeros, or with groups the transform's blank
+      one, and only there "replaced" is true.
 
     Raises:
-      DataError: an example is bad, and so are all that could give its shape.
+      DataError: without groups; an example is bad, and so are all that could
+        give its shape.
     """
-    stream = _Part(_EvalStream(self.source, self.transform), self, 0,
-                   self.n_eval_batches)
+    stream = _Part(_GroupedStream(self._examples, self.transform, self.groups,
+                                  self.batch_size)
+                   if self.groups else _EvalStream(self.source, self.transform),
+                   self, 0, self.n_eval_batches)
     yield from self._read(stream, "evaluation leaves it out")
 
   def _read(self, stream: "_Part", fate: str) -> Iterator[Batch]:
@@ -179,7 +198,7 @@ class Loader:
     if len(self._named) > _NAMED:
       log.warning("further bad examples are counted but not logged")
       return
-    _, reason = _try(self.source, self.transform, index,
+    _, reason = _try(self._examples, self.transform, index,
                      np.random.default_rng(0))
     log.warning("%s; %s", reason or f"example {index} could not be used at "
                 "first, but now it can: is the storage reliable?", fate)
@@ -187,7 +206,8 @@ class Loader:
 
 def create(cfg: schema.Experiment, split: str, source: base.Source,
            transform: Callable[..., dict[str, Any]], *, n_devices: int,
-           process_index: int, process_count: int, repeats: int = 1) -> Loader:
+           process_index: int, process_count: int, repeats: int = 1,
+           groups: tuple[np.ndarray, ...] | None = None) -> Loader:
   """Makes the loader of an experiment's "train" or "eval" split.
 
   Args:
@@ -197,7 +217,7 @@ def create(cfg: schema.Experiment, split: str, source: base.Source,
     transform: as in `Loader`.
     n_devices: of all processes together.
     process_index, process_count: this process, and how many there are.
-    repeats: as in `Loader`.
+    repeats, groups: as in `Loader`.
   """
   batch_size = cfg.train.batch_size
   if split != "train":
@@ -209,7 +229,8 @@ def create(cfg: schema.Experiment, split: str, source: base.Source,
   return Loader(
       source, transform, batch_size, seed=cfg.seed,
       process_index=process_index, process_count=process_count,
-      workers=cfg.data.workers, threads=cfg.data.threads, repeats=repeats)
+      workers=cfg.data.workers, threads=cfg.data.threads, repeats=repeats,
+      groups=groups)
 
 
 def _follow_parent(index: int, count: int) -> None:
@@ -311,6 +332,32 @@ class _EvalStream:
       example = {name: np.zeros_like(x) for name, x in example.items()}
     return {**example, "mask": np.bool_(valid and bad < 0),
             "bad": bad if valid else np.int64(-1)}
+
+
+class _GroupedStream:
+  """The groups one after the other, each in order and padded to whole batches.
+
+  The blank example of its group stands for padding and for a bad example.
+  """
+
+  def __init__(self, source: base.Source, transform: Callable[..., Any],
+               groups: tuple[np.ndarray, ...], batch_size: int):
+    self._source, self._transform = source, transform
+    numbers, order = [], []
+    for number, group in enumerate(groups):
+      n = -(-len(group) // batch_size) * batch_size
+      order.append(np.pad(group, (0, n - len(group)), constant_values=-1))
+      numbers.append(np.full(n, number))
+    self._order, self._numbers = map(np.concatenate, (order, numbers))
+
+  def __getitem__(self, position: int) -> dict[str, Any]:
+    index, reason = int(self._order[position]), "padding"
+    if index >= 0:
+      example, reason = _try(self._source, self._transform, index, None)
+    if reason:
+      example = self._transform.blank(int(self._numbers[position]))
+    return {**example, "mask": np.bool_(not reason),
+            "bad": np.int64(index if reason else -1)}
 
 
 class _Part:

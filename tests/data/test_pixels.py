@@ -162,4 +162,4 @@ def test_the_order_of_directions_is_the_installed_pillows(kind):
 def test_kernels_compile_without_a_cache_folder(monkeypatch):
   """As in a read-only installation without a home directory."""
   monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
-  assert kernels._compile(lambda x: x + 1)(2) == 3
+  assert kernels.compiled(lambda x: x + 1)(2) == 3

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 
-def _compile(function):
+def compiled(function):
   """Compiles at the first call, and caches the result for other processes."""
   try:
     return numba.njit(nogil=True, cache=True)(function)
@@ -28,7 +28,7 @@ _BITS = 22
 _STRIPE = 16
 
 
-@_compile
+@compiled
 def _weights(n_in: int, n_out: int, bicubic: bool):
   """The first input, the number of inputs and their weights, per output."""
   scale = n_in / n_out
@@ -62,7 +62,7 @@ def _weights(n_in: int, n_out: int, bicubic: bool):
   return first, count, weights
 
 
-@_compile
+@compiled
 def _mix_rows(rows, weights, out):
   """uint8 [n_in, m] -> out [n_out, m]: weighted means of rows."""
   first, count, weights = weights
@@ -78,7 +78,7 @@ def _mix_rows(rows, weights, out):
       out[i, j] = min(max(total[j] >> _BITS, 0), 255)
 
 
-@_compile
+@compiled
 def _resize_height(pixels, height, bicubic):
   """uint32 [H, W] -> [height, W]."""
   n_rows, width = pixels.shape
@@ -88,7 +88,7 @@ def _resize_height(pixels, height, bicubic):
   return out
 
 
-@_compile
+@compiled
 def _resize_width(pixels, width, bicubic, flip):
   """uint32 [H, W] -> [H, width]; each stripe transposed, mixed and back."""
   height, n_columns = pixels.shape
@@ -108,7 +108,7 @@ def _resize_width(pixels, width, bicubic, flip):
   return out
 
 
-@_compile
+@compiled
 def resize(pixels, size, bicubic, height_first, flip):
   """Resizes a picture, and mirrors it if asked.
 
@@ -138,7 +138,7 @@ def resize(pixels, size, bicubic, height_first, flip):
   return out
 
 
-@_compile
+@compiled
 def _padded(image):
   """uint8 [H, W, 3] -> uint32 [H + 4, W + 4]: each edge repeated twice."""
   height, width, _ = image.shape
@@ -154,7 +154,7 @@ def _padded(image):
   return out
 
 
-@_compile
+@compiled
 def _interpolate(v, d, n, out):
   """Interpolates between 1, 2 or 4 rows of n values.
 
@@ -176,7 +176,7 @@ def _interpolate(v, d, n, out):
           2 * (v1 - v2) + v3 - v4 + d[i] * (v2 - v1 + v4 - v3)))
 
 
-@_compile
+@compiled
 def affine(image, matrix, bicubic, fill):
   """The pixel at (x, y) becomes that at (a x + b y + c, d x + e y + f).
 
@@ -236,7 +236,7 @@ def affine(image, matrix, bicubic, fill):
   return out
 
 
-@_compile
+@compiled
 def histogram(image):
   """uint8 [H, W, 3] -> int64 [3, 256]: the number of pixels of each value."""
   out = np.zeros((3, 256), np.int64)
@@ -247,7 +247,7 @@ def histogram(image):
   return out
 
 
-@_compile
+@compiled
 def look_up(image, table):
   """Replaces the values of uint8 [H, W, 3] by those of a uint8 [3, 256]."""
   out = np.empty_like(image)
@@ -258,14 +258,14 @@ def look_up(image, table):
   return out
 
 
-@_compile
+@compiled
 def _gray(pixel):
   """BT.601's luma, with 16 fractional bits and rounded as in Pillow."""
   return (np.int32(pixel[0]) * 19595 + np.int32(pixel[1]) * 38470
           + np.int32(pixel[2]) * 7471 + 0x8000) >> 16
 
 
-@_compile
+@compiled
 def mean_gray(image):
   """The mean of the gray picture of uint8 [H, W, 3]."""
   total = 0
@@ -275,7 +275,7 @@ def mean_gray(image):
   return total / (image.shape[0] * image.shape[1])
 
 
-@_compile
+@compiled
 def _blend(one, other, factor, out):
   """Blends rows: `one` at factor 0, `other` at 1; also beyond. In float32."""
   for i in range(len(out)):
@@ -284,7 +284,7 @@ def _blend(one, other, factor, out):
     out[i] = np.int32(min(max(value, np.float32(0)), np.float32(255)))
 
 
-@_compile
+@compiled
 def color(image, factor):
   """Blends gray (factor 0) and uint8 [H, W, 3] (1); the factor is float32."""
   height, width, _ = image.shape
@@ -297,7 +297,7 @@ def color(image, factor):
   return out.reshape(height, width, 3)
 
 
-@_compile
+@compiled
 def sharpness(image, factor):
   """Blends smoothed (factor 0) and uint8 [H, W, 3] (1); the factor is float32.
 

@@ -5,14 +5,45 @@ Each module opens one kind of data set, and checks the configuration of it;
 own: `source(data, split)`, called with the section and "train" or "eval".
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from metaformer_jax import errors, imports
 from metaformer_jax.config import schema
-from metaformer_jax.data.sources import arrays, base, folders, tfds
+from metaformer_jax.data.sources import (
+  arrays,
+  base,
+  folders,
+  label_maps,
+  prepared,
+  tfds,
+)
 
-_CHECKS = {"digits": arrays.check_digits, "idx": arrays.check_idx,
-           "tfds": tfds.check}
+
+class _Kind(NamedTuple):
+  """A kind of data set.
+
+  Attributes:
+    check: `check(cfg, files, train)` yields a line per mistake.
+    labels: what a label belongs to: an "image" or a "pixel".
+  """
+
+  check: Callable[[schema.Experiment, bool, bool], Iterator[str]]
+  labels: str
+
+
+_KINDS = {
+    "ade20k": _Kind(label_maps.check, "pixel"),
+    "array_record": _Kind(prepared.check, "pixel"),
+    "digits": _Kind(arrays.check_digits, "image"),
+    "folder": _Kind(folders.check, "image"),
+    "idx": _Kind(arrays.check_idx, "image"),
+    "label_maps": _Kind(label_maps.check, "pixel"),
+    "tfds": _Kind(tfds.check, "image"),
+}
+
+# What the tasks need a label of.
+_NEEDS = {"classification": "image", "segmentation": "pixel"}
 
 
 def create(data: schema.Data, split: str, numbered: bool = False,
@@ -31,6 +62,10 @@ def create(data: schema.Data, split: str, numbered: bool = False,
   """
   train = split == "train"
   match data.source:
+    case "ade20k" | "label_maps":
+      source = label_maps.create(data, train)
+    case "array_record":
+      source = prepared.create(data, train)
     case "digits":
       return arrays.digits(train)
     case "folder":
@@ -68,10 +103,25 @@ def classes(data: schema.Data) -> base.Classes:
   match data.source:
     case "folder":
       return folders.classes(data)
+    case "ade20k" | "label_maps":
+      return label_maps.classes(data)
+    case "array_record":
+      return prepared.classes(data)
     case "digits":
       return arrays.DIGITS
   source = create(data, "train")
   return base.Classes(source.n_classes, getattr(source, "class_names", None))
+
+
+def reduces_zero_label(data: schema.Data) -> bool:
+  """Whether 0 in label maps is what has no class, and a class is one less.
+
+  Raises:
+    ConfigError: as `create`.
+  """
+  if data.source == "array_record":
+    return prepared.reduces_zero_label(data)
+  return data.source == "ade20k"
 
 
 def check(cfg: schema.Experiment, files: bool,
@@ -83,7 +133,14 @@ def check(cfg: schema.Experiment, files: bool,
     files: whether the data must be on this machine.
     train: whether the training split must be there, too.
   """
-  if cfg.data.source == "folder":
-    yield from folders.check(cfg, files, train)
-  elif not imports.is_path(cfg.data.source):
-    yield from _CHECKS[cfg.data.source](cfg, files)
+  name = cfg.data.source
+  if imports.is_path(name):
+    return
+  kind, needed = _KINDS[name], _NEEDS.get(cfg.task.name)
+  if needed not in (None, kind.labels):
+    suitable = [n for n, k in _KINDS.items() if k.labels == needed]
+    yield (f"config.data.source: {name} has a label for each {kind.labels}, "
+           f"but {cfg.task.name} needs one for each {needed}; valid: "
+           f"{', '.join(suitable)}")
+    return
+  yield from kind.check(cfg, files, train)

@@ -49,8 +49,10 @@ def digits(train: bool) -> InMemory:
   return InMemory(images[part], data.target[part])
 
 
-def check_digits(cfg: schema.Experiment, files: bool) -> Iterator[str]:
+def check_digits(cfg: schema.Experiment, files: bool,
+                 train: bool = True) -> Iterator[str]:
   """Yields a line per mistake in an experiment on digits."""
+  del train
   yield from base.check_classes(cfg, DIGITS.n)
   if files and cfg.data.path:
     yield from base.check_folder(cfg.data)
@@ -72,8 +74,10 @@ def idx(path: str, train: bool) -> InMemory:
   return InMemory(images, labels)
 
 
-def check_idx(cfg: schema.Experiment, files: bool) -> Iterator[str]:
+def check_idx(cfg: schema.Experiment, files: bool,
+              train: bool = True) -> Iterator[str]:
   """Yields a line per mistake in an experiment on idx files."""
+  del train
   path = cfg.data.path
   if not path:
     yield (f"config.data.path: {path!r} with source idx; give the folder with "

@@ -4,11 +4,17 @@ A classification record is {"image", "label"}: the image either encoded, as
 bytes, or uint8 [H, W] or [H, W, 3]; the label an int; and, if there is a file,
 its "path", by which a bad image is reported. Several threads read a source, and
 it is pickled to worker processes.
+
+A record with a label map has "label" encoded as well, or as integers [H, W],
+and its source `sizes()`: heights and widths of the images by their headers,
+int32 [N, 2], 0 where a header cannot be read.
 """
 
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from metaformer_jax import errors
 from metaformer_jax.config import paths, schema
@@ -32,8 +38,8 @@ class Source(Protocol):
   """What the loader needs of a data set.
 
   Attributes:
-    n_classes: labels are below it; None if the source cannot know. A source may
-      also have `class_names`, one for each.
+    n_classes: of the labels, which are below it in classification; None if the
+      source cannot know. A source may also have `class_names`, one for each.
   """
 
   n_classes: int | None
@@ -59,6 +65,36 @@ class _Renumbered:
     return {**record, "label": self._numbers[record["label"]]}
 
 
+class _RenumberedMaps(_Renumbered):
+  """The same for a source of label maps; "numbers" are the classes' new ones.
+
+  A label map is decoded, and renumbered, in the transform.
+  """
+
+  def __getitem__(self, index: int) -> Record:
+    return {**self._source[index], "numbers": self._numbers}
+
+  def sizes(self) -> np.ndarray:
+    return self._source.sizes()
+
+
+class Grouped:
+  """A source whose records have the number of their group, as "group"."""
+
+  def __init__(self, source: Source, groups: Sequence[np.ndarray]):
+    """Takes the indices of each group's examples; each has one group."""
+    self._source = source
+    self._numbers = np.empty(len(source), np.int32)
+    for number, group in enumerate(groups):
+      self._numbers[group] = number
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> Record:
+    return {**self._source[index], "group": int(self._numbers[index])}
+
+
 def renumbered(source: Source, names: Sequence[str]) -> Source:
   """The source with its classes numbered as in `names`.
 
@@ -70,7 +106,8 @@ def renumbered(source: Source, names: Sequence[str]) -> Source:
     return source
   check_names(own, names, "the data")
   numbers = {name: i for i, name in enumerate(names)}
-  return _Renumbered(source, [numbers[name] for name in own], len(names))
+  kind = _RenumberedMaps if hasattr(source, "sizes") else _Renumbered
+  return kind(source, [numbers[name] for name in own], len(names))
 
 
 def check_names(own: Iterable[str], names: Iterable[str], where: Any) -> None:

@@ -1,12 +1,13 @@
 """Class folders of images, as ImageNet is commonly stored."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,8 +23,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif",
                   ".tiff", ".webp")
 
 # What data sets call their splits; the first one that is there is used.
-_TRAIN = ("train", "training")
-_EVAL = ("val", "valid", "validation", "test")
+TRAIN = ("train", "training")
+EVAL = ("val", "valid", "validation", "test")
 
 
 class Part(NamedTuple):
@@ -107,8 +108,9 @@ class ClassFolders:
             "path": path}
 
 
-def read_file(path: str) -> bytes:
-  """A file's bytes; OSError if it is a pipe, a device or far too large."""
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+  """A file to read; OSError if it is a pipe, a device or far too large."""
 
   def at_once(path, flags):  # Opening a pipe would wait for a writer.
     return os.open(path, flags | os.O_NONBLOCK)
@@ -119,6 +121,12 @@ def read_file(path: str) -> bytes:
       raise OSError(f"{path} is not a regular file")
     if found.st_size > _MAX_IMAGE_BYTES:
       raise OSError(f"{path} has {found.st_size} bytes, too many for an image")
+    yield f
+
+
+def read_file(path: str) -> bytes:
+  """A file's bytes; OSError as for `opened`."""
+  with opened(path) as f:
     return f.read()
 
 
@@ -170,13 +178,13 @@ def splits(data: schema.Data) -> Splits:
   """
   root = pathlib.Path(data.path).expanduser()
   try:
-    train = _first_split(root, data.train_split, _TRAIN)
-    evaluation = _first_split(root, data.eval_split, _EVAL)
+    train = _first_split(root, data.train_split, TRAIN)
+    evaluation = _first_split(root, data.eval_split, EVAL)
   except OSError as e:
     raise errors.ConfigError(f"config.data.path: {data.path}: {e}") from e
   if data.eval_fraction is not None and evaluation is None:
     return Splits(train or root, None)
-  return Splits(train or root / _TRAIN[0], evaluation or root / _EVAL[0])
+  return Splits(train or root / TRAIN[0], evaluation or root / EVAL[0])
 
 
 def _first_split(root: pathlib.Path, name: str | None,

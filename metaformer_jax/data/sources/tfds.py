@@ -14,7 +14,7 @@ import numpy as np
 
 from metaformer_jax import errors
 from metaformer_jax.config import schema
-from metaformer_jax.data.sources import base
+from metaformer_jax.data.sources import base, prepared
 
 _LENGTH = struct.Struct("<Q")
 _PREFIX, _SUFFIX = 12, 4  # Length and its checksum; the data's checksum.
@@ -94,8 +94,10 @@ def create(name: str, data_dir: str | None, split: str | None,
   return TfdsSource(records, features)
 
 
-def check(cfg: schema.Experiment, files: bool) -> Iterator[str]:
+def check(cfg: schema.Experiment, files: bool,
+          train: bool = True) -> Iterator[str]:
   """Yields a line per mistake that can be found without TFDS."""
+  del train
   data = cfg.data
   if not data.name:
     yield (f"config.data.name: {data.name!r} with source tfds; give the name "
@@ -139,7 +141,7 @@ class _ArrayRecords:
     self._source = None
     self._n = info.num_examples
     for part in info.file_instructions:
-      _check_array_record(os.fspath(part.filename), part.examples_in_shard)
+      prepared.check_shard(os.fspath(part.filename), part.examples_in_shard)
 
   def __len__(self) -> int:
     return self._n
@@ -194,23 +196,6 @@ class _TFRecords:
     if len(data) != length:
       raise OSError(f"{path}: was truncated while it was read")
     return data
-
-
-def _check_array_record(path: str, n_examples: int) -> None:
-  """Raises ConfigError unless the file's index has that many examples."""
-  from array_record.python import array_record_module  # noqa: PLC0415
-
-  try:
-    reader = array_record_module.ArrayRecordReader(path)
-    found = reader.num_records()
-    reader.close()
-  except (OSError, RuntimeError, ValueError) as e:
-    raise errors.ConfigError(
-        f"{path}: cannot be read: {errors.one_line(e)}") from e
-  if found != n_examples:
-    raise errors.ConfigError(
-        f"{path}: holds {found} examples, not {n_examples}; prepare the data "
-        "set again")
 
 
 def _scan(path: str) -> np.ndarray:

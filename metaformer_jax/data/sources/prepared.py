@@ -1,0 +1,258 @@
+"""Data sets that `tools.prepare` wrote: few large files, read by index.
+
+A folder has for each split an index, train.json, and the ArrayRecord files
+train-00000-of-00016.array_record, ... that it names. A record is a map in
+MessagePack, for example {"image": bytes, "label": bytes, "path": bytes}. The
+files are read from any place, of which many small files would be slow.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+
+from metaformer_jax import errors
+from metaformer_jax.config import json_data, schema
+from metaformer_jax.data.sources import base, folders
+
+_VERSION = 1
+
+# Each record alone, as it is read by index. Images are compressed already.
+_OPTIONS = "group_size:1,uncompressed"
+
+# Of an index: ten million images.
+_MAX_INDEX_BYTES = 2**28
+
+_AGAIN = "prepare the data set again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+  """What train.json says of a split.
+
+  Attributes:
+    records: what a record is: "label_maps".
+    shards: the number of records of each file.
+    class_names: by class; None if they have no names.
+    reduce_zero_label: 0 in label maps is what has no class.
+    sizes: (height, width) of each image.
+    version: of this format.
+  """
+
+  records: str
+  shards: list[int]
+  class_names: list[str] | None
+  reduce_zero_label: bool
+  sizes: list[list[int]]
+  version: int = _VERSION
+
+
+class _Shard(NamedTuple):
+  """A file as array_record's data source takes it."""
+
+  filename: str
+  skip: int
+  take: int
+  examples_in_shard: int
+
+
+def _shard_path(folder: pathlib.Path, split: str, i: int, n: int) -> str:
+  return os.fspath(folder / f"{split}-{i:05}-of-{n:05}.array_record")
+
+
+def write(folder: pathlib.Path, split: str,
+          shards: Iterable[Iterable[tuple[Mapping[str, Any], Any]]],
+          n_shards: int, description: Mapping[str, Any]) -> Index:
+  """Writes a split into a folder; the same records give the same bytes.
+
+  Args:
+    folder: it must exist.
+    split: its name in the names of the files.
+    shards: for each file (record, size of its image), ...
+    n_shards: how many files there are.
+    description: the other attributes of the index.
+
+  Raises:
+    OSError, RuntimeError: a file cannot be written.
+  """
+  from array_record.python import array_record_module  # noqa: PLC0415  Linux.
+
+  counts, sizes = [], []
+  for i, records in enumerate(shards):
+    path = _shard_path(folder, split, i, n_shards)
+    writer = array_record_module.ArrayRecordWriter(path, _OPTIONS)
+    counts.append(0)
+    for record, size in records:
+      writer.write(msgpack.packb(record))
+      counts[-1] += 1
+      sizes.append([int(side) for side in size])
+    writer.close()
+    with open(path, "rb+") as file:
+      os.fsync(file.fileno())
+  index = Index(shards=counts, sizes=sizes, **description)
+  # Last: a split without an index is not a split.
+  with open(folder / f"{split}.json", "w", encoding="utf-8") as file:
+    json.dump(dataclasses.asdict(index), file, separators=(",", ":"))
+    file.flush()
+    os.fsync(file.fileno())
+  return index
+
+
+def check_shard(path: str, n_examples: int) -> None:
+  """Raises ConfigError unless the file has that many records."""
+  from array_record.python import array_record_module  # noqa: PLC0415  Linux.
+
+  try:
+    reader = array_record_module.ArrayRecordReader(path)
+    found = reader.num_records()
+    reader.close()
+  except (OSError, RuntimeError, ValueError) as e:
+    raise errors.ConfigError(
+        f"{path}: cannot be read: {errors.one_line(e)}") from e
+  if found != n_examples:
+    raise errors.ConfigError(
+        f"{path}: holds {found} examples, not {n_examples}; {_AGAIN}")
+
+
+class Prepared:
+  """A split of a prepared data set, with the records that it was made of."""
+
+  def __init__(self, folder: pathlib.Path, split: str, index: Index):
+    """Takes an index; raises ConfigError if a file is not as it says."""
+    names = index.class_names
+    self.n_classes = len(names) if names else None
+    self.class_names = names and tuple(names)
+    self._sizes = np.array(index.sizes, np.int32).reshape(-1, 2)
+    self._paths = [_shard_path(folder, split, i, len(index.shards))
+                   for i in range(len(index.shards))]
+    self._counts = index.shards
+    self._records = None
+    with futures.ThreadPoolExecutor() as pool:
+      list(pool.map(check_shard, self._paths, self._counts))
+
+  def __len__(self) -> int:
+    return len(self._sizes)
+
+  def __getitem__(self, index: int) -> base.Record:
+    if self._records is None:
+      from array_record.python import array_record_data_source as lib  # noqa: PLC0415  Linux.
+
+      self._records = lib.ArrayRecordDataSource(
+          [_Shard(path, 0, n, n)
+           for path, n in zip(self._paths, self._counts)])
+    record = msgpack.unpackb(self._records[index])
+    return {**record, "path": os.fsdecode(record["path"])}
+
+  def sizes(self) -> np.ndarray:
+    """Heights and widths of the images: int32 [N, 2]."""
+    return self._sizes
+
+
+def _split(data: schema.Data, train: bool) -> str:
+  """The name of a split: what the config says, or the first that is there."""
+  named = data.train_split if train else data.eval_split
+  names = folders.TRAIN if train else folders.EVAL
+  root = pathlib.Path(data.path).expanduser()
+  return named or next((name for name in names
+                        if (root / f"{name}.json").is_file()), names[0])
+
+
+def _read_index(data: schema.Data, train: bool) -> tuple[str, Index]:
+  """The name and the index of a split; ConfigError if it is not one."""
+  split = _split(data, train)
+  path = pathlib.Path(data.path).expanduser() / f"{split}.json"
+  where = f"config.data.path: {path}"
+  if not path.exists():
+    raise errors.ConfigError(
+        f"{where}: does not exist; give a folder that python -m "
+        "metaformer_jax.tools.prepare wrote")
+  try:
+    tree = json_data.read(path, _MAX_INDEX_BYTES)
+    version = tree.get("version") if isinstance(tree, dict) else None
+    if version != _VERSION:
+      raise ValueError(f"has version {version!r} of the format, not {_VERSION}")
+    index = Index(**tree)
+    _check_types(index)
+  except (OSError, TypeError, ValueError) as e:
+    raise errors.ConfigError(
+        f"{where}: is not the index of a prepared data set: "
+        f"{errors.one_line(e)}; {_AGAIN}") from e
+  return split, index
+
+
+def _check_types(index: Index) -> None:
+  """Raises ValueError if a value of an index is not as `Index` says."""
+
+  def counts(values, low):
+    return isinstance(values, list) and all(
+        type(v) is int and low <= v < 2**31 for v in values)
+
+  names = index.class_names
+  good = {
+      "records": index.records == "label_maps",
+      "shards": counts(index.shards, 0) and len(index.shards) > 0,
+      "class_names": names is None or (
+          isinstance(names, list) and all(type(v) is str for v in names)),
+      "reduce_zero_label": type(index.reduce_zero_label) is bool,
+      "sizes": isinstance(index.sizes, list) and all(
+          counts(v, 1) and len(v) == 2 for v in index.sizes)}
+  for name, is_good in good.items():
+    if not is_good:
+      raise ValueError(f"{name} has another form")
+  if not 0 < sum(index.shards) == len(index.sizes):
+    raise ValueError(f"it has {len(index.sizes)} sizes of "
+                     f"{sum(index.shards)} images")
+
+
+def create(data: schema.Data, train: bool) -> Prepared:
+  """Opens the training or the evaluation split.
+
+  Raises:
+    ConfigError: the index or a file of it is missing or damaged.
+  """
+  return Prepared(pathlib.Path(data.path).expanduser(),
+                  *_read_index(data, train))
+
+
+def classes(data: schema.Data) -> base.Classes:
+  """The classes of the training split; ConfigError as for `create`."""
+  _, index = _read_index(data, train=True)
+  names = index.class_names
+  return base.Classes(len(names), tuple(names)) if names else base.Classes(
+      None, None)
+
+
+def reduces_zero_label(data: schema.Data) -> bool:
+  """Whether 0 has no class; ConfigError as for `create`."""
+  return _read_index(data, train=True)[1].reduce_zero_label
+
+
+def check(cfg: schema.Experiment, files: bool,
+          train: bool = True) -> Iterator[str]:
+  """Yields a line per mistake in an experiment on a prepared data set.
+
+  Args:
+    cfg: the experiment.
+    files: whether the data must be on this machine.
+    train: whether the training split must be there, too.
+  """
+  if not cfg.data.path:
+    yield (f"config.data.path: {cfg.data.path!r} with source array_record; "
+           "give the folder that tools.prepare wrote")
+  elif files:
+    yield from base.check_folder(cfg.data, _check_inside(cfg, train))
+
+
+def _check_inside(cfg: schema.Experiment, train: bool) -> Iterator[str]:
+  if train:
+    create(cfg.data, train=True)
+    n = classes(cfg.data).n
+    if n is not None:
+      yield from base.check_classes(cfg, n)
+  create(cfg.data, train=False)
