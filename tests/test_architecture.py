@@ -21,8 +21,6 @@ ALLOWED = {
     "errors": set(),
     "imports": set(),
     "models": set(),
-    "ops": set(),
-    "heads": {"models", "ops"},
     "config": TABLES,
     "recipes": {"config", *TABLES},
     "data": {"config"},
@@ -42,7 +40,7 @@ ALLOWED = {
                   "tasks"},
     "testing": {"models"},
     "tools": {"checkpoints", "cli", "config", "convert", "data", "doctor",
-              "evaluation", "inference", "models", "preflight",
+              "evaluation", "inference", "models", "ops", "preflight",
               "runtime", "tasks", "training"},
 }
 

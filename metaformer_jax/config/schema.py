@@ -21,7 +21,8 @@ class Data:
 
   source: str = option("folder", "kind of data set", own=True,
                        choices=("ade20k", "array_record", "digits",
-                                "folder", "idx", "label_maps", "tfds"))
+                                "folder", "idx", "label_maps", "scenes",
+                                "tfds"))
   path: str | None = option(
       None, "folder: has a folder per split, with a folder per class, or with "
       "eval_fraction a folder per class; ade20k: ADEChallengeData2016 or its "
@@ -31,7 +32,7 @@ class Data:
   name: str | None = option(None, "tfds: name of the data set")
   train_split: str | None = option(
       None, "folder, ade20k, label_maps: the folder's name; tfds: the split; "
-      "None: the source's default")
+      'scenes: "train[:32]" for the first 32; None: the source\'s default')
   eval_split: str | None = option(None, "as train_split")
   eval_fraction: float | None = option(
       None, "folder, label_maps: without an evaluation split, this part of the "

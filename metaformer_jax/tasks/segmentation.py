@@ -16,6 +16,7 @@ from metaformer_jax.config import checks, derived, typed
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.config.tasks.segmentation import IGNORE
 from metaformer_jax.data import images, loader, sources
+from metaformer_jax.data.transforms import framing
 from metaformer_jax.data.transforms import segmentation as transforms
 from metaformer_jax.evaluation import miou
 from metaformer_jax.heads import segmenter
@@ -152,9 +153,10 @@ class Segmentation:
         process_index=jax.process_index(), process_count=jax.process_count())
     if train:
       return make(transforms.TrainTransform(cfg.data, cfg.task))
-    transform = transforms.EvalTransform.for_sizes(cfg.data, cfg.task,
-                                                   source.sizes())
-    return make(transform, groups=transform.groups(source.sizes()))
+    sizes = source.sizes()
+    transform = transforms.EvalTransform(cfg.data, cfg.task,
+                                         framing.choose(sizes, cfg.task))
+    return make(transform, groups=transform.groups(sizes))
 
   def make_evaluators(self) -> dict[str, base.Evaluator]:
     task = self.cfg.task
@@ -162,7 +164,8 @@ class Segmentation:
 
   def preprocess(self, image: bytes | np.ndarray) -> dict[str, np.ndarray]:
     """An image as an example of evaluation, with an empty label map."""
-    return transforms.example(image, self.cfg.data, self.cfg.task)
+    transform = transforms.EvalTransform(self.cfg.data, self.cfg.task)
+    return transform.preprocess(image)
 
   def postprocess(self, outputs: np.ndarray,
                   example: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -224,5 +227,8 @@ def create(cfg: Experiment,
   cfg = derived.fill(cfg)
   own_models.check(cfg)
   cfg = classes.fill(cfg, files)
+  if cfg.task.reduce_zero_label is None:
+    cfg = dataclasses.replace(cfg, task=dataclasses.replace(
+        cfg.task, reduce_zero_label=sources.reduces_zero_label(cfg.data)))
   typed.refuse(checks.check(cfg, files=False))  # The settings with n outputs.
   return cfg, Segmentation(cfg)

@@ -32,7 +32,7 @@ from metaformer_jax.config import tasks
 from metaformer_jax.data import images
 from metaformer_jax.data.transforms import classification as transforms
 from metaformer_jax.models import mlp_mixer, pvt, vit
-from metaformer_jax.tasks import classification
+from metaformer_jax.ops import images as image_ops
 
 log = logging.getLogger("metaformer_jax.tools.cam")
 
@@ -202,7 +202,7 @@ def _explain(loaded: inference.Loaded, image: str, label: int | None,
   outputs = jax.jit(loaded.task.predict)(loaded.variables, batch)
   found = loaded.task.postprocess(np.asarray(outputs[0]), example)
   label = int(found["classes"][0]) if label is None else label
-  inputs = classification.normalize(
+  inputs = image_ops.normalize(
       batch["image"], loaded.cfg.data.mean, loaded.cfg.data.std)
   maps = jax.jit(functools.partial(grad_cam, loaded.model, stage=stage))(
       loaded.variables, inputs, jnp.array([label]))

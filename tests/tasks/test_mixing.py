@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from metaformer_jax.config import derived, schema, tasks
+from metaformer_jax.ops import images as image_ops
 from metaformer_jax.tasks import classification, mixing
 
 TIMM = np.load(
@@ -204,7 +205,7 @@ def test_the_loss_is_that_of_the_steps_in_order(case):
   variables, batch = case
   made = task(**RECIPE)
   key_mix, key_erase = jax.random.split(jax.random.key(0))
-  images = classification.normalize(batch["image"], made.cfg.data.mean,
+  images = image_ops.normalize(batch["image"], made.cfg.data.mean,
                                     made.cfg.data.std)
   images, targets = mixing.mixup_cutmix(
       key_mix, images, mixing.smooth_one_hot(batch["label"], 10, 0.1),

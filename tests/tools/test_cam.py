@@ -20,7 +20,7 @@ from metaformer_jax.config import typed
 from metaformer_jax.convert import files, layouts
 from metaformer_jax.data.transforms import classification as transforms
 from metaformer_jax.models import registry
-from metaformer_jax.tasks import classification
+from metaformer_jax.ops import images as image_ops
 from metaformer_jax.tools import cam
 
 CLASSES = np.array([3, 1])
@@ -333,7 +333,7 @@ def test_the_tool_draws_what_the_function_gives(tiny, tmp_path, capsys, label):
   # floor(32 / 0.9) = 35 pixels for 60, and 46 for 80; then the centre.
   picture = np.asarray(Image.fromarray(pixels).resize(
       (46, 35), Image.Resampling.BICUBIC))[2:34, 7:39]
-  x = classification.normalize(picture[None], spec.mean, spec.std)
+  x = image_ops.normalize(picture[None], spec.mean, spec.std)
   logits = np.asarray(jax.jit(model.apply)(variables, x)[0], np.float64)
   label = int(logits.argmax()) if label is None else int(label)
   want = np.exp(logits[label]) / np.exp(logits).sum()

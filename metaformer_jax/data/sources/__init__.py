@@ -16,6 +16,7 @@ from metaformer_jax.data.sources import (
   folders,
   label_maps,
   prepared,
+  scenes,
   tfds,
 )
 
@@ -39,6 +40,7 @@ _KINDS = {
     "folder": _Kind(folders.check, "image"),
     "idx": _Kind(arrays.check_idx, "image"),
     "label_maps": _Kind(label_maps.check, "pixel"),
+    "scenes": _Kind(scenes.check, "pixel"),
     "tfds": _Kind(tfds.check, "image"),
 }
 
@@ -72,6 +74,8 @@ def create(data: schema.Data, split: str, numbered: bool = False,
       return folders.create(data, train, numbered, names)
     case "idx":
       return arrays.idx(data.path, train)
+    case "scenes":
+      source = scenes.create(data, train)
     case "tfds":
       source = tfds.create(data.name, data.path,
                            data.train_split if train else data.eval_split,
@@ -109,6 +113,8 @@ def classes(data: schema.Data) -> base.Classes:
       return prepared.classes(data)
     case "digits":
       return arrays.DIGITS
+    case "scenes":
+      return scenes.CLASSES
   source = create(data, "train")
   return base.Classes(source.n_classes, getattr(source, "class_names", None))
 

@@ -149,12 +149,13 @@ def create(data: schema.Data, train: bool) -> Scenes:
   return Scenes(split, min(n, int(match[2])) if match[2] else n)
 
 
-def check(cfg: schema.Experiment, files: bool) -> Iterator[str]:
+def check(cfg: schema.Experiment, files: bool,
+          train: bool = True) -> Iterator[str]:
   """Yields a line per mistake in an experiment on scenes."""
-  del files
+  del files, train  # Nothing is on disk.
   yield from base.check_classes(cfg, CLASSES.n)
-  for train in (True, False):
+  for split in (True, False):
     try:
-      create(cfg.data, train)
+      create(cfg.data, split)
     except errors.ConfigError as e:
       yield str(e)

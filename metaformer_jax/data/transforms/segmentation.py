@@ -225,10 +225,11 @@ class EvalTransform:
     return {**example, "label": _padded(labels, canvas.labels, IGNORE)}
 
   def preprocess(self, image: bytes | np.ndarray) -> Example:
-    """The example of an image without a label map, on a canvas of its own."""
+    """An image without a label map, on a canvas of its own; labels are 255."""
     picture = np.asarray(images.decode(image, self.data.max_pixels))
     canvas = framing.needed(*picture.shape[:2], self.task, framing.ALONE)
-    return self._images(picture, canvas)
+    return {**self._images(picture, canvas),
+            "label": np.full(canvas.labels, IGNORE, np.uint8)}
 
   def blank(self, group: int) -> Example:
     """An example of a canvas that nothing counts in."""
