@@ -69,7 +69,7 @@ def semantic_fpn_resnet(name: str, init: str) -> ml_collections.ConfigDict:
   """
   config = ade20k(name, init=init, batch_size=32, steps=40_000, base_lr=0.02,
                   weight_decay=5e-4, drop_path_rate=0.0, eval_steps=4000)
-  config.model.stem = "deep"
+  config.model.stem = "3x3"
   config.optim.name = "sgd"
   config.optim.nesterov = False
   config.optim.decay_all = True

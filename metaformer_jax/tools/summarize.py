@@ -193,6 +193,10 @@ def _settings(cfg: Experiment) -> dict[str, Any] | None:
 
 def _n_params(cfg: Experiment) -> int:
   """The parameters of the whole network of an experiment."""
+  settings = _settings(cfg)
+  if settings is not None:  # Its classes may be those of the user's data.
+    return cost.of_model(registry.create_model(cfg.model.name, **settings),
+                         cfg.task.image_size).n_params
   _, task = task_lib.create(cfg, files=False)
   return cost.of_inputs(task.model, *task.init_inputs()).n_params
 

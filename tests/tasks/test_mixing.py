@@ -206,7 +206,7 @@ def test_the_loss_is_that_of_the_steps_in_order(case):
   made = task(**RECIPE)
   key_mix, key_erase = jax.random.split(jax.random.key(0))
   images = image_ops.normalize(batch["image"], made.cfg.data.mean,
-                                    made.cfg.data.std)
+                               made.cfg.data.std)
   images, targets = mixing.mixup_cutmix(
       key_mix, images, mixing.smooth_one_hot(batch["label"], 10, 0.1),
       mixup_alpha=0.8, cutmix_alpha=1.0)
