@@ -1,6 +1,7 @@
 """The Pyramid Vision Transformer (arXiv 2102.12122), as in its official code.
 
-Source: github.com/whai362/PVT, classification/pvt.py.
+Sources: github.com/whai362/PVT, classification/pvt.py; without a class token,
+segmentation/pvt.py.
 """
 
 import functools
@@ -138,12 +139,18 @@ class Stage(nn.Module):
 
   [B, H, W, C] -> [B, H / patch_size, W / patch_size, dim], sides rounded down,
   its mask, and the class token [B, 1, dim], or [B, 0, dim] without one.
+
+  Attributes:
+    class_token: whether a token that is learned comes before the patches.
+    spare_position: whether the positions begin with that of a class token, but
+      there is none.
   """
 
   dim: int
   patch_size: int
   blocks: Sequence[Callable[..., nn.Module]]
   class_token: bool = False
+  spare_position: bool = False
   norm_eps: float = 1e-5
   drop_rate: float = 0.0
   dtype: DTypeLike | None = None
@@ -155,7 +162,8 @@ class Stage(nn.Module):
         post_norm=functools.partial(norms.LayerNorm, eps=self.norm_eps),
         dtype=self.dtype, name="patch_embed")(x, mask=mask, train=train)
     b, h, w, dim = x.shape
-    first = int(self.class_token)  # Index of the first patch.
+    # Index of the first patch's position.
+    first = int(self.class_token or self.spare_position)
     shape = ((1, first + h * w, dim) if self.is_initializing()
              else self.get_variable("params", "pos_embed").shape)
     embedding = self.param("pos_embed", layers.trunc_normal_02, shape)
@@ -172,7 +180,8 @@ class Stage(nn.Module):
         x, deterministic=not train)
     for i, block in enumerate(self.blocks, 1):
       x = block(name=f"block{i}")(x, (h, w), mask=valid, train=train)
-    return x[:, first:].reshape(b, h, w, dim), mask, x[:, :first]
+    token, x = jnp.split(x, [int(self.class_token)], 1)
+    return x.reshape(b, h, w, dim), mask, token
 
 
 class PyramidVisionTransformer(settings.PyramidVisionTransformer,
@@ -185,12 +194,16 @@ class PyramidVisionTransformer(settings.PyramidVisionTransformer,
     sr_ratios: how much each stage reduces keys and values; 1 in the last, which
       has the class token.
     patch_size: of the first stage; it is 2 in the others.
+    class_token: whether the last stage has one, which the head sees. False is
+      the backbone of dense tasks: the position of the token stays as a
+      parameter that nothing uses, so that the weights are those of the official
+      code. A head sees the mean over the pixels.
     norm_eps: of the blocks' norms and the last; the others have
       `embed_norm_eps` (Hugging Face has one epsilon for all).
     drop_rate: dropout of the tokens with their positions, in the attention's
       output and in the MLPs.
     drop_path_rate: of the last block; linear from 0 at the first.
-    num_classes: outputs of the head; 0 for the normed class token.
+    num_classes: outputs of the head; 0 for what the head would see.
     dtype: of the computation; None is float32. Parameters are float32.
   """
 
@@ -209,6 +222,7 @@ class PyramidVisionTransformer(settings.PyramidVisionTransformer,
                                  name="head")
 
   def _stage(self, i: int, drop_path_rates: Sequence[float]) -> Stage:
+    last = i + 1 == len(self.depths)
     attention = functools.partial(
         Attention, self.n_heads[i], self.sr_ratios[i], self.qkv_bias,
         self.embed_norm_eps)
@@ -219,8 +233,10 @@ class PyramidVisionTransformer(settings.PyramidVisionTransformer,
                 Block, attention, self.mlp_ratios[i], rate, dtype=self.dtype,
                 norm_eps=self.norm_eps, drop_rate=self.drop_rate)
             for rate in drop_path_rates],
-        class_token=i + 1 == len(self.depths), norm_eps=self.embed_norm_eps,
-        drop_rate=self.drop_rate, dtype=self.dtype, name=f"stage{i + 1}")
+        class_token=last and self.class_token,
+        spare_position=last and not self.class_token,
+        norm_eps=self.embed_norm_eps, drop_rate=self.drop_rate,
+        dtype=self.dtype, name=f"stage{i + 1}")
 
   def _stages(self, x, mask, train) -> Iterator[tuple[jax.Array, Any, Any]]:
     layers.check_images(self, x, "stage1", "patch_embed", "conv")
@@ -250,6 +266,10 @@ class PyramidVisionTransformer(settings.PyramidVisionTransformer,
   def __call__(self, x: jax.Array, *, mask: jax.Array | None = None,
                train: bool = False) -> jax.Array:
     """Returns logits [B, num_classes] for images and mask as in `features`."""
-    *_, (_, _, token) = self._stages(x, mask, train)
-    x = self.final_norm(token[:, 0])
+    for y, m, token in self._stages(x, mask, train):
+      x, mask = y, m
+    if self.class_token:
+      x = self.final_norm(token[:, 0])
+    else:
+      x = layers.global_average_pool(self.final_norm(x), mask)
     return self.classifier(x) if self.num_classes else x

@@ -222,6 +222,9 @@ class PyramidVisionTransformer(parts.NormEps, parts.Dropout, Family):
       "the last", low=1, role="shape")
   patch_size: int = option(4, "side of a patch in the first stage, pixels",
                            low=1, role="shape")
+  class_token: bool = option(
+      True, "the last stage has one; False: as for dense tasks, and a head sees "
+      "the mean over the pixels", role="shape")
   qkv_bias: bool = option(True, "queries, keys and values have a bias",
                           role="shape")
   embed_norm_eps: float = option(
@@ -239,7 +242,7 @@ class PyramidVisionTransformer(parts.NormEps, parts.Dropout, Family):
     yield from limits.check_stages(
         depths=self.depths, dims=self.dims, n_heads=self.n_heads,
         mlp_ratios=self.mlp_ratios, sr_ratios=self.sr_ratios)
-    if self.sr_ratios and self.sr_ratios[-1] != 1:
+    if self.class_token and self.sr_ratios and self.sr_ratios[-1] != 1:
       yield (f"sr_ratios: {self.sr_ratios} must end with 1, as a class token "
              f"cannot be reduced; nearest: {(*self.sr_ratios[:-1], 1)}")
     for dim, n in zip(self.dims, self.n_heads):
