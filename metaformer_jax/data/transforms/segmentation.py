@@ -81,7 +81,7 @@ def crop_labels(labels: np.ndarray, size: tuple[int, int],
   return cv_kernels.take(labels, rows, columns[::-1] if flip else columns)
 
 
-def _decode(record: base.Record, data: schema.Data,
+def decode(record: base.Record, data: schema.Data,
             task: tasks.Segmentation) -> tuple[np.ndarray, np.ndarray]:
   """The image, uint8 [H, W, 3], and its label map, uint8 [H, W].
 
@@ -154,7 +154,7 @@ class TrainTransform:
   def __call__(self, record: base.Record,
                rng: np.random.Generator) -> Example:
     task = self.task
-    image, labels = _decode(record, self.data, task)
+    image, labels = decode(record, self.data, task)
     size = draw_size(*labels.shape, task, rng)
     box = draw_box(labels, size, task, rng)
     flip = rng.random() < task.flip
@@ -219,7 +219,7 @@ class EvalTransform:
                rng: np.random.Generator | None = None) -> Example:
     """Makes an example; a record's "group" is the number of its canvas."""
     del rng
-    image, labels = _decode(record, self.data, self.task)
+    image, labels = decode(record, self.data, self.task)
     canvas = self._canvas(*labels.shape, record.get("group"))
     example = self._images(image, canvas)
     return {**example, "label": _padded(labels, canvas.labels, IGNORE)}
