@@ -78,7 +78,8 @@ def crop_labels(labels: np.ndarray, size: tuple[int, int],
   rows, columns = (
       cv_kernels.nearest(n_in, n_out, start, n) for n_in, n_out, start, n in
       zip(labels.shape, size, box[:2], box[2:]))
-  return cv_kernels.take(labels, rows, columns[::-1] if flip else columns)
+  return cv_kernels.take(labels, rows,
+                         columns[::-1].copy() if flip else columns)
 
 
 def decode(record: base.Record, data: schema.Data,
@@ -137,6 +138,13 @@ def _padded(array: np.ndarray, size: tuple[int, int],
   out = np.full((*size, *array.shape[2:]), value, array.dtype)
   out[:array.shape[0], :array.shape[1]] = array
   return out
+
+
+def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  resized = cv_kernels.resize(image, size, (0, 0, *size), False)
+  # As decoded pictures are, so that one program is compiled for both.
+  resized.flags.writeable = False
+  return resized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,10 +270,9 @@ class EvalTransform:
     sizes = framing.network_sizes(height, width, self.task)
     for suffix, (size, stretched), whole in zip(self._suffixes(), sizes,
                                                 canvas.images):
-      resized = cv_kernels.resize(image, size, (0, 0, *size), False)
+      resized = _resize(image, size)
       if stretched != size:
-        resized = cv_kernels.resize(resized, stretched, (0, 0, *stretched),
-                                    False)
+        resized = _resize(resized, stretched)
       example[f"image{suffix}"] = _padded(resized, whole, 0)
       example[f"size{suffix}"] = np.array(stretched, np.int32)
     return example
