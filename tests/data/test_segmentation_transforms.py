@@ -318,7 +318,7 @@ def padding(sizes, chosen, made):
 
 def test_every_image_fits_and_more_canvases_pad_less():
   rng = np.random.default_rng(0)
-  sizes = np.concatenate([rng.integers(20, 100, (200, 2)), [(1, 300), (300, 1)]])
+  sizes = np.append(rng.integers(20, 100, (200, 2)), [(1, 300), (300, 1)], 0)
   totals = []
   for n in (1, 2, 3, 4, 8, 64):
     made = task(eval_canvases=n)
