@@ -92,8 +92,22 @@ def main(args: argparse.Namespace) -> None:
   data = schema.Data(source=args.source, path=args.path,
                      train_split=args.train_split, eval_split=args.eval_split,
                      max_pixels=args.max_pixels)
-  for problem in base.check_folder(data):
-    raise errors.ConfigError(problem.replace("config.data.path", "--path"))
+  try:
+    for problem in base.check_folder(data, _check_inside(data)):
+      raise errors.ConfigError(problem)
+    _write_all(output, data, args)
+  except errors.ConfigError as e:
+    raise errors.ConfigError(str(e).replace("config.data.", "--")) from e
+
+
+def _check_inside(data: schema.Data) -> Iterator[str]:
+  yield from label_maps.check_split(data, "train_split",
+                                    label_maps.splits(data).train)
+
+
+def _write_all(output: pathlib.Path, data: schema.Data,
+               args: argparse.Namespace) -> None:
+  """Writes all splits into another folder, which then is renamed."""
   where = label_maps.splits(data)
   partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
   try:

@@ -107,7 +107,7 @@ def test_the_largest_number_of_pixels_is_that_of_the_config():
   for call in (images.decode_labels, lambda x, n: images.size(io.BytesIO(x),
                                                               n)):
     with pytest.raises(ValueError, match="3 x 2 pixels are more than "
-                       "config.data.max_pixels, 5"):
+                       r"config\.data\.max_pixels, 5"):
       call(PNG, 5)
 
 

@@ -270,15 +270,17 @@ def _check_inside(cfg: schema.Experiment, train: bool) -> Iterator[str]:
   if train or where.evaluation is None:
     wanted = {"train_split": where.train} | wanted
   for key, roots in wanted.items():
-    missing = next((root for root in roots or () if not root.is_dir()), None)
-    if missing:
-      inside = f"{missing.parent.name}/{missing.name}"
-      yield (f"config.data.{key}: {_root(cfg.data)} has no folder {inside!r}"
-             f"{_advice(cfg.data, key) or base.nearest_folder(missing)}")
+    yield from check_split(cfg.data, key, roots or ())
 
 
-def _advice(data: schema.Data, key: str) -> str:
-  if key == "eval_split" and data.eval_split is None:
-    return ("; config.data.eval_fraction=0.2 evaluates on a fifth of the "
-            "training images")
-  return ""
+def check_split(data: schema.Data, key: str,
+                roots: Sequence[pathlib.Path]) -> Iterator[str]:
+  """Yields a line if one of a split's folders does not exist."""
+  missing = next((root for root in roots if not root.is_dir()), None)
+  if missing:
+    advice = base.nearest_folder(missing)
+    if key == "eval_split" and data.eval_split is None:
+      advice = ("; config.data.eval_fraction=0.2 evaluates on a fifth of the "
+                "training images")
+    yield (f"config.data.{key}: {_root(data)} has no folder "
+           f"'{missing.parent.name}/{missing.name}'{advice}")
