@@ -54,21 +54,20 @@ def decode(image: bytes | np.ndarray,
     if image.ndim == 3 and image.shape[-1] == 1:
       image = image[..., 0]
     return _rgb(Image.fromarray(image))
-  with _open(image, max_pixels, FORMATS) as picture:
+  with _open(io.BytesIO(image), max_pixels, FORMATS) as picture:
     picture.load()
     return _rgb(picture)
 
 
-def size(image: bytes | np.ndarray | BinaryIO) -> tuple[int, int]:
-  """(height, width) of an image by its header; no pixel is decoded.
+def size(file: BinaryIO,
+         max_pixels: int = schema.Data.max_pixels) -> tuple[int, int]:
+  """(height, width) of an encoded image by its header; no pixel is decoded.
 
   Raises:
-    Exception: of many types. The header is damaged, or of another format.
+    Exception: of many types. The header is damaged, of another format, or says
+      that there are more than `max_pixels`.
   """
-  if isinstance(image, np.ndarray):
-    return image.shape[:2]
-  file = io.BytesIO(image) if isinstance(image, bytes) else image
-  with Image.open(file, formats=FORMATS) as picture:
+  with _open(file, max_pixels, FORMATS) as picture:
     width, height = picture.size
   return height, width
 
@@ -92,7 +91,7 @@ def decode_labels(labels: bytes | np.ndarray,
       raise ValueError(f"an array {list(labels.shape)} of {labels.dtype} is "
                        "not a label map; give integers [H, W]")
     return labels
-  with _open(labels, max_pixels, ("PNG",)) as picture:
+  with _open(io.BytesIO(labels), max_pixels, ("PNG",)) as picture:
     if picture.mode not in ("1", "L", "P", "I") and not (
         picture.mode.startswith("I;16")):
       raise ValueError(
@@ -106,18 +105,20 @@ def decode_labels(labels: bytes | np.ndarray,
   return found // scale if picture.mode == "L" and scale > 1 else found
 
 
-def _open(image: bytes, max_pixels: int,
+def _open(file: BinaryIO, max_pixels: int,
           formats: tuple[str, ...]) -> Image.Image:
   """Opens an encoded picture; ValueError if it has more than `max_pixels`."""
   # Also limits a GIF's frame and a TIFF's tile, which can exceed the picture.
   Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
   try:
-    picture = Image.open(io.BytesIO(image), formats=formats)
+    picture = Image.open(file, formats=formats)
   except UnidentifiedImageError as e:
     kind = "a PNG" if formats == ("PNG",) else "an image"
+    n = file.seek(0, io.SEEK_END)
+    file.seek(0)
     raise UnidentifiedImageError(
-        f"cannot identify {kind} in {len(image)} bytes that begin with "
-        f"{image[:16]!r}") from e
+        f"cannot identify {kind} in {n} bytes that begin with "
+        f"{file.read(16)!r}") from e
   width, height = picture.size
   if width * height > max_pixels:
     picture.close()

@@ -20,7 +20,7 @@ _HSV_BITS = 12
 
 
 @compiled
-def _weights(n_in, n_out, start, n, clip):
+def _weights(n_in, n_out, start, n, clip, flip):
   """The bilinear filter of n of n_out outputs, beginning with `start`.
 
   Args:
@@ -28,6 +28,7 @@ def _weights(n_in, n_out, start, n, clip):
     start, n: the outputs that are asked for.
     clip: an output beyond the outermost inputs has one input only; else it has
       the outermost one twice.
+    flip: whether the n outputs are in reverse order.
 
   Returns:
     int32 [n] four times: the two inputs of each output, and their weights.
@@ -36,7 +37,8 @@ def _weights(n_in, n_out, start, n, clip):
   first, second = np.empty(n, np.int32), np.empty(n, np.int32)
   one, other = np.empty(n, np.int32), np.empty(n, np.int32)
   for i in range(n):
-    place = np.float32((start + i + 0.5) * scale - 0.5)
+    output = start + (n - 1 - i if flip else i)
+    place = np.float32((output + 0.5) * scale - 0.5)
     left = math.floor(place)
     rest = np.float32(place - np.float32(left))
     if clip and (left < 0 or left >= n_in - 1):
@@ -57,6 +59,13 @@ def _mix_columns(row, filters, out):
     for c in range(3):
       out[3 * i + c] = (np.int32(row[left, c]) * one[i]
                         + np.int32(row[right, c]) * other[i]) >> 4
+
+
+@compiled
+def _mix_rows(above, below, one, other, out):
+  """int32 [3 n] twice, of `_mix_columns` -> out uint8 [3 n]."""
+  for i in range(len(out)):
+    out[i] = ((one * above[i] >> 16) + (other * below[i] >> 16) + 2) >> 2
 
 
 @compiled
@@ -93,29 +102,24 @@ def resize(image, size, box, flip):
   if n_rows == 2 * size[0] and n_columns == 2 * size[1]:
     _halved(image, top, left, flip, out)
     return out
-  left_one, right_one, u, v = _weights(n_columns, size[1], left, width, True)
-  step = -1 if flip else 1
-  across = (left_one[::step].copy(), right_one[::step].copy(),
-            u[::step].copy(), v[::step].copy())
-  first, second, one, other = _weights(n_rows, size[0], top, height, False)
+  across = _weights(n_columns, size[1], left, width, True, flip)
+  first, second, one, other = _weights(n_rows, size[0], top, height, False,
+                                       False)
   # The two rows that were last mixed, as most are needed more than once.
-  rows = np.empty((2, 3 * width), np.int32)
-  held = np.full(2, -1, np.int32)
+  above, below = np.empty(3 * width, np.int32), np.empty(3 * width, np.int32)
+  held_above, held_below = -1, -1
   flat = out.reshape(height, 3 * width)
   for y in range(height):
-    if held[0] != first[y]:
-      if held[1] == first[y]:
-        rows[0] = rows[1]
-      else:
-        _mix_columns(image[first[y]], across, rows[0])
-      held[0] = first[y]
-    if held[1] != second[y]:
-      _mix_columns(image[second[y]], across, rows[1])
-      held[1] = second[y]
-    above, below, line = rows[0], rows[1], flat[y]
-    a, b = one[y], other[y]
-    for i in range(3 * width):
-      line[i] = ((a * above[i] >> 16) + (b * below[i] >> 16) + 2) >> 2
+    if held_above != first[y]:
+      above, below = below, above
+      held_above, held_below = held_below, held_above
+    if held_above != first[y]:
+      _mix_columns(image[first[y]], across, above)
+      held_above = first[y]
+    if held_below != second[y]:
+      _mix_columns(image[second[y]], across, below)
+      held_below = second[y]
+    _mix_rows(above, below, one[y], other[y], flat[y])
   return out
 
 
@@ -184,11 +188,13 @@ def _to_hsv(red, green, blue):
 
 @compiled
 def _to_rgb(hue, saturation, value):
-  """The reverse of `_to_hsv`, rounded towards zero.
+  """The reverse of `_to_hsv`.
 
-  OpenCV rounds to the nearest in a picture's columns after the last multiple of
-  32 (of 16 without AVX2), and towards zero in the others.
+  Rounded towards zero up to the last multiple of 32 columns, and after it to
+  the nearest: OpenCV (with AVX2) has vectors of 32 pixels, and what is left is
+  computed by other code.
   """
+  last = len(hue) - len(hue) % 32
   for x in range(len(hue)):
     turn = np.float32(hue[x]) * _SIXTHS
     sector = np.int32(turn)
@@ -198,9 +204,10 @@ def _to_rgb(hue, saturation, value):
     v = np.float32(value[x]) * _PER_WHITE
     # In float64, as OpenCV's multiply-add rounds once.
     share = np.float32(np.float64(1) - np.float64(s) * np.float64(rest))
-    most = np.int32(v * _WHITE)
-    least = np.int32(v * (_ONE - s) * _WHITE)
-    middle = np.int32(v * share * _WHITE)
+    a, b, c = v * _WHITE, v * (_ONE - s) * _WHITE, v * share * _WHITE
+    if x >= last:
+      a, b, c = np.rint(a), np.rint(b), np.rint(c)
+    most, least, middle = np.int32(a), np.int32(b), np.int32(c)
     # In the sectors 0 to 5: red most at 5 and 0, green at 1 and 2, ...
     red = most if (sector == 0) | (sector == 5) else least
     green = most if (sector == 1) | (sector == 2) else least

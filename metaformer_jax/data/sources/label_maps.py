@@ -43,13 +43,15 @@ class LabelMaps:
   """
 
   def __init__(self, image_root: pathlib.Path, label_root: pathlib.Path,
-               classes: base.Classes, part: folders.Part | None = None):
+               classes: base.Classes, part: folders.Part | None = None,
+               max_pixels: int = schema.Data.max_pixels):
     """Finds the images below one folder and the label maps below the other.
 
     Args:
       image_root, label_root: of a split.
       classes: of the labels.
       part: of the images, to which the source is restricted.
+      max_pixels: of an image; the size of one with more is not known.
 
     Raises:
       ConfigError: a folder cannot be read, two images or label maps have the
@@ -57,6 +59,7 @@ class LabelMaps:
     """
     self._roots = os.fspath(image_root), os.fspath(label_root)
     self.n_classes, self.class_names = classes
+    self._max_pixels = max_pixels
     named = _by_name(image_root, folders.IMAGE_SUFFIXES)
     labels = _by_name(label_root, (".png",))
     _check_pairs(image_root, named, label_root, labels)
@@ -95,17 +98,16 @@ class LabelMaps:
     """
     if self._sizes is None:
       with futures.ThreadPoolExecutor() as pool:
-        found = list(pool.map(_size, map(self.path, range(len(self)))))
+        found = list(pool.map(self._size, range(len(self))))
       self._sizes = np.array(found, np.int32).reshape(-1, 2)
     return self._sizes
 
-
-def _size(path: str) -> tuple[int, int]:
-  try:
-    with folders.opened(path) as file:
-      return images.size(file)
-  except Exception:  # Of many types; the loader will say what is wrong.
-    return 0, 0
+  def _size(self, index: int) -> tuple[int, int]:
+    try:
+      with folders.opened(self.path(index)) as file:
+        return images.size(file, self._max_pixels)
+    except Exception:  # Of many types; the loader will say what is wrong.
+      return 0, 0
 
 
 def _by_name(root: pathlib.Path, suffixes: Sequence[str]) -> dict[str, str]:
@@ -207,7 +209,7 @@ def create(data: schema.Data, train: bool) -> LabelMaps:
   part = None if where.evaluation else folders.Part(
       data.eval_fraction, data.eval_seed, held_out=not train)
   roots = where.evaluation if where.evaluation and not train else where.train
-  return LabelMaps(*roots, classes(data), part)
+  return LabelMaps(*roots, classes(data), part, data.max_pixels)
 
 
 def classes(data: schema.Data) -> base.Classes:
@@ -268,15 +270,17 @@ def _check_inside(cfg: schema.Experiment, train: bool) -> Iterator[str]:
   if train or where.evaluation is None:
     wanted = {"train_split": where.train} | wanted
   for key, roots in wanted.items():
-    missing = next((root for root in roots or () if not root.is_dir()), None)
-    if missing:
-      inside = f"{missing.parent.name}/{missing.name}"
-      yield (f"config.data.{key}: {_root(cfg.data)} has no folder {inside!r}"
-             f"{_advice(cfg.data, key) or base.nearest_folder(missing)}")
+    yield from check_split(cfg.data, key, roots or ())
 
 
-def _advice(data: schema.Data, key: str) -> str:
-  if key == "eval_split" and data.eval_split is None:
-    return ("; config.data.eval_fraction=0.2 evaluates on a fifth of the "
-            "training images")
-  return ""
+def check_split(data: schema.Data, key: str,
+                roots: Sequence[pathlib.Path]) -> Iterator[str]:
+  """Yields a line if one of a split's folders does not exist."""
+  missing = next((root for root in roots if not root.is_dir()), None)
+  if missing:
+    advice = base.nearest_folder(missing)
+    if key == "eval_split" and data.eval_split is None:
+      advice = ("; config.data.eval_fraction=0.2 evaluates on a fifth of the "
+                "training images")
+    yield (f"config.data.{key}: {_root(data)} has no folder "
+           f"'{missing.parent.name}/{missing.name}'{advice}")

@@ -78,10 +78,11 @@ def crop_labels(labels: np.ndarray, size: tuple[int, int],
   rows, columns = (
       cv_kernels.nearest(n_in, n_out, start, n) for n_in, n_out, start, n in
       zip(labels.shape, size, box[:2], box[2:]))
-  return cv_kernels.take(labels, rows, columns[::-1] if flip else columns)
+  return cv_kernels.take(labels, rows,
+                         columns[::-1].copy() if flip else columns)
 
 
-def _decode(record: base.Record, data: schema.Data,
+def decode(record: base.Record, data: schema.Data,
             task: tasks.Segmentation) -> tuple[np.ndarray, np.ndarray]:
   """The image, uint8 [H, W, 3], and its label map, uint8 [H, W].
 
@@ -139,6 +140,13 @@ def _padded(array: np.ndarray, size: tuple[int, int],
   return out
 
 
+def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  resized = cv_kernels.resize(image, size, (0, 0, *size), False)
+  # As decoded pictures are, so that one program is compiled for both.
+  resized.flags.writeable = False
+  return resized
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
   """Resizes, crops, flips, distorts and pads: record, rng -> an example.
@@ -154,7 +162,7 @@ class TrainTransform:
   def __call__(self, record: base.Record,
                rng: np.random.Generator) -> Example:
     task = self.task
-    image, labels = _decode(record, self.data, task)
+    image, labels = decode(record, self.data, task)
     size = draw_size(*labels.shape, task, rng)
     box = draw_box(labels, size, task, rng)
     flip = rng.random() < task.flip
@@ -219,7 +227,7 @@ class EvalTransform:
                rng: np.random.Generator | None = None) -> Example:
     """Makes an example; a record's "group" is the number of its canvas."""
     del rng
-    image, labels = _decode(record, self.data, self.task)
+    image, labels = decode(record, self.data, self.task)
     canvas = self._canvas(*labels.shape, record.get("group"))
     example = self._images(image, canvas)
     return {**example, "label": _padded(labels, canvas.labels, IGNORE)}
@@ -263,10 +271,9 @@ class EvalTransform:
     sizes = framing.network_sizes(height, width, self.task)
     for suffix, (size, stretched), whole in zip(self._suffixes(), sizes,
                                                 canvas.images):
-      resized = cv_kernels.resize(image, size, (0, 0, *size), False)
+      resized = _resize(image, size)
       if stretched != size:
-        resized = cv_kernels.resize(resized, stretched, (0, 0, *stretched),
-                                    False)
+        resized = _resize(resized, stretched)
       example[f"image{suffix}"] = _padded(resized, whole, 0)
       example[f"size{suffix}"] = np.array(stretched, np.int32)
     return example

@@ -1,0 +1,193 @@
+r"""Writes a data set of many small files as few large ones, for pods:
+
+    python -m metaformer_jax.tools.prepare --source=ade20k \
+        --path=data/ADEChallengeData2016 --output=data/ade20k
+
+The output is a new folder with ArrayRecord files, which are read by index from
+any place; train on it with --config.data.source=array_record and
+--config.data.path. The records have the files' bytes: the examples are the same
+bit for bit.
+
+Each image and label map is decoded once. If one cannot be used, it is named,
+and nothing is written, unless --skip_bad leaves it out. The folder gets its
+name when it is complete; its bytes depend on the data and --shards only.
+"""
+
+import argparse
+import itertools
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from typing import Any
+
+from metaformer_jax import cli, errors
+from metaformer_jax.config import paths, schema, tasks
+from metaformer_jax.convert import files
+from metaformer_jax.data import sources
+from metaformer_jax.data.sources import base, label_maps, prepared
+from metaformer_jax.data.transforms import segmentation
+
+log = logging.getLogger("metaformer_jax.tools.prepare")
+
+# Examples that are decoded at a time.
+_AT_ONCE = 64
+
+# Bad examples that are named.
+_NAMED = 10
+
+
+class _Split:
+  """A split of label maps that is being written."""
+
+  def __init__(self, source: base.Source, data: schema.Data,
+               reduce_zero_label: bool):
+    self._source, self._data = source, data
+    self._root = pathlib.Path(data.path).expanduser()
+    self._task = tasks.Segmentation(num_classes=source.n_classes or 255,
+                                    reduce_zero_label=reduce_zero_label)
+    self.n_bad = 0
+
+  def shards(self, n: int) -> Iterator[Iterator[tuple[dict[str, Any], Any]]]:
+    """The records of each of n files, with the sizes of their images."""
+    total = len(self._source)
+    for i in range(n):
+      yield self._records(range(i * total // n, (i + 1) * total // n))
+
+  def _records(self, indices: range):
+    with futures.ThreadPoolExecutor() as pool:
+      left = iter(indices)
+      while part := list(itertools.islice(left, _AT_ONCE)):
+        for record, size, reason in pool.map(self._read, part):
+          if reason:
+            self._name(reason)
+          else:
+            yield record, size
+
+  def _read(self, index: int) -> tuple[dict[str, Any], Any, str]:
+    """A record, its image's size, and why it is bad, or ""."""
+    record = {}
+    try:
+      record = self._source[index]
+      image, _ = segmentation.decode(record, self._data, self._task)
+    except Exception as e:
+      path = record.get("path") or self._source.path(index)
+      return {}, None, errors.one_line(f"{path}: {type(e).__name__}: {e}")
+    inside = os.path.relpath(record["path"], self._root)
+    return {**record, "path": os.fsencode(inside)}, image.shape[:2], ""
+
+  def _name(self, reason: str) -> None:
+    self.n_bad += 1
+    if self.n_bad <= _NAMED:
+      log.warning("%s", reason)
+    elif self.n_bad == _NAMED + 1:
+      log.warning("further bad examples are counted but not named")
+
+
+def main(args: argparse.Namespace) -> None:
+  """Writes the folder that the command line asks for."""
+  output = _output(args.output)
+  data = schema.Data(source=args.source, path=args.path,
+                     train_split=args.train_split, eval_split=args.eval_split,
+                     max_pixels=args.max_pixels)
+  try:
+    for problem in base.check_folder(data, _check_inside(data)):
+      raise errors.ConfigError(problem)
+    _write_all(output, data, args)
+  except errors.ConfigError as e:
+    raise errors.ConfigError(str(e).replace("config.data.", "--")) from e
+
+
+def _check_inside(data: schema.Data) -> Iterator[str]:
+  yield from label_maps.check_split(data, "train_split",
+                                    label_maps.splits(data).train)
+
+
+def _write_all(output: pathlib.Path, data: schema.Data,
+               args: argparse.Namespace) -> None:
+  """Writes all splits into another folder, which then is renamed."""
+  where = label_maps.splits(data)
+  partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+  try:
+    try:
+      partial.mkdir(parents=True)
+      for name, roots in (("train", where.train), ("val", where.evaluation)):
+        if name == "train" or roots[0].is_dir():
+          _write(partial, name, data, args)
+        else:
+          log.warning("%s does not exist: there is no evaluation split",
+                      roots[0])
+      os.replace(partial, output)
+    finally:
+      shutil.rmtree(partial, ignore_errors=True)
+  except (OSError, RuntimeError) as e:  # The latter from array_record.
+    raise errors.StorageError(
+        f"--output: {output} cannot be written: {errors.one_line(e)}") from e
+
+
+def _write(folder: pathlib.Path, name: str, data: schema.Data,
+           args: argparse.Namespace) -> None:
+  """Writes a split; raises DataError if examples are bad and not skipped."""
+  source = sources.create(data, "train" if name == "train" else "eval")
+  zero = args.reduce_zero_label or sources.reduces_zero_label(data)
+  split = _Split(source, data, zero)
+  n_shards = min(args.shards, len(source))
+  index = prepared.write(folder, name, split.shards(n_shards), n_shards, {
+      "records": "label_maps", "class_names": source.class_names,
+      "reduce_zero_label": zero})
+  n = len(index.sizes)
+  if split.n_bad and not args.skip_bad:
+    raise errors.DataError(
+        f"{split.n_bad} of {len(source)} examples of {name} cannot be used, "
+        "and nothing was written; mend them, or leave them out with --skip_bad")
+  if not n:
+    raise errors.DataError(f"no example of {name} can be used")
+  log.info("%s: %d examples in %d files, %d left out", name, n, n_shards,
+           split.n_bad)
+
+
+def _output(name: str) -> pathlib.Path:
+  """The new folder; ConfigError if something is in its place."""
+  output = paths.local("--output", name).absolute()
+  try:
+    files.check_new(output)
+  except errors.ConfigError as e:
+    raise errors.ConfigError(f"--output: {e}") from e
+  return output
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+  """The command line."""
+  parser = cli.Parser(__doc__, "prepare")
+  parser.add_argument("--source", required=True,
+                      choices=("ade20k", "label_maps"),
+                      help="the form of the data, as in config.data.source")
+  parser.add_argument("--path", required=True, help="as in config.data.path")
+  parser.add_argument("--output", required=True, help="a new folder")
+  parser.add_argument("--train_split", help="as in config.data")
+  parser.add_argument("--eval_split", help="as in config.data")
+  parser.add_argument("--max_pixels", type=count,
+                      default=schema.Data.max_pixels, help="as in config.data")
+  parser.add_argument("--shards", type=count, default=16,
+                      help="files of each split")
+  parser.add_argument("--reduce_zero_label", action="store_true",
+                      help="0 in label maps is what has no class; always so "
+                      "in ade20k")
+  parser.add_argument("--skip_bad", action="store_true",
+                      help="leave out examples that cannot be used")
+  return parser.parse_args(argv)
+
+
+def count(text: str) -> int:
+  """A positive integer; argparse names the function in its error."""
+  if (value := int(text)) < 1:
+    raise ValueError
+  return value
+
+
+if __name__ == "__main__":
+  cli.start_logging()
+  with cli.one_line_errors():
+    main(parse())
