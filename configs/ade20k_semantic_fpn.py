@@ -15,20 +15,20 @@ from metaformer_jax.recipes import segmentation
 
 SOURCE = "arXiv 2111.11418, table 4"
 
-# Drop path, or the initial weights of a ResNet; published mIoU.
+# The initial weights, if they are not the model's of its table; published mIoU.
 VARIANTS = {
-    "poolformer_s12": (0.0, 37.2),
-    "poolformer_s24": (0.0, 40.3),
-    "poolformer_s36": (0.0, 42.0),
-    "poolformer_m36": (0.0, 42.4),
-    "poolformer_m48": (0.0, 42.7),
+    "poolformer_s12": (None, 37.2),
+    "poolformer_s24": (None, 40.3),
+    "poolformer_s36": (None, 42.0),
+    "poolformer_m36": (None, 42.4),
+    "poolformer_m48": (None, 42.7),
     "resnet18": ("resnet18_v1c-b5776b93.pth", 32.9),
     "resnet50": ("resnet50_v1c-2cccc1ad.pth", 36.7),
     "resnet101": ("resnet101_v1c-e67eebb6.pth", 38.8),
-    "pvt_tiny": (0.1, 35.7),
-    "pvt_small": (0.1, 39.8),
-    "pvt_medium": (0.1, 41.6),
-    "pvt_large": (0.1, 42.1),
+    "pvt_tiny": (None, 35.7),
+    "pvt_small": (None, 39.8),
+    "pvt_medium": (None, 41.6),
+    "pvt_large": (None, 42.1),
 }
 
 NOTES = {
@@ -39,7 +39,9 @@ NOTES = {
 
 
 def get_config(variant=None):
-  value, _ = recipes.variant(VARIANTS, variant)
-  if variant.startswith("resnet"):
-    return segmentation.semantic_fpn_resnet(variant, init=f"~/data/{value}")
-  return segmentation.semantic_fpn(variant, drop_path_rate=value)
+  init, _ = recipes.variant(VARIANTS, variant)
+  if init:
+    return segmentation.semantic_fpn_resnet(variant, init=f"~/data/{init}")
+  if variant.startswith("pvt"):
+    return segmentation.semantic_fpn_pvt(variant)
+  return segmentation.semantic_fpn(variant)

@@ -47,7 +47,7 @@ def ade20k(name: str, *, init: str | None, batch_size: int, steps: int,
 
 def semantic_fpn(name: str, *, drop_path_rate: float = 0.0,
                  ) -> ml_collections.ConfigDict:
-  """Semantic FPN with PoolFormer or PVT (arXiv 2111.11418, section 4.3).
+  """Semantic FPN with PoolFormer (arXiv 2111.11418, section 4.3).
 
   Settings of segmentation/configs/sem_fpn/PoolFormer of the official
   repository, and of the same folder of PVT's: AdamW at 2e-4 for a batch of 32,
@@ -58,6 +58,13 @@ def semantic_fpn(name: str, *, drop_path_rate: float = 0.0,
                   weight_decay=1e-4, drop_path_rate=drop_path_rate,
                   eval_steps=4000)
   config.optim.decay_all = True
+  return config
+
+
+def semantic_fpn_pvt(name: str) -> ml_collections.ConfigDict:
+  """Semantic FPN with PVT, without its class token (github.com/whai362/PVT)."""
+  config = semantic_fpn(name, drop_path_rate=0.1)
+  config.model.class_token = False
   return config
 
 

@@ -56,11 +56,11 @@ class Segmentation:
   def pretrained(self) -> base.Backbone:
     name = self.cfg.model.name
     family = None if imports.is_path(name) else registry.get_spec(name).family
-    return base.Backbone(family, "backbone", self.cfg.task.crop_size,
+    return base.Backbone(family, "backbone", _init_size(self.cfg),
                          self._backbone(1000))
 
   def init_inputs(self) -> tuple[jax.Array, jax.Array]:
-    size = self.cfg.task.crop_size
+    size = _init_size(self.cfg)
     return jnp.zeros((1, *size, 3)), jnp.ones((1, *size), bool)
 
   def train_batches(self, batch_size: int):
@@ -210,15 +210,38 @@ def _feature_norm(cfg: Experiment) -> str:
   """The norm of the backbone's outputs: the section's, or the model's."""
   if cfg.task.feature_norm is not None:
     return cfg.task.feature_norm
-  if imports.is_path(cfg.model.name):
-    return "none"
-  model = registry.get_spec(cfg.model.name).override(**cfg.model.overrides())
-  match model:
-    case settings.MetaFormer():
-      return model.norm
+  match _settings(cfg):
+    case settings.MetaFormer(norm=norm):
+      return norm
     case settings.OneStage():
       return "layer_norm"
   return "none"
+
+
+def _init_size(cfg: Experiment) -> tuple[int, int]:
+  """Height and width of the images that the model is initialised with.
+
+  Position embeddings have the size of the published classifier's, and are
+  resized to other images, as in the official code of PVT.
+  """
+  match _settings(cfg):
+    case (settings.PyramidVisionTransformer() | settings.VisionTransformer()):
+      embedded = True
+    case settings.MetaFormer(position_embeddings=stages):
+      embedded = bool(stages)
+    case _:
+      embedded = False
+  if embedded:
+    side = registry.get_spec(cfg.model.name).input_size
+    return side, side
+  return cfg.task.input_size
+
+
+def _settings(cfg: Experiment) -> settings.Family | None:
+  """The hyper-parameters of the backbone; None if it is the user's own."""
+  if imports.is_path(cfg.model.name):
+    return None
+  return registry.get_spec(cfg.model.name).override(**cfg.model.overrides())
 
 
 def create(cfg: Experiment,

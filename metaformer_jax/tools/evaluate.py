@@ -10,7 +10,8 @@ so does --config=FILE. The model must be that of the weights. Every example of
 the evaluation split is counted exactly once.
 
 A checkpoint's measures are printed as JSON, those of --weights as a table, as
-JSON (--json) or as comma-separated values (--csv).
+JSON (--json) or as comma-separated values (--csv). --per_class prints those of
+each class instead, if the task has them.
 """
 
 import dataclasses
@@ -35,6 +36,8 @@ flags.DEFINE_string(
     "model", None, "Name of the model, for weights that do not record it.")
 _CSV = flags.DEFINE_bool("csv", False, "Print comma-separated values.")
 _JSON = flags.DEFINE_bool("json", False, "Print a JSON object on each line.")
+_PER_CLASS = flags.DEFINE_bool(
+    "per_class", False, "Print the measures of each class; segmentation only.")
 
 Row = dict[str, Any]
 
@@ -45,9 +48,19 @@ def main(cfg: Experiment, workdir: pathlib.Path) -> None:
     raise errors.ConfigError("--csv: cannot be combined with --json")
   form = "csv" if _CSV.value else "json" if _JSON.value else None
   if _weights():
-    output.write(_evaluate_weights(cfg), form or "table")
+    rows, form = _evaluate_weights(cfg), form or "table"
   else:
-    output.write([_evaluate_checkpoint(cfg, workdir)], form or "json")
+    rows = [_evaluate_checkpoint(cfg, workdir)]
+    form = form or ("table" if _PER_CLASS.value else "json")
+  output.write(_classes(rows) if _PER_CLASS.value else rows, form)
+
+
+def _classes(rows: list[Row]) -> list[Row]:
+  """The rows of the classes; with several weights, each with their name."""
+  if not any(row["table"] for row in rows):
+    raise errors.ConfigError("--per_class: the task has no measures of classes")
+  return [({"weights": row["weights"]} if len(rows) > 1 else {}) | of_class
+          for row in rows for of_class in row["table"]]
 
 
 def _weights() -> list[str]:
@@ -68,7 +81,8 @@ def _evaluate_checkpoint(cfg: Experiment, workdir: pathlib.Path) -> Row:
   cfg, task, mesh = cli.start(cfg)
   from metaformer_jax.training import evaluate  # noqa: PLC0415
 
-  return evaluate.evaluate_checkpoint(cfg, task, mesh, workdir, checkpoint)
+  return evaluate.evaluate_checkpoint(cfg, task, mesh, workdir, checkpoint,
+                                      detailed=_PER_CLASS.value)
 
 
 def _evaluate_weights(cfg: Experiment) -> list[Row]:
@@ -93,7 +107,8 @@ def _evaluate_weights(cfg: Experiment) -> list[Row]:
     filled, task, _ = cli.start(cfg, mesh)
     with processes.agreeing():
       variables = inference.read(task, path)
-    result = evaluate.evaluate_variables(filled, task, mesh, variables)
+    result = evaluate.evaluate_variables(filled, task, mesh, variables,
+                                         detailed=_PER_CLASS.value)
     rows.append({"weights": weights, "model": filled.model.name, **result,
                  "params": sum(map(np.size, jax.tree.leaves(
                      variables["params"]))),

@@ -16,7 +16,7 @@ def write(rows: Rows, form: str, header: bool = True) -> None:
   """Prints rows with the same keys to stdout.
 
   Args:
-    rows: one or more; the values are text, numbers or booleans.
+    rows: one or more; the values are text, numbers, booleans or None.
     form: "table"; "json": an object on each line; or "csv".
     header: csv: whether to begin with the names of the columns.
   """
@@ -39,6 +39,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Rows with the same keys, as aligned columns below their names."""
 
   def shown(value):
+    if value is None:
+      return ""
     if isinstance(value, float):
       return f"{value:.4f}"
     return f"{value:,}" if type(value) is int else errors.one_line(value)

@@ -81,6 +81,11 @@ class Evaluation:
           "above")
     return collect(self._evaluators) | {"bad_images": n_bad}
 
+  def table(self) -> base.Rows:
+    """The last measures in detail, where evaluators have them; for a user."""
+    return [row for evaluator in self._evaluators.values()
+            if hasattr(evaluator, "table") for row in evaluator.table()]
+
 
 def is_due(step: int, n_steps: int, every: int) -> bool:
   """Whether a run evaluates after a step: every so many, and after the last.
@@ -117,7 +122,7 @@ def collect(evaluators: Mapping[str, base.Evaluator]) -> dict[str, float]:
 
 def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
                         workdir: pathlib.Path, which: str | int,
-                        ) -> dict[str, Any]:
+                        detailed: bool = False) -> dict[str, Any]:
   """Evaluates a checkpoint of a workdir.
 
   Args:
@@ -126,9 +131,10 @@ def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
     mesh: from `devices.make_mesh(cfg)`.
     workdir: of the training run.
     which: "last", "best" (by config.checkpoint.best_metric) or a step.
+    detailed: as for `evaluate_variables`.
 
   Returns:
-    {"step", the evaluators' measures...}.
+    {"step", and what `evaluate_variables` returns}.
 
   Raises:
     ConfigError: there is no such checkpoint, or it belongs to another model.
@@ -150,11 +156,13 @@ def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
   finally:
     checkpoints.close()
   return {"step": i,
-          **evaluate_variables(cfg, task, mesh, state.eval_variables())}
+          **evaluate_variables(cfg, task, mesh, state.eval_variables(),
+                               detailed)}
 
 
 def evaluate_variables(cfg: Experiment, task: base.Task, mesh,
-                       variables: base.Variables) -> dict[str, Any]:
+                       variables: base.Variables,
+                       detailed: bool = False) -> dict[str, Any]:
   """Evaluates variables on the evaluation split.
 
   Args:
@@ -162,9 +170,10 @@ def evaluate_variables(cfg: Experiment, task: base.Task, mesh,
     task: what to measure.
     mesh: from `devices.make_mesh(cfg)`.
     variables: of the task's model; the same on all processes.
+    detailed: whether to return the evaluators' tables, too.
 
   Returns:
-    The evaluators' measures, and "bad_images".
+    The evaluators' measures, "bad_images" and, if asked for, "table": rows.
 
   Raises:
     ConfigError: the data does not fit the model.
@@ -174,4 +183,5 @@ def evaluate_variables(cfg: Experiment, task: base.Task, mesh,
   evaluate = Evaluation(cfg, task, mesh, task.make_data("eval"))
   with Watchdog(cfg.log.hang_seconds) as watchdog:
     # As nothing is saved, signals have their usual effect.
-    return evaluate(variables, signals.StopSignal(), watchdog)
+    measures = evaluate(variables, signals.StopSignal(), watchdog)
+  return measures | ({"table": evaluate.table()} if detailed else {})

@@ -79,7 +79,9 @@ def curve(optim: Optim, peak: float, length: float, per_epoch: float,
     if optim.schedule == "cosine":
       rate = low + (peak - low) * 0.5 * (1 + xp.cos(xp.pi * progress))
     elif optim.schedule == "poly":
-      rate = low + (peak - low) * (1 - progress) ** optim.poly_power
+      # Not 1 - progress, of which little is left at the end in float32.
+      rest = xp.clip((length - t) / length, 0, 1)
+      rate = low + (peak - low) * rest ** optim.poly_power
     else:
       n_falls = sum(t >= epoch * per_epoch for epoch in milestones)
       rate = peak * optim.step_factor ** n_falls

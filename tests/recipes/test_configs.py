@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 
+import ade_tree
 import fast_compilation
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ import shipped
 import tiny_imagenet
 
 import metaformer_jax
+from metaformer_jax import tasks
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.data import sources
 from metaformer_jax.runtime import devices
-from metaformer_jax.tasks import classification
 from metaformer_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -66,7 +67,13 @@ def shrink(config):
   else:
     config.model.depth = 1
   config.mesh.data = 1
-  config.task.image_size = 32
+  if config.task.name == "segmentation":
+    config.task.crop_size = (32, 32)
+    config.task.scale = (64, 48)
+    config.task.eval_canvases = 1
+    config.task.fpn_dim = config.task.head_dim = config.task.auxiliary_dim = 8
+  else:
+    config.task.image_size = 32
   config.data.workers = 0
   config.train.batch_size = 16
   config.train.steps = 2
@@ -84,20 +91,29 @@ def trains(argument, imagenet, folder):
   elif config.data.source == "idx":
     write_idx(folder / "idx")
     config.data.path = str(folder / "idx")
-  cfg = config_lib.resolve(config)
-  cfg, task = classification.create(cfg)
+  elif config.data.source == "ade20k":
+    ade_tree.make(folder / "ade", n_train=16, n_val=4, seed=0)
+    config.data.path = str(folder / "ade")
+  elif config.data.source == "scenes":
+    config.data.eval_split = "test[:4]"
+  cfg, task = tasks.create(config_lib.resolve(config))
   summary = loop.train_and_evaluate(cfg, task, devices.make_mesh(cfg),
                                     folder / "run")
   n_eval = len(sources.create(cfg.data, "eval"))
   assert summary["step"] == 2 and summary["n_examples"] == n_eval
+  if cfg.task.name == "segmentation":
+    assert 0 <= summary["miou"] <= summary["pixel_accuracy"] <= 1
+    return
   # Two steps of a tiny rate: the loss is still near that of chance.
   chance = np.log(cfg.task.num_classes)
   assert abs(summary["loss"] / chance - 1) < 0.5
 
 
-# Each optimizer, each loss, and a fine-tuning; -m configs trains the others.
+# Each optimizer, each loss, a fine-tuning, each decoder; -m configs trains the
+# others.
 CHOSEN = ("configs/fashion_mnist.py", "configs/convformer.py:b36_384",
-          "configs/resnet.py:18")
+          "configs/resnet.py:18", "configs/ade20k_semantic_fpn.py:pvt_tiny",
+          "configs/ade20k_upernet.py:caformer_s18")
 
 
 @pytest.mark.parametrize("argument", CHOSEN)

@@ -11,9 +11,12 @@ from metaformer_jax import errors, recipes
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.recipes import classification
 from metaformer_jax.tools import summarize
+from metaformer_jax.training import schedules
 
 TABLE = {"s18": (1,), "s18_384": (2,), "m36": (3,)}
-STUDIES = ("ablations", "study_fashion_mnist")  # Of a model with changes.
+# Their variants are no classifiers of the table, as they are.
+OTHERS = ("ablations", "study_fashion_mnist", "ade20k_semantic_fpn",
+          "ade20k_upernet")
 FAMILIES = {path.stem: shipped.names_of(path) for path in shipped.FILES
             if "VARIANTS" in shipped.names_of(path)}
 
@@ -58,7 +61,7 @@ def test_the_command_line_takes_variants():
 
 @pytest.mark.parametrize("family, variant", [
     (family, variant) for family, found in FAMILIES.items()
-    if family not in STUDIES for variant in found["VARIANTS"]])
+    if family not in OTHERS for variant in found["VARIANTS"]])
 def test_a_variant_names_the_model_and_its_published_accuracy(family, variant):
   found = FAMILIES[family]
   config = found["get_config"](variant)
@@ -69,6 +72,26 @@ def test_a_variant_names_the_model_and_its_published_accuracy(family, variant):
   cfg = config_lib.resolve(config, files=False)
   assert cfg.task.image_size == spec.input_size
   assert found["VARIANTS"][variant][-1] == spec.top1
+
+
+def test_segmentation_recipes_are_the_official_ones():
+  """The values that mmsegmentation's config files have."""
+  found = FAMILIES["ade20k_semantic_fpn"]
+  for variant in found["VARIANTS"]:
+    cfg = config_lib.resolve(found["get_config"](variant), files=False)
+    optim, resnet = cfg.optim, variant.startswith("resnet")
+    assert optim.base_lr * cfg.train.batch_size / 1024 == pytest.approx(
+        0.02 if resnet else 2e-4)
+    assert optim.weight_decay == (5e-4 if resnet else 1e-4)
+    assert optim.decay_all and optim.name == ("sgd" if resnet else "adamw")
+    assert (cfg.train.steps, cfg.train.batch_size) == (40_000, 32)
+    rate = schedules.create(cfg, 40_000, 20_210 / 32)
+    for i in (0, 1, 20_000, 39_999):
+      assert float(rate(i)) == pytest.approx(
+          (0.02 if resnet else 2e-4) * (1 - i / 40_000) ** 0.9, rel=1e-5)
+    every = round(cfg.eval.every_epochs * 20_210 / 32)
+    assert every == 4000
+    assert cfg.model.name == variant
 
 
 def test_notes_are_of_variants():
