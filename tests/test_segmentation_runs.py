@@ -88,7 +88,7 @@ def test_a_killed_run_ends_like_another(home, run):
   for a, b in zip(*(map(np.asarray, _leaves(v)) for v in (whole, killed))):
     np.testing.assert_array_equal(a, b)
   losses = [pods.losses(path) for path in (run, workdir)]
-  assert losses[0] == losses[1] and losses[0][40] < 0.7 * losses[0][1]
+  assert losses[0] == losses[1] and losses[0][40] < 0.9 * losses[0][1]
   measures = [pods.summary(path)["miou"] for path in (run, workdir)]
   assert measures[0] == measures[1] > 0
 
