@@ -16,7 +16,9 @@ from metaformer_jax.models import positions
 
 log = logging.getLogger(__name__)
 
-_HEAD = re.compile(r"params/(head|head_dist|head/fc2)/(kernel|bias)")
+_HEAD = re.compile(
+    r"params/(head|head_dist|head/fc2|(head|auxiliary)/classifier/conv)"
+    r"/(kernel|bias)")
 _HEADS = re.compile(r"params/head(_dist)?/.*")
 _STEM = re.compile(
     r"params/(stage1/downsample/conv|stage1/patch_embed/conv|stem/conv"

@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from metaformer_jax import errors
-from metaformer_jax.convert import rules
+from metaformer_jax.convert import rules, segmentation
 
 Tensors = Mapping[str, np.ndarray]
 # (flat name, array, shape of the target) -> adapted array, or None to omit it.
@@ -119,7 +119,8 @@ def _holds(where: str, numbers: Mapping[str, int],
 
 
 def _stages_with(what: str, paths: Iterable[str]) -> set[int]:
-  matches = (re.match(rf"stage(\d+)/{what}\b", path) for path in paths)
+  pattern = re.compile(rf"(?:.*/)?stage(\d+)/{what}\b")
+  matches = map(pattern.match, paths)
   return {int(match[1]) for match in matches if match}
 
 
@@ -257,7 +258,8 @@ def _leaf(name: str, entry: Entry, tensors: Tensors, want: Any,
 
 
 def _rules(family: str | None) -> Mapping[str, Any]:
-  return {} if family is None else rules.RULES[family]
+  known = rules.RULES | segmentation.RULES
+  return {} if family is None else known[family]
 
 
 def _readable(family: str | None) -> Mapping[str, Any]:

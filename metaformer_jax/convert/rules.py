@@ -221,14 +221,32 @@ _RESMLP = (
 )
 
 # timm: models/resnet.py; torchvision's ResNet has the same keys.
-_RESNET = (
-    Rule("stem/conv", "conv1", "conv"),
-    Rule("stem/norm", "bn1", "norm"),
+_RESNET_STAGES = (
     Rule(f"{_BLOCK}/conv{{i}}", "layer{s}.{b0}.conv{i}", "conv"),
     Rule(f"{_BLOCK}/norm{{i}}", "layer{s}.{b0}.bn{i}", "norm"),
     Rule(f"{_BLOCK}/downsample/conv", "layer{s}.{b0}.downsample.0", "conv"),
     Rule(f"{_BLOCK}/downsample/norm", "layer{s}.{b0}.downsample.1", "norm"),
     Rule("head", "fc", "dense"),
+)
+_RESNET = (
+    Rule("stem/conv", "conv1", "conv"),
+    Rule("stem/norm", "bn1", "norm"),
+    # The stem of three convolutions, as in timm's resnet50c.
+    Rule("stem/conv1", "conv1.0", "conv"),
+    Rule("stem/norm1", "conv1.1", "norm"),
+    Rule("stem/conv2", "conv1.3", "conv"),
+    Rule("stem/norm2", "conv1.4", "norm"),
+    Rule("stem/conv3", "conv1.6", "conv"),
+    Rule("stem/norm3", "bn1", "norm"),
+    *_RESNET_STAGES,
+)
+# OpenMMLab's ResNet, and ResNetV1c with the stem of three convolutions:
+# mmseg/models/backbones/resnet.py.
+OPENMMLAB_RESNET = (
+    *(Rule(f"stem/{name}{i}", f"stem.{3 * (i - 1) + at}", kind)
+      for i in range(1, 4)
+      for at, (name, kind) in enumerate((("conv", "conv"), ("norm", "norm")))),
+    *_RESNET,
 )
 
 _RESNET_LAYER = "resnet.encoder.stages.{s0}.layers.{b0}"
@@ -323,6 +341,7 @@ def _base(rule: Rule) -> Rule:
 READ_ONLY = {
     family: {"huggingface_base": tuple(map(_base, known["huggingface"]))}
     for family, known in RULES.items() if "huggingface" in known}
+READ_ONLY["resnet"]["openmmlab"] = OPENMMLAB_RESNET
 
 # Tensors that no classifier uses: of the pooler of ViTModel and DeiTModel, and
 # of pretraining on masked images.

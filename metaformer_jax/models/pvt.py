@@ -266,8 +266,7 @@ class PyramidVisionTransformer(settings.PyramidVisionTransformer,
   def __call__(self, x: jax.Array, *, mask: jax.Array | None = None,
                train: bool = False) -> jax.Array:
     """Returns logits [B, num_classes] for images and mask as in `features`."""
-    for y, m, token in self._stages(x, mask, train):
-      x, mask = y, m
+    *_, (x, mask, token) = self._stages(x, mask, train)
     if self.class_token:
       x = self.final_norm(token[:, 0])
     else:

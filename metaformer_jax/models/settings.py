@@ -223,8 +223,8 @@ class PyramidVisionTransformer(parts.NormEps, parts.Dropout, Family):
   patch_size: int = option(4, "side of a patch in the first stage, pixels",
                            low=1, role="shape")
   class_token: bool = option(
-      True, "the last stage has one; False: as for dense tasks, and a head sees "
-      "the mean over the pixels", role="shape")
+      True, "the last stage has one; False: as dense tasks, none, and a head "
+      "sees the mean over the pixels", role="shape")
   qkv_bias: bool = option(True, "queries, keys and values have a bias",
                           role="shape")
   embed_norm_eps: float = option(

@@ -1,0 +1,119 @@
+"""Equality with recorded outputs of mmsegmentation.
+
+Outputs, losses and gradients of every head, on the official backbones; made by
+tests/golden/make_segmentation.py. The weights are drawn by name on both sides.
+"""
+
+import functools
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity_cases
+import pytest
+import head_cases
+from head_cases import AUXILIARY_WEIGHT, IGNORE
+
+import metaformer_jax
+from metaformer_jax.convert import layouts, segmentation
+from metaformer_jax.heads import segmenter
+from metaformer_jax.ops import resize
+
+CANVAS = (64, 128)
+# The other two have nothing that these do not have.
+DEFAULT = ("poolformer_s12-semantic_fpn", "pvt_tiny-semantic_fpn",
+           "resnet50-upernet")
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "segmentation"
+
+
+def build(case):
+  """The model, its family, and its variables' shapes."""
+  backbone = metaformer_jax.create_model(case.model, num_classes=0,
+                                         **case.overrides)
+  model = segmenter.create(backbone, types.SimpleNamespace(
+      head=case.head, num_classes=head_cases.NUM_CLASSES,
+      fpn_dim=head_cases.FPN_DIM, head_drop_rate=0.0,
+      head_dim=head_cases.HEAD_DIMS[case.head],
+      pool_sizes=head_cases.POOL_SIZES,
+      auxiliary_weight=AUXILIARY_WEIGHT * (case.head == "upernet"),
+      auxiliary_dim=head_cases.AUXILIARY_DIM),
+      feature_norm=case.feature_norm)
+  family = segmentation.family(
+      case.head, metaformer_jax.get_spec(case.model).family)
+  size = case.image_size
+  return model, family, jax.eval_shape(
+      model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+
+
+def cross_entropy(logits, labels):
+  """mmsegmentation 0.19: ignored pixels count in the denominator."""
+  logits = resize.resize(logits, labels.shape[1:])
+  found = -jnp.take_along_axis(
+      jax.nn.log_softmax(logits), jnp.where(labels == IGNORE, 0, labels)[
+          ..., None].astype(int), -1)[..., 0]
+  return jnp.where(labels == IGNORE, 0, found).mean()
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in DEFAULT))
+    for name in head_cases.CASES])
+def test_equals_mmsegmentation(name):
+  case = head_cases.CASES[name]
+  golden = parity_cases.Golden.load(GOLDEN / f"{name}.npz")
+  tensors = head_cases.weights(golden.state_shapes)
+  model, family, target = build(case)
+  variables = layouts.to_flax(family, tensors, target)
+  back = layouts.to_torch(family, variables, "mmseg")
+  assert back.keys() == tensors.keys()
+  assert all(np.array_equal(back[key], tensors[key]) for key in back)
+  n_params = sum(x.size for x in jax.tree.leaves(variables["params"]))
+  assert n_params == golden.meta["n_params"]
+  compare_outputs(golden, model, variables)
+  compare_training(golden, model, family, variables)
+
+
+def compare_outputs(golden, model, variables):
+  """Logits of images of several sizes, on one canvas: compiled once."""
+  apply = jax.jit(model.apply)
+  for height, width in head_cases.SIZES:
+    images = head_cases.images((height, width))
+    padding = ((0, 0), (0, CANVAS[0] - height), (0, CANVAS[1] - width))
+    found = apply(variables, np.pad(images, (*padding, (0, 0)), "edge"),
+                  np.pad(np.ones(images.shape[:3], bool), padding))
+    want = golden.logits[height, width]
+    h, w = want.shape[1:3]
+    assert np.array_equal(found["mask"].sum((1, 2)), [h * w] * len(images))
+    np.testing.assert_allclose(found["logits"][:, :h, :w], want, rtol=0,
+                               atol=1e-5 * np.abs(want).max())
+
+
+def compare_training(golden, model, family, variables):
+  """Losses, and their gradients, in training mode without dropout."""
+  size = head_cases.SIZES[0]
+  images = head_cases.images(size)
+  labels = jnp.asarray(head_cases.labels(size))
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def run(params):
+    found, _ = model.apply({**variables, "params": params}, images, train=True,
+                           mutable=["batch_stats"])
+    losses = {"decode.loss_ce": cross_entropy(found["logits"], labels)}
+    if "auxiliary" in found:
+      losses["aux.loss_ce"] = AUXILIARY_WEIGHT * cross_entropy(
+          found["auxiliary"], labels)
+    return sum(losses.values()), losses
+
+  (_, losses), gradients = run(variables["params"])
+  assert losses.keys() == golden.meta["losses"].keys()
+  for key, want in golden.meta["losses"].items():
+    np.testing.assert_allclose(losses[key], want, rtol=1e-5, err_msg=key)
+  found = layouts.to_torch(family, {"params": gradients}, "mmseg")
+  assert found.keys() == golden.gradients.keys()
+  # The norms' biases before token mixers that subtract their input have none.
+  floor = 1e-5 * max(want[0] for want in golden.gradients.values())
+  for key, want in golden.gradients.items():
+    np.testing.assert_allclose(parity_cases.sketch(key, found[key]), want,
+                               atol=2e-4 * want[0] + floor, rtol=0, err_msg=key)
