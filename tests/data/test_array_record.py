@@ -180,8 +180,8 @@ def damaged(tmp_path):
 def test_bad_examples_are_named_and_nothing_is_written(damaged, tmp_path,
                                                        caplog):
   with caplog.at_level(logging.WARNING), pytest.raises(
-      errors.DataError, match="^2 of 6 examples of train cannot be used, and "
-      "nothing was written; .*--skip_bad$") as caught:
+      errors.DataError, match=r"^2 of 6 examples of train cannot be used, and "
+      r"nothing was written; .*--skip_bad$") as caught:
     run("ade20k", damaged, tmp_path / "o")
   assert caught.value.exit_code == 1
   lines = [record.getMessage() for record in caplog.records]

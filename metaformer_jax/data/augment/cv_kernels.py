@@ -145,6 +145,16 @@ def take(labels, rows, columns):
 
 
 @compiled
+def look_up(labels, table):
+  """Replaces the values of uint8 [H, W] by those of a uint8 [256]."""
+  out = np.empty_like(labels)
+  for y in range(labels.shape[0]):
+    for x in range(labels.shape[1]):
+      out[y, x] = table[labels[y, x]]
+  return out
+
+
+@compiled
 def counts(labels):
   """uint8 [H, W] -> int64 [256]: the number of pixels of each label."""
   found = np.zeros(256, np.int64)
@@ -154,61 +164,68 @@ def counts(labels):
   return found
 
 
-# Constants with the types that OpenCV computes in; with Python's, loops would
-# not be vectorised.
-_0, _1, _2, _4, _180 = (np.int32(v) for v in (0, 1, 2, 4, 180))
-_SHIFT, _HALF = np.int32(_HSV_BITS), np.int32(1 << (_HSV_BITS - 1))
-_30, _255 = (np.float32(v << _HSV_BITS) for v in (30, 255))
-_ONE, _WHITE = np.float32(1), np.float32(255)
+# Float32 throughout, where OpenCV has integers as well: all of these integers
+# have less than 24 bits, and Numba's integers of 64 bits would be slow.
+_HUES, _WHITE, _ONE = np.float32(180), np.float32(255), np.float32(1)
 _PER_WHITE, _SIXTHS = np.float32(1 / 255), np.float32(6) / np.float32(180)
+_UNIT, _HALF = np.float32(2.0 ** -_HSV_BITS), np.float32(0.5)
+_30, _255 = (np.float32(v << _HSV_BITS) for v in (30, 255))
+# Added and subtracted, it rounds smaller numbers to the nearest integer.
+_ROUND = np.float32(1.5 * 2**23)
+
+
+@compiled
+def _floor(value):
+  """Of a float32 that is at least -64."""
+  return np.float32(np.int32(value + np.float32(64))) - np.float32(64)
 
 
 @compiled
 def _quotient(numerator, n):
   """numerator / n as an integer; these are the values of OpenCV's tables."""
   # As a product, because Numba checks a divisor.
-  return np.int32(np.rint(numerator * (_ONE / np.float32(n))))
+  return (numerator * (_ONE / n) + _ROUND) - _ROUND
 
 
 @compiled
 def _to_hsv(red, green, blue):
-  """int32 [W] each -> hue below 180, saturation, value, in their place."""
+  """float32 [W] each -> hue below 180, saturation, value, in their place."""
   for x in range(len(red)):
     r, g, b = red[x], green[x], blue[x]
     value = max(r, max(g, b))
     spread = value - min(r, min(g, b))
-    hue = b - r + _2 * spread if value == g else r - g + _4 * spread
+    hue = (b - r + np.float32(2) * spread if value == g else
+           r - g + np.float32(4) * spread)
     hue = g - b if value == r else hue
     # Without spread or value, what is divided is 0.
-    hue = (hue * _quotient(_30, max(spread, _1)) + _HALF) >> _SHIFT
-    red[x] = hue + (_180 if hue < _0 else _0)
-    green[x] = (spread * _quotient(_255, max(value, _1)) + _HALF) >> _SHIFT
+    hue = _floor(hue * _quotient(_30, max(spread, _ONE)) * _UNIT + _HALF)
+    red[x] = hue + (_HUES if hue < 0 else np.float32(0))
+    green[x] = _floor(spread * _quotient(_255, max(value, _ONE)) * _UNIT
+                      + _HALF)
     blue[x] = value
 
 
 @compiled
-def _to_rgb(hue, saturation, value):
-  """The reverse of `_to_hsv`.
+def _whole(value, nearest):
+  """Rounded to the nearest, or towards zero."""
+  value *= _WHITE
+  return ((value + _ROUND) - _ROUND if nearest else
+          np.float32(np.int32(value)))
 
-  Rounded towards zero up to the last multiple of 32 columns, and after it to
-  the nearest: OpenCV (with AVX2) has vectors of 32 pixels, and what is left is
-  computed by other code.
-  """
-  last = len(hue) - len(hue) % 32
+
+@compiled
+def _to_rgb(hue, saturation, value, nearest):
+  """The reverse of `_to_hsv`, rounded to the nearest or towards zero."""
   for x in range(len(hue)):
-    turn = np.float32(hue[x]) * _SIXTHS
+    turn = hue[x] * _SIXTHS
     sector = np.int32(turn)
     rest = turn - np.float32(sector)
-    rest = rest if sector & _1 else _ONE - rest
-    s = np.float32(saturation[x]) * _PER_WHITE
-    v = np.float32(value[x]) * _PER_WHITE
+    rest = rest if sector & 1 else _ONE - rest
+    s, v = saturation[x] * _PER_WHITE, value[x] * _PER_WHITE
     # In float64, as OpenCV's multiply-add rounds once.
     share = np.float32(np.float64(1) - np.float64(s) * np.float64(rest))
-    a, b, c = v * _WHITE, v * (_ONE - s) * _WHITE, v * share * _WHITE
-    if x >= last:
-      a, b, c = np.rint(a), np.rint(b), np.rint(c)
-    most, least, middle = np.int32(a), np.int32(b), np.int32(c)
-    # In the sectors 0 to 5: red most at 5 and 0, green at 1 and 2, ...
+    most, least = _whole(v, nearest), _whole(v * (_ONE - s), nearest)
+    middle = _whole(v * share, nearest)
     red = most if (sector == 0) | (sector == 5) else least
     green = most if (sector == 1) | (sector == 2) else least
     blue = most if (sector == 3) | (sector == 4) else least
@@ -218,23 +235,37 @@ def _to_rgb(hue, saturation, value):
 
 
 @compiled
+def _from_hsv(hue, saturation, value):
+  """The reverse of `_to_hsv`, in the place of its values.
+
+  OpenCV (with AVX2) rounds towards zero in vectors of 32 pixels, and to the
+  nearest in the columns after the last whole one.
+  """
+  n = len(hue) - len(hue) % 32
+  _to_rgb(hue[:n], saturation[:n], value[:n], False)
+  _to_rgb(hue[n:], saturation[n:], value[n:], True)
+
+
+@compiled
 def distort(image, before, saturation, hue, after):
   """Looks up values, changes saturation and hue, and looks up values again.
 
   Args:
     image: uint8 [H, W, 3], in RGB.
-    before, after: uint8 [256], of each channel.
+    before: float32 [256], of integers, of each channel.
     saturation: float32, a factor; negative: no change.
-    hue: int32, what is added, from 0 to 179 steps of 2 degrees; negative: no
+    hue: float32, what is added, from 0 to 179 steps of 2 degrees; negative: no
       change.
+    after: uint8 [256].
 
   Returns:
     uint8 [H, W, 3].
   """
   height, width, _ = image.shape
   out = np.empty_like(image)
-  first, second, third = (np.empty(width, np.int32), np.empty(width, np.int32),
-                          np.empty(width, np.int32))
+  first, second, third = (np.empty(width, np.float32),
+                          np.empty(width, np.float32),
+                          np.empty(width, np.float32))
   for y in range(height):
     row, new = image[y], out[y]
     for x in range(width):
@@ -244,16 +275,16 @@ def distort(image, before, saturation, hue, after):
     if saturation >= 0:
       _to_hsv(first, second, third)
       for x in range(width):
-        second[x] = np.int32(min(np.float32(second[x]) * saturation, _WHITE))
-      _to_rgb(first, second, third)
+        second[x] = np.float32(np.int32(min(second[x] * saturation, _WHITE)))
+      _from_hsv(first, second, third)
     if hue >= 0:
       _to_hsv(first, second, third)
       for x in range(width):
         turned = first[x] + hue
-        first[x] = turned - (_180 if turned >= _180 else _0)
-      _to_rgb(first, second, third)
+        first[x] = turned - (_HUES if turned >= _HUES else np.float32(0))
+      _from_hsv(first, second, third)
     for x in range(width):
-      new[x, 0] = after[first[x]]
-      new[x, 1] = after[second[x]]
-      new[x, 2] = after[third[x]]
+      new[x, 0] = after[np.uint8(first[x])]
+      new[x, 1] = after[np.uint8(second[x])]
+      new[x, 2] = after[np.uint8(third[x])]
   return out

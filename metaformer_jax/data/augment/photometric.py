@@ -65,10 +65,13 @@ def apply(image: np.ndarray, change: Distortion) -> np.ndarray:
       after = table
     else:
       before = table[before]
+  if change.saturation is None and change.hue is None:
+    rows = image.reshape(len(image), -1)
+    return cv_kernels.look_up(rows, after[before]).reshape(image.shape)
   return cv_kernels.distort(
-      image, before,
+      image, before.astype(np.float32),
       np.float32(-1 if change.saturation is None else change.saturation),
-      np.int32(-1 if change.hue is None else change.hue % 180), after)
+      np.float32(-1 if change.hue is None else change.hue % 180), after)
 
 
 def _table(values: np.ndarray) -> np.ndarray:

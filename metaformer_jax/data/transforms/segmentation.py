@@ -118,16 +118,18 @@ def _classes(labels: np.ndarray, task: tasks.Segmentation,
   table[first:first + n] = np.arange(n) if numbers is None else numbers
   valid = np.zeros(256, bool)
   valid[:first + n] = valid[IGNORE] = True
-  wide = labels.dtype != np.uint8
-  found = np.unique(labels) if wide else np.flatnonzero(
-      cv_kernels.counts(labels))
+  if labels.dtype == np.uint8:
+    found = np.flatnonzero(cv_kernels.counts(labels))
+  else:
+    found = np.unique(labels)
   wrong = [v for v in found.tolist() if not (0 <= v <= IGNORE and valid[v])]
   if wrong:
     y, x = (int(v[0]) for v in np.nonzero(labels == wrong[0]))
     raise ValueError(
         f"the label map has {wrong[0]} at row {y}, column {x}; the labels of "
         f"{n} classes are 0 to {first + n - 1}, and {IGNORE} to ignore")
-  return table[labels]
+  return cv_kernels.look_up(labels.astype(np.uint8, copy=False),
+                            table)
 
 
 def _padded(array: np.ndarray, size: tuple[int, int],
