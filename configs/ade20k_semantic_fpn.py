@@ -40,8 +40,4 @@ NOTES = {
 
 def get_config(variant=None):
   init, _ = recipes.variant(VARIANTS, variant)
-  if init:
-    return segmentation.semantic_fpn_resnet(variant, init=f"~/data/{init}")
-  if variant.startswith("pvt"):
-    return segmentation.semantic_fpn_pvt(variant)
-  return segmentation.semantic_fpn(variant)
+  return segmentation.semantic_fpn(variant, init and f"~/data/{init}")

@@ -19,11 +19,13 @@ from PIL import Image
 from metaformer_jax import errors, tasks
 from metaformer_jax.checkpoints import pretrained
 from metaformer_jax.checkpoints import published as published_lib
-from metaformer_jax.config import derived, saved, schema
+from metaformer_jax.config import derived, saved, schema, typed
 from metaformer_jax.config import tasks as sections
 from metaformer_jax.config import weights as weights_lib
 from metaformer_jax.config.hub import folders as hub_folders
+from metaformer_jax.convert import segmentation
 from metaformer_jax.data.sources import folders
+from metaformer_jax.recipes import segmentation as recipes
 from metaformer_jax.tasks import base
 
 log = logging.getLogger(__name__)
@@ -209,13 +211,22 @@ def experiment(weights: str | pathlib.Path, model: str | None = None,
 
 
 def published(model: str) -> schema.Experiment:
-  """The classifier of a row of the model table, with its preprocessing.
+  """The experiment of published weights, with its preprocessing.
+
+  Args:
+    model: a row of the model table, for its classifier; or with a decoder of
+      segmentation before it, as "semantic_fpn/poolformer_s12", for ADE20K's
+      classes.
 
   Raises:
     ConfigError: there is no such model.
   """
   try:
-    return derived.fill(weights_lib.published(model))
+    if "/" in model:
+      cfg = typed.typed(recipes.published(model))
+    else:
+      cfg = weights_lib.published(model)
+    return derived.fill(cfg)
   except ValueError as e:
     raise errors.ConfigError(str(e)) from e
 
@@ -231,7 +242,8 @@ def load(weights: str | pathlib.Path, *, model: str | None = None,
       necessary; a file of weights; a folder that transformers or timm wrote; or
       a run's workdir, its checkpoints folder or one step in it. An existing
       path wins over a name; "./NAME" and a `pathlib.Path` are always paths.
-    model: name of the model, for a file that does not record it.
+    model: name of the model, for a file that does not record it; as for
+      `published`.
     num_classes: of a new head, if not those of the weights.
     allow_import: names of modules of the user's own that the weights may name;
       not needed for a run of the same user in the same folder.
@@ -271,6 +283,16 @@ def read(task: base.Task, path: str | pathlib.Path) -> dict[str, Any]:
   shapes = jax.eval_shape(task.model.init, jax.random.key(0),
                           *task.init_inputs())
   backbone = task.pretrained
-  whole = backbone is not None and not backbone.path
-  return pretrained.read(path, backbone.family if whole else None, shapes,
+  return pretrained.read(path, family_of(task), shapes,
                          backbone.input_size if backbone else None)
+
+
+def family_of(task: base.Task) -> str | None:
+  """The family of the conversion rules for a task's weights, if any."""
+  backbone = task.pretrained
+  if backbone is None:
+    return None
+  if not backbone.path:
+    return backbone.family
+  head = getattr(task, "head", None)
+  return head and segmentation.family(head, backbone.family)

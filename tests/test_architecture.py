@@ -37,7 +37,7 @@ ALLOWED = {
     "cli": {"config", "data", "runtime", "tasks"},
     "main": {"cli", "config", "training"},
     "inference": {"checkpoints", "config", "convert", "data", "models",
-                  "tasks"},
+                  "recipes", "tasks"},
     "testing": {"models"},
     "tools": {"checkpoints", "cli", "config", "convert", "data", "doctor",
               "evaluation", "inference", "models", "ops", "preflight",

@@ -15,9 +15,11 @@ import ade_tree
 import numpy as np
 import pods
 import pytest
+import safetensors
 import small_runs
 from PIL import Image
 
+import metaformer_jax
 from metaformer_jax.checkpoints import manager
 from metaformer_jax.config import ade20k, typed
 from metaformer_jax.tasks import drawing
@@ -116,6 +118,24 @@ def test_evaluation_of_the_run(home, run):
   assert rows[16].split(",")[:2] == ["16", "mountain"]
   ious = [float(iou) for _, _, iou, _, _ in csv.reader(rows) if iou]
   assert np.mean(ious) == pytest.approx(found["miou"])
+
+
+def test_names_of_mmsegmentation_and_back(home, run):
+  file = home / "run.safetensors"
+  tool("convert", f"--input={run}", "--layout=mmseg", f"--output={file}")
+  with safetensors.safe_open(file, "numpy") as f:
+    names = {*f.keys()}
+  assert {"backbone.patch_embed.proj.weight", "backbone.norm0.weight",
+          "neck.fpn_convs.1.conv.bias", "decode_head.scale_heads.1.0.bn.bias",
+          "decode_head.conv_seg.weight"} <= names
+  whole, read = (metaformer_jax.load(path) for path in (run, file))
+  for a, b in zip(*(map(np.asarray, _leaves(dict(x.variables)))
+                    for x in (whole, read))):
+    np.testing.assert_array_equal(a, b)
+  images = home / "tree" / "ADEChallengeData2016" / "images" / "validation"
+  paths = sorted(images.iterdir())
+  for a, b in zip(whole.predict(paths), read.predict(paths[::-1])[::-1]):
+    np.testing.assert_array_equal(a["label_map"], b["label_map"])
 
 
 def test_pictures_of_predictions(home, run):

@@ -2,7 +2,10 @@
 
 import ml_collections
 
+from metaformer_jax import errors
+from metaformer_jax.config import ade20k as data
 from metaformer_jax.config import typed
+from metaformer_jax.models import registry
 
 # Images of the training split of ADE20K.
 _ADE20K = 20_210
@@ -45,8 +48,8 @@ def ade20k(name: str, *, init: str | None, batch_size: int, steps: int,
   return config
 
 
-def semantic_fpn(name: str, *, drop_path_rate: float = 0.0,
-                 ) -> ml_collections.ConfigDict:
+def semantic_fpn_poolformer(name: str, init: str | None = None,
+                            ) -> ml_collections.ConfigDict:
   """Semantic FPN with PoolFormer (arXiv 2111.11418, section 4.3).
 
   Settings of segmentation/configs/sem_fpn/PoolFormer of the official
@@ -54,21 +57,24 @@ def semantic_fpn(name: str, *, drop_path_rate: float = 0.0,
   40,000 steps of a polynomial schedule without warm-up; weight decay of 1e-4,
   also of norms, biases and LayerScale.
   """
-  config = ade20k(name, init=name, batch_size=32, steps=40_000, base_lr=2e-4,
-                  weight_decay=1e-4, drop_path_rate=drop_path_rate,
+  config = ade20k(name, init=init or name, batch_size=32, steps=40_000,
+                  base_lr=2e-4, weight_decay=1e-4, drop_path_rate=0.0,
                   eval_steps=4000)
   config.optim.decay_all = True
   return config
 
 
-def semantic_fpn_pvt(name: str) -> ml_collections.ConfigDict:
+def semantic_fpn_pvt(name: str, init: str | None = None,
+                     ) -> ml_collections.ConfigDict:
   """Semantic FPN with PVT, without its class token (github.com/whai362/PVT)."""
-  config = semantic_fpn(name, drop_path_rate=0.1)
+  config = semantic_fpn_poolformer(name, init)
   config.model.class_token = False
+  config.model.drop_path_rate = 0.1
   return config
 
 
-def semantic_fpn_resnet(name: str, init: str) -> ml_collections.ConfigDict:
+def semantic_fpn_resnet(name: str, init: str | None = None,
+                        ) -> ml_collections.ConfigDict:
   """Semantic FPN with ResNet-V1c (sem_fpn/fpn_r50_512x512_40k_ade20k.py).
 
   SGD at 0.02 for a batch of 32, with a momentum of 0.9 and coupled weight
@@ -83,7 +89,8 @@ def semantic_fpn_resnet(name: str, init: str) -> ml_collections.ConfigDict:
   return config
 
 
-def upernet(name: str, *, drop_path_rate: float) -> ml_collections.ConfigDict:
+def upernet(name: str, *, drop_path_rate: float = 0.0,
+            ) -> ml_collections.ConfigDict:
   """UPerNet with the models of arXiv 2210.13452; a starting point.
 
   The repository has no code or settings for segmentation. The head is
@@ -100,4 +107,31 @@ def upernet(name: str, *, drop_path_rate: float) -> ml_collections.ConfigDict:
   config.optim.poly_power = 1.0
   config.optim.warmup_lr = 6e-11
   config.optim.warmup_epochs = 1500 * 16 / _ADE20K
+  return config
+
+
+def semantic_fpn(name: str, init: str | None = None,
+                 ) -> ml_collections.ConfigDict:
+  """The recipe of the backbone's family; `init` as in the family's own."""
+  recipe = {"pvt": semantic_fpn_pvt, "resnet": semantic_fpn_resnet}.get(
+      registry.get_spec(name).family, semantic_fpn_poolformer)
+  return recipe(name, init)
+
+
+def published(name: str) -> ml_collections.ConfigDict:
+  """The model of ADE20K's checkpoints, "semantic_fpn/poolformer_s12".
+
+  Raises:
+    ConfigError: there is no such decoder.
+    ValueError: there is no such backbone.
+  """
+  head, _, backbone = name.partition("/")
+  heads = {"semantic_fpn": semantic_fpn, "upernet": upernet}
+  if head not in heads:
+    raise errors.ConfigError(
+        f"{name}: {head!r} is not a decoder{errors.did_you_mean(head, heads)}")
+  config = heads[head](registry.get_spec(backbone).name)
+  config.init = None
+  config.model.dtype = "float32"
+  config.task.class_names = data.CLASSES
   return config

@@ -53,6 +53,11 @@ class Segmentation:
                             feature_norm=_feature_norm(self.cfg))
 
   @property
+  def head(self) -> str:
+    """The decoder, by which the layouts of the weights are found."""
+    return self.cfg.task.head
+
+  @property
   def pretrained(self) -> base.Backbone:
     name = self.cfg.model.name
     family = None if imports.is_path(name) else registry.get_spec(name).family

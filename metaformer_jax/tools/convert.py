@@ -14,6 +14,13 @@ config.json, weights and a model card, which the library loads by its name:
 
     python -m metaformer_jax.tools.convert --input=runs/s24 \
         --layout=huggingface --output=poolformer_s24
+
+Checkpoints of mmsegmentation are named with their decoder, and have the layout
+mmseg:
+
+    python -m metaformer_jax.tools.convert --input=fpn_poolformer_s12.pth \
+        --model=semantic_fpn/poolformer_s12 --layout=mmseg \
+        --output=fpn_poolformer_s12.safetensors
 """
 
 import argparse
@@ -27,12 +34,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from metaformer_jax import cli, errors, imports, inference
+from metaformer_jax import cli, errors, imports, inference, tasks
 from metaformer_jax.checkpoints import manager, pretrained
 from metaformer_jax.config import paths, saved, schema, typed
+from metaformer_jax.config import tasks as config_tasks
 from metaformer_jax.config.hub import card, folders, timm
 from metaformer_jax.convert import files, layouts
 from metaformer_jax.models import registry
+from metaformer_jax.tasks import base
 
 log = logging.getLogger("metaformer_jax.tools.convert")
 
@@ -49,19 +58,25 @@ def main(args: argparse.Namespace) -> None:
   except errors.ConfigError as e:
     raise errors.ConfigError(f"--input: {e}") from e
   name, written = made.model.name, _written(made, args)
-  own = imports.is_path(name)
-  family = None if own else registry.get_spec(name).family
-  texts = None
+  own, texts = imports.is_path(name), None
+  task = _other_task(made, args)
+  if task is not None:
+    family = inference.family_of(task)
+  else:
+    family = None if own else registry.get_spec(name).family
   try:
     layouts.check_layout(family, args.layout)
     if output.suffix != _FILE:
       texts = _texts(made, written, path, args)
     elif args.layout != "flax":
       _check_expressible(made, args.layout)
-    variables = pretrained.load_pretrained(
-        name, path, num_classes=args.num_classes, in_chans=args.in_chans,
-        input_size=written.task.input_size, head_21k=args.head_21k,
-        allow_import=args.allow_import, **made.model.overrides())
+    if task is not None:
+      variables = inference.read(task, path)
+    else:
+      variables = pretrained.load_pretrained(
+          name, path, num_classes=args.num_classes, in_chans=args.in_chans,
+          input_size=written.task.input_size, head_21k=args.head_21k,
+          allow_import=args.allow_import, **made.model.overrides())
   except ValueError as e:
     raise errors.ConfigError(f"command line: {e}") from e
   tensors = layouts.to_torch(
@@ -78,6 +93,23 @@ def main(args: argparse.Namespace) -> None:
   note = None if own else card.note(made, args.layout)
   if note:
     log.warning("%s", note)
+
+
+def _other_task(made: schema.Experiment,
+                args: argparse.Namespace) -> base.Task | None:
+  """The task of weights that are not a classifier's.
+
+  Raises:
+    ConfigError: the command line has what only classifiers can be changed by.
+  """
+  if isinstance(made.task, config_tasks.Classification):
+    return None
+  for key, default in (("num_classes", None), ("in_chans", 3),
+                       ("input_size", None), ("head_21k", False)):
+    if getattr(args, key) != default:
+      raise errors.ConfigError(f"--{key}: is for classifiers, but {args.input} "
+                               f"is of the task {made.task.name}")
+  return tasks.create(made, files=False)[1]
 
 
 def _output(args: argparse.Namespace) -> pathlib.Path:
@@ -181,7 +213,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   """The command line."""
   parser = cli.Parser(__doc__, "convert")
   parser.add_argument("--model", help="a name of metaformer_jax.list_models(), "
-                      "for an input that does not record it")
+                      "for an input that does not record it; with a decoder, "
+                      "semantic_fpn/NAME or upernet/NAME")
   parser.add_argument("--allow_import", default="", help="modules of your own "
                       "that the input may name, separated by commas")
   parser.add_argument("--input", required=True,
@@ -191,7 +224,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "a new folder")
   parser.add_argument(
       "--layout", default="official", help="of the output: official, timm, "
-      "huggingface, or flax for our own names; not every model has each")
+      "huggingface, mmseg, or flax for our own names; not every model has each")
   parser.add_argument(
       "--num_classes", type=int, help="if the input has another number, the "
       "last layer is re-initialised")

@@ -8,12 +8,12 @@ import functools
 import pathlib
 import types
 
+import head_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import parity_cases
 import pytest
-import head_cases
 from head_cases import AUXILIARY_WEIGHT, IGNORE
 
 import metaformer_jax

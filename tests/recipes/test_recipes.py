@@ -1,13 +1,14 @@
 """Families of configs, their recipes, and the page that lists them."""
 
 import ast
+import re
 
 import command_line
 import pytest
 import shipped
 
 import metaformer_jax
-from metaformer_jax import errors, recipes
+from metaformer_jax import errors, inference, recipes
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.recipes import classification
 from metaformer_jax.tools import summarize
@@ -92,6 +93,24 @@ def test_segmentation_recipes_are_the_official_ones():
     every = round(cfg.eval.every_epochs * 20_210 / 32)
     assert every == 4000
     assert cfg.model.name == variant
+
+
+@pytest.mark.parametrize("name", (
+    "semantic_fpn/pvt_tiny", "semantic_fpn/resnet18", "upernet/caformer_s18"))
+def test_published_segmenter(name):
+  cfg = inference.published(name)
+  head, _, backbone = name.partition("/")
+  assert (cfg.task.head, cfg.model.name, cfg.init) == (head, backbone, None)
+  assert cfg.task.class_names[150 - 1] == "flag" and cfg.data.mean is not None
+
+
+@pytest.mark.parametrize("name, says", (
+    ("semantic_fpm/pvt_tiny", "'semantic_fpm' is not a decoder; did you mean "
+     "semantic_fpn?"),
+    ("upernet/caformer_s1", "unknown model 'caformer_s1'")))
+def test_unknown_segmenter(name, says):
+  with pytest.raises(errors.ConfigError, match=re.escape(says)):
+    inference.published(name)
 
 
 def test_notes_are_of_variants():
