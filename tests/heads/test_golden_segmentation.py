@@ -6,7 +6,6 @@ tests/golden/make_segmentation.py. The weights are drawn by name on both sides.
 
 import functools
 import pathlib
-import types
 
 import jax
 import jax.numpy as jnp
@@ -14,37 +13,14 @@ import numpy as np
 import parity_cases
 import pytest
 import segmentation_cases
+import segmenters
 from segmentation_cases import AUXILIARY_WEIGHT, IGNORE
 
-import metaformer_jax
-from metaformer_jax.convert import layouts, segmentation
-from metaformer_jax.heads import segmenter
+from metaformer_jax.convert import layouts
 from metaformer_jax.ops import resize
 
-CANVAS = (64, 128)
-# The other two have nothing that these do not have.
-DEFAULT = ("poolformer_s12-semantic_fpn", "pvt_tiny-semantic_fpn",
-           "resnet50-upernet")
+CANVAS = (96, 128)  # Larger than all images, in both directions.
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "segmentation"
-
-
-def build(case):
-  """The model, its family, and its variables' shapes."""
-  backbone = metaformer_jax.create_model(case.model, num_classes=0,
-                                         **case.overrides)
-  model = segmenter.create(backbone, types.SimpleNamespace(
-      head=case.head, num_classes=segmentation_cases.NUM_CLASSES,
-      fpn_dim=segmentation_cases.FPN_DIM, head_drop_rate=0.0,
-      head_dim=segmentation_cases.HEAD_DIMS[case.head],
-      pool_sizes=segmentation_cases.POOL_SIZES,
-      auxiliary_weight=AUXILIARY_WEIGHT * (case.head == "upernet"),
-      auxiliary_dim=segmentation_cases.AUXILIARY_DIM),
-      feature_norm=case.feature_norm)
-  family = segmentation.family(
-      case.head, metaformer_jax.get_spec(case.model).family)
-  size = case.image_size
-  return model, family, jax.eval_shape(
-      model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
 
 
 def cross_entropy(logits, labels):
@@ -56,41 +32,53 @@ def cross_entropy(logits, labels):
   return jnp.where(labels == IGNORE, 0, found).mean()
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] * (name not in DEFAULT))
-    for name in segmentation_cases.CASES])
-def test_equals_mmsegmentation(name):
-  case = segmentation_cases.CASES[name]
+def cases(*default):
+  return pytest.mark.parametrize("name", [
+      pytest.param(name, marks=[pytest.mark.slow] * (name not in default))
+      for name in segmentation_cases.CASES])
+
+
+def load(name):
+  """The file, the model, its family and its variables."""
   golden = parity_cases.Golden.load(GOLDEN / f"{name}.npz")
+  model, family, target = segmenters.build(segmentation_cases.CASES[name])
   tensors = segmentation_cases.weights(golden.state_shapes)
-  model, family, target = build(case)
   variables = layouts.to_flax(family, tensors, target)
   back = layouts.to_torch(family, variables, "mmseg")
   assert back.keys() == tensors.keys()
   assert all(np.array_equal(back[key], tensors[key]) for key in back)
   n_params = sum(x.size for x in jax.tree.leaves(variables["params"]))
   assert n_params == golden.meta["n_params"]
-  compare_outputs(golden, model, variables)
-  compare_training(golden, model, family, variables)
+  return golden, model, family, variables
 
 
-def compare_outputs(golden, model, variables):
-  """Logits of images of several sizes, on one canvas: compiled once."""
+@cases("poolformer_s12-semantic_fpn", "pvt_tiny-semantic_fpn",
+       "resnet50-upernet")
+def test_outputs_on_a_canvas(name):
+  """Images of different sizes in one batch, on canvases of noise."""
+  golden, model, _, variables = load(name)
   apply = jax.jit(model.apply)
-  for height, width in segmentation_cases.SIZES:
-    images = segmentation_cases.images((height, width))
-    padding = ((0, 0), (0, CANVAS[0] - height), (0, CANVAS[1] - width))
-    found = apply(variables, np.pad(images, (*padding, (0, 0)), "edge"),
-                  np.pad(np.ones(images.shape[:3], bool), padding))
-    want = golden.logits[height, width]
-    h, w = want.shape[1:3]
-    assert np.array_equal(found["mask"].sum((1, 2)), [h * w] * len(images))
-    np.testing.assert_allclose(found["logits"][:, :h, :w], want, rtol=0,
-                               atol=1e-5 * np.abs(want).max())
+  sizes = segmentation_cases.SIZES
+  for turn in range(len(sizes)):
+    of_batch = sizes[turn:] + sizes[:turn]
+    canvas = np.full((len(sizes), *CANVAS, 3), 1e3, np.float32)
+    mask = np.zeros(canvas.shape[:3], bool)
+    for i, size in enumerate(of_batch):
+      place = np.s_[i, :size[0], :size[1]]
+      canvas[place], mask[place] = segmentation_cases.images(size)[i], True
+    found = apply(variables, canvas, mask)
+    for i, size in enumerate(of_batch):
+      want = golden.logits[size]
+      h, w = want.shape[1:3]
+      assert np.array_equal(found["mask"][i].sum(), h * w)
+      np.testing.assert_allclose(found["logits"][i, :h, :w], want[i], rtol=0,
+                                 atol=1e-5 * np.abs(want).max())
 
 
-def compare_training(golden, model, family, variables):
-  """Losses, and their gradients, in training mode without dropout."""
+@cases("poolformer_s12-semantic_fpn", "resnet50-upernet")
+def test_losses_and_gradients(name):
+  """In training mode, without dropout and padding."""
+  golden, model, family, variables = load(name)
   size = segmentation_cases.SIZES[0]
   images = segmentation_cases.images(size)
   labels = jnp.asarray(segmentation_cases.labels(size))
