@@ -2,9 +2,9 @@
 
 As in `parity_cases`, both sides draw weights, images and labels, and a golden
 file has outputs only. There "logits" are those of the decoder at the finest
-stride, in evaluation mode; "features" are the inputs of the neck or the head;
-"gradients" those of the loss in training mode, without dropout, at the first
-size. "loss" and, with an auxiliary head, "auxiliary_loss" are in the header.
+stride, in evaluation mode; "features" are left out; "gradients" are those of
+the sum of the losses, which the header has, in training mode, without dropout,
+at the first size.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ FPN_DIM, AUXILIARY_DIM, BATCH = 16, 12, 3
 HEAD_DIMS = {"semantic_fpn": 12, "upernet": 16}
 POOL_SIZES = (1, 2, 3, 6)
 
-# The first is a multiple of all strides, the others are of none.
-SIZES = ((64, 96), (61, 50), (33, 107))
+# One of them is a multiple of all strides.
+SIZES = ((61, 50), (64, 96), (33, 107))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Case:
     return tuple(n * (4 if self.model == "resnet50" else 1) for n in widths)
 
 
-_DIMS = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24)}
+_DIMS = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}
 _POOLFORMER = {
     "model": "poolformer_s12", "overrides": _DIMS, "feature_norm": "group_norm",
-    "theirs": {"type": "PoolFormer", "layers": [1, 1, 2, 1],
+    "theirs": {"type": "PoolFormer", "layers": [1, 1, 1, 1],
                "embed_dims": [8, 12, 16, 24], "mlp_ratios": [4] * 4,
                "downsamples": [True] * 4, "fork_feat": True}}
 
@@ -81,7 +81,7 @@ _PVT = {
     "model": "pvt_tiny",
     "overrides": {**_DIMS, "n_heads": (1, 2, 2, 3), "class_token": False},
     "theirs": {"type": "PyramidVisionTransformer", "img_size": 64,
-               "patch_size": 4, "depths": [1, 1, 2, 1],
+               "patch_size": 4, "depths": [1, 1, 1, 1],
                "embed_dims": [8, 12, 16, 24], "num_heads": [1, 2, 2, 3],
                "mlp_ratios": [8, 8, 4, 4], "qkv_bias": True,
                "sr_ratios": [8, 4, 2, 1]}}

@@ -177,6 +177,8 @@ def read(path: str | pathlib.Path, family: str | None,
   except errors.WeightsError as e:
     raise errors.WeightsError(
         "; ".join([f"{path}: {e}", *filter(None, advice)])) from e
+  if unwanted:
+    log.info("%s: not used: %s", path, ", ".join(sorted(unwanted)))
   absent = ", ".join(sorted(
       names.keys() - layouts.flatten(variables) - unwanted - renewed))
   if absent and not head.get("new_head"):

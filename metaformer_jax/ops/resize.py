@@ -47,7 +47,7 @@ def linear_weights(n_in: int, n_out: int, from_size: Size | None = None,
     float32 [..., n_out, n_in]; rows beyond to_size and columns beyond from_size
     are zero. The other rows add up to 1.
   """
-  m, n, i = _axis(n_in, n_out, from_size, to_size)
+  m, n, i, inside = _axis(n_in, n_out, from_size, to_size)
   # (i + 1/2) m / n - 1/2, but not below the first pixel's centre, in units of
   # 1 / (2 n).
   position = jnp.maximum((2 * i + 1) * m - n, 0)
@@ -56,14 +56,14 @@ def linear_weights(n_in: int, n_out: int, from_size: Size | None = None,
   high = jnp.minimum(low + 1, m - 1)
   weights = ((1 - part) * _one_hot(low, n_in)
              + part * _one_hot(high, n_in))
-  return jnp.where(_inside(i, n, m), weights, 0)
+  return jnp.where(inside, weights, 0)
 
 
 def nearest_weights(n_in: int, n_out: int, from_size: Size | None = None,
                     to_size: Size | None = None) -> jax.Array:
   """As `linear_weights`, but each pixel has one source, floor(i m / n)."""
-  m, n, i = _axis(n_in, n_out, from_size, to_size)
-  return jnp.where(_inside(i, n, m), _one_hot(i * m // n, n_in), 0)
+  m, n, i, inside = _axis(n_in, n_out, from_size, to_size)
+  return jnp.where(inside, _one_hot(i * m // n, n_in), 0)
 
 
 def pool_weights(n_in: int, n_out: int,
@@ -73,7 +73,7 @@ def pool_weights(n_in: int, n_out: int,
   Bin i is the mean of the pixels floor(i m / n) to ceil((i + 1) m / n), of an
   image of m; bins overlap if n does not divide m. The mean of no image is 0.
   """
-  m, n, i = _axis(n_in, n_out, from_size, None)
+  m, n, i, _ = _axis(n_in, n_out, from_size, None)
   first, end = i * m // n, -((i + 1) * -m // n)
   pixel = _along(-1, n_in, m.ndim)
   inside = (pixel >= first) & (pixel < end)
@@ -84,12 +84,16 @@ WEIGHTS = {"bilinear": linear_weights, "nearest": nearest_weights}
 
 
 def _axis(n_in, n_out, from_size, to_size):
-  """Sizes [..., 1, 1], of which the second is at least 1, and output pixels."""
+  """Sizes [..., 1, 1], output pixels, and which of these are in the image.
+
+  The second size is at least 1, to be divided by.
+  """
   m, n = jnp.broadcast_arrays(*(
       jnp.asarray(canvas if size is None else size, jnp.int32)
       for canvas, size in ((n_in, from_size), (n_out, to_size))))
   m, n = m[..., None, None], n[..., None, None]
-  return m, jnp.maximum(n, 1), _along(-2, n_out, m.ndim)
+  i = _along(-2, n_out, m.ndim)
+  return m, jnp.maximum(n, 1), i, (i < n) & (m > 0)
 
 
 def _along(axis, n, ndim):
@@ -97,10 +101,6 @@ def _along(axis, n, ndim):
   shape = [1] * ndim
   shape[axis] = n
   return jnp.arange(n).reshape(shape)
-
-
-def _inside(i, n, m):
-  return (i < n) & (m > 0)
 
 
 def _one_hot(index, n):

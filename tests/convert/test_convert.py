@@ -96,6 +96,8 @@ def test_no_rule_is_dead(monkeypatch):
   for name in ("poolformer_s12", "caformer_s18"):
     models.add((metaformer_jax.get_spec(name).family, tuple(layouts.flatten(
         target(name, depths=(1,) * 4, layer_scale_init=0.1)))))
+  models.add(("resnet", tuple(layouts.flatten(
+      target("resnet18", depths=(1,) * 4, stem="3x3")))))
   dead = {}
   for family, known in list(rules.RULES.items()):
     for layout, table in known.items():

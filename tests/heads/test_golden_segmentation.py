@@ -6,7 +6,6 @@ tests/golden/make_segmentation.py. The weights are drawn by name on both sides.
 
 import functools
 import pathlib
-import types
 
 import head_cases
 import jax
@@ -14,20 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import parity_cases
 import pytest
+<<<<<<< HEAD
 from head_cases import AUXILIARY_WEIGHT, IGNORE
+=======
+import head_cases
+import segmenters
+from head_cases import AUXILIARY_WEIGHT, IGNORE
+>>>>>>> part-heads
 
-import metaformer_jax
-from metaformer_jax.convert import layouts, segmentation
-from metaformer_jax.heads import segmenter
+from metaformer_jax.convert import layouts
 from metaformer_jax.ops import resize
 
-CANVAS = (64, 128)
-# The other two have nothing that these do not have.
-DEFAULT = ("poolformer_s12-semantic_fpn", "pvt_tiny-semantic_fpn",
-           "resnet50-upernet")
+CANVAS = (96, 128)  # Larger than all images, in both directions.
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "segmentation"
 
 
+<<<<<<< HEAD
 def build(case):
   """The model, its family, and its variables' shapes."""
   backbone = metaformer_jax.create_model(case.model, num_classes=0,
@@ -47,6 +48,8 @@ def build(case):
       model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
 
 
+=======
+>>>>>>> part-heads
 def cross_entropy(logits, labels):
   """mmsegmentation 0.19: ignored pixels count in the denominator."""
   logits = resize.resize(logits, labels.shape[1:])
@@ -56,6 +59,7 @@ def cross_entropy(logits, labels):
   return jnp.where(labels == IGNORE, 0, found).mean()
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=[pytest.mark.slow] * (name not in DEFAULT))
     for name in head_cases.CASES])
@@ -64,19 +68,35 @@ def test_equals_mmsegmentation(name):
   golden = parity_cases.Golden.load(GOLDEN / f"{name}.npz")
   tensors = head_cases.weights(golden.state_shapes)
   model, family, target = build(case)
+=======
+def cases(*default):
+  return pytest.mark.parametrize("name", [
+      pytest.param(name, marks=[pytest.mark.slow] * (name not in default))
+      for name in head_cases.CASES])
+
+
+def load(name):
+  """The file, the model, its family and its variables."""
+  golden = parity_cases.Golden.load(GOLDEN / f"{name}.npz")
+  model, family, target = segmenters.build(head_cases.CASES[name])
+  tensors = head_cases.weights(golden.state_shapes)
+>>>>>>> part-heads
   variables = layouts.to_flax(family, tensors, target)
   back = layouts.to_torch(family, variables, "mmseg")
   assert back.keys() == tensors.keys()
   assert all(np.array_equal(back[key], tensors[key]) for key in back)
   n_params = sum(x.size for x in jax.tree.leaves(variables["params"]))
   assert n_params == golden.meta["n_params"]
-  compare_outputs(golden, model, variables)
-  compare_training(golden, model, family, variables)
+  return golden, model, family, variables
 
 
-def compare_outputs(golden, model, variables):
-  """Logits of images of several sizes, on one canvas: compiled once."""
+@cases("poolformer_s12-semantic_fpn", "pvt_tiny-semantic_fpn",
+       "resnet50-upernet")
+def test_outputs_on_a_canvas(name):
+  """Images of different sizes in one batch, on canvases of noise."""
+  golden, model, _, variables = load(name)
   apply = jax.jit(model.apply)
+<<<<<<< HEAD
   for height, width in head_cases.SIZES:
     images = head_cases.images((height, width))
     padding = ((0, 0), (0, CANVAS[0] - height), (0, CANVAS[1] - width))
@@ -94,6 +114,32 @@ def compare_training(golden, model, family, variables):
   size = head_cases.SIZES[0]
   images = head_cases.images(size)
   labels = jnp.asarray(head_cases.labels(size))
+=======
+  sizes = head_cases.SIZES
+  for turn in range(len(sizes)):
+    of_batch = sizes[turn:] + sizes[:turn]
+    canvas = np.full((len(sizes), *CANVAS, 3), 1e3, np.float32)
+    mask = np.zeros(canvas.shape[:3], bool)
+    for i, size in enumerate(of_batch):
+      place = np.s_[i, :size[0], :size[1]]
+      canvas[place], mask[place] = head_cases.images(size)[i], True
+    found = apply(variables, canvas, mask)
+    for i, size in enumerate(of_batch):
+      want = golden.logits[size]
+      h, w = want.shape[1:3]
+      assert np.array_equal(found["mask"][i].sum(), h * w)
+      np.testing.assert_allclose(found["logits"][i, :h, :w], want[i], rtol=0,
+                                 atol=1e-5 * np.abs(want).max())
+
+
+@cases("poolformer_s12-semantic_fpn", "resnet50-upernet")
+def test_losses_and_gradients(name):
+  """In training mode, without dropout and padding."""
+  golden, model, family, variables = load(name)
+  size = head_cases.SIZES[0]
+  images = head_cases.images(size)
+  labels = jnp.asarray(head_cases.labels(size))
+>>>>>>> part-heads
 
   @jax.jit
   @functools.partial(jax.value_and_grad, has_aux=True)
