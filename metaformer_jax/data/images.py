@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from metaformer_jax.config import schema
+from metaformer_jax.data import png
 
 # No others: Pillow's EPS decoder, for example, runs a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
@@ -91,6 +92,9 @@ def decode_labels(labels: bytes | np.ndarray,
       raise ValueError(f"an array {list(labels.shape)} of {labels.dtype} is "
                        "not a label map; give integers [H, W]")
     return labels
+  found = png.decode(labels, max_pixels)
+  if found is not None:
+    return found
   with _open(io.BytesIO(labels), max_pixels, ("PNG",)) as picture:
     if picture.mode not in ("1", "L", "P", "I") and not (
         picture.mode.startswith("I;16")):

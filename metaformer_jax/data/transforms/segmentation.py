@@ -114,22 +114,16 @@ def _classes(labels: np.ndarray, task: tasks.Segmentation,
   """
   first = 1 if task.reduce_zero_label else 0
   n = task.num_classes if numbers is None else len(numbers)
-  table = np.full(256, IGNORE, np.uint8)
-  table[first:first + n] = np.arange(n) if numbers is None else numbers
-  valid = np.zeros(256, bool)
-  valid[:first + n] = valid[IGNORE] = True
-  if labels.dtype == np.uint8:
-    found = np.flatnonzero(cv_kernels.counts(labels))
-  else:
-    found = np.unique(labels)
-  wrong = [v for v in found.tolist() if not (0 <= v <= IGNORE and valid[v])]
-  if wrong:
-    y, x = (int(v[0]) for v in np.nonzero(labels == wrong[0]))
+  last = first + n - 1
+  wrong = (labels < 0) | ((labels > last) & (labels != IGNORE))
+  if wrong.any():
+    y, x = np.argwhere(wrong)[0].tolist()
     raise ValueError(
-        f"the label map has {wrong[0]} at row {y}, column {x}; the labels of "
-        f"{n} classes are 0 to {first + n - 1}, and {IGNORE} to ignore")
-  return cv_kernels.look_up(labels.astype(np.uint8, copy=False),
-                            table)
+        f"the label map has {labels[y, x]} at row {y}, column {x}; the labels "
+        f"of {n} classes are 0 to {last}, and {IGNORE} to ignore")
+  table = np.full(256, IGNORE, np.uint8)
+  table[first:last + 1] = np.arange(n) if numbers is None else numbers
+  return cv_kernels.look_up(labels.astype(np.uint8, copy=False), table)
 
 
 def _padded(array: np.ndarray, size: tuple[int, int],
