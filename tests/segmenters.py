@@ -2,10 +2,10 @@
 
 import types
 
+import head_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
-import head_cases
 
 import metaformer_jax
 from metaformer_jax.convert import segmentation

@@ -2,11 +2,11 @@
 
 import pathlib
 
+import head_cases
 import jax
 import numpy as np
 import parity_cases
 import pytest
-import head_cases
 import segmenters
 import torch_format
 

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import head_cases
 import make
 import parity_cases
-import head_cases
 
 
 def import_mmseg():
