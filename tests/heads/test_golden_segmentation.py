@@ -13,13 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import parity_cases
 import pytest
-<<<<<<< HEAD
-from head_cases import AUXILIARY_WEIGHT, IGNORE
-=======
-import head_cases
 import segmenters
 from head_cases import AUXILIARY_WEIGHT, IGNORE
->>>>>>> part-heads
 
 from metaformer_jax.convert import layouts
 from metaformer_jax.ops import resize
@@ -28,28 +23,6 @@ CANVAS = (96, 128)  # Larger than all images, in both directions.
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "segmentation"
 
 
-<<<<<<< HEAD
-def build(case):
-  """The model, its family, and its variables' shapes."""
-  backbone = metaformer_jax.create_model(case.model, num_classes=0,
-                                         **case.overrides)
-  model = segmenter.create(backbone, types.SimpleNamespace(
-      head=case.head, num_classes=head_cases.NUM_CLASSES,
-      fpn_dim=head_cases.FPN_DIM, head_drop_rate=0.0,
-      head_dim=head_cases.HEAD_DIMS[case.head],
-      pool_sizes=head_cases.POOL_SIZES,
-      auxiliary_weight=AUXILIARY_WEIGHT * (case.head == "upernet"),
-      auxiliary_dim=head_cases.AUXILIARY_DIM),
-      feature_norm=case.feature_norm)
-  family = segmentation.family(
-      case.head, metaformer_jax.get_spec(case.model).family)
-  size = case.image_size
-  return model, family, jax.eval_shape(
-      model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-
-
-=======
->>>>>>> part-heads
 def cross_entropy(logits, labels):
   """mmsegmentation 0.19: ignored pixels count in the denominator."""
   logits = resize.resize(logits, labels.shape[1:])
@@ -59,16 +32,6 @@ def cross_entropy(logits, labels):
   return jnp.where(labels == IGNORE, 0, found).mean()
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] * (name not in DEFAULT))
-    for name in head_cases.CASES])
-def test_equals_mmsegmentation(name):
-  case = head_cases.CASES[name]
-  golden = parity_cases.Golden.load(GOLDEN / f"{name}.npz")
-  tensors = head_cases.weights(golden.state_shapes)
-  model, family, target = build(case)
-=======
 def cases(*default):
   return pytest.mark.parametrize("name", [
       pytest.param(name, marks=[pytest.mark.slow] * (name not in default))
@@ -80,7 +43,6 @@ def load(name):
   golden = parity_cases.Golden.load(GOLDEN / f"{name}.npz")
   model, family, target = segmenters.build(head_cases.CASES[name])
   tensors = head_cases.weights(golden.state_shapes)
->>>>>>> part-heads
   variables = layouts.to_flax(family, tensors, target)
   back = layouts.to_torch(family, variables, "mmseg")
   assert back.keys() == tensors.keys()
@@ -96,25 +58,6 @@ def test_outputs_on_a_canvas(name):
   """Images of different sizes in one batch, on canvases of noise."""
   golden, model, _, variables = load(name)
   apply = jax.jit(model.apply)
-<<<<<<< HEAD
-  for height, width in head_cases.SIZES:
-    images = head_cases.images((height, width))
-    padding = ((0, 0), (0, CANVAS[0] - height), (0, CANVAS[1] - width))
-    found = apply(variables, np.pad(images, (*padding, (0, 0)), "edge"),
-                  np.pad(np.ones(images.shape[:3], bool), padding))
-    want = golden.logits[height, width]
-    h, w = want.shape[1:3]
-    assert np.array_equal(found["mask"].sum((1, 2)), [h * w] * len(images))
-    np.testing.assert_allclose(found["logits"][:, :h, :w], want, rtol=0,
-                               atol=1e-5 * np.abs(want).max())
-
-
-def compare_training(golden, model, family, variables):
-  """Losses, and their gradients, in training mode without dropout."""
-  size = head_cases.SIZES[0]
-  images = head_cases.images(size)
-  labels = jnp.asarray(head_cases.labels(size))
-=======
   sizes = head_cases.SIZES
   for turn in range(len(sizes)):
     of_batch = sizes[turn:] + sizes[:turn]
@@ -139,7 +82,6 @@ def test_losses_and_gradients(name):
   size = head_cases.SIZES[0]
   images = head_cases.images(size)
   labels = jnp.asarray(head_cases.labels(size))
->>>>>>> part-heads
 
   @jax.jit
   @functools.partial(jax.value_and_grad, has_aux=True)
