@@ -27,6 +27,7 @@ setuptools.setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1,<3",
+        "array-record>=0.8,<0.9",
         "clu>=0.0.12,<0.1",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
@@ -34,6 +35,7 @@ setuptools.setup(
         "jax>=0.10.2,<0.13",
         "matplotlib>=3.11,<4",
         "ml-collections>=1.1,<2",
+        "msgpack>=1.1,<2",
         "numba>=0.61,<1",
         "numpy>=2.1,<3",
         "optax>=0.2.8,<0.3",

@@ -14,6 +14,7 @@ because a replacement would bias the measure. No other example moves.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import logging
 import math
@@ -100,6 +101,18 @@ class Loader:
   def n_eval_batches(self) -> int:
     groups = self.groups or (range(self.n_examples),)
     return sum(-(-len(group) // self.batch_size) for group in groups)
+
+  def fingerprint(self) -> dict[str, str]:
+    """Short texts of what all processes must agree on, by what it is."""
+    found = {"the number of examples": str(self.n_examples)}
+    if self.groups:
+      shapes = hashlib.sha256()
+      for number, group in enumerate(self.groups):
+        shapes.update(group.tobytes())
+        for name, array in sorted(self.transform.blank(number).items()):
+          shapes.update(f"{name}{array.shape}".encode())
+      found["the sizes of the images"] = shapes.hexdigest()
+    return found
 
   def check(self) -> None:
     """Reads and transforms the first example, in this process.

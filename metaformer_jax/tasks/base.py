@@ -39,6 +39,9 @@ class Data(Protocol):
   def check(self) -> None:
     """Prepares one example in this process; raises what is wrong with it."""
 
+  def fingerprint(self) -> dict[str, str]:
+    """What all processes must agree on, by what it is; need not be there."""
+
 
 class Evaluator(Protocol):
   """A measure over an evaluation split; made once per run, reset before use."""

@@ -12,7 +12,7 @@ import optax
 from metaformer_jax import errors
 from metaformer_jax.checkpoints import manager as checkpoints_lib
 from metaformer_jax.config.schema import Experiment
-from metaformer_jax.runtime import sharding, signals
+from metaformer_jax.runtime import processes, sharding, signals
 from metaformer_jax.runtime.watchdog import Watchdog
 from metaformer_jax.tasks import base
 from metaformer_jax.training import state as state_lib
@@ -101,6 +101,18 @@ def is_due(step: int, n_steps: int, every: int) -> bool:
       step % every == 0 and n_steps - step >= every / 2)
 
 
+def require_same(**splits: base.Data) -> None:
+  """Checks that all processes have opened the same data; all must call it.
+
+  Raises:
+    ConfigError: on all processes, if two differ; names the split and what does.
+  """
+  processes.require_same({
+      f"{what} of the {split} data": value for split, data in splits.items()
+      if hasattr(data, "fingerprint")
+      for what, value in data.fingerprint().items()})
+
+
 def collect(evaluators: Mapping[str, base.Evaluator]) -> dict[str, float]:
   """The measures of all evaluators.
 
@@ -180,7 +192,10 @@ def evaluate_variables(cfg: Experiment, task: base.Task, mesh,
     DataError: there are too many bad images.
     OutOfMemoryError: a batch does not fit in memory.
   """
-  evaluate = Evaluation(cfg, task, mesh, task.make_data("eval"))
+  with processes.agreeing():
+    data = task.make_data("eval")
+  require_same(evaluation=data)
+  evaluate = Evaluation(cfg, task, mesh, data)
   with Watchdog(cfg.log.hang_seconds) as watchdog:
     # As nothing is saved, signals have their usual effect.
     measures = evaluate(variables, signals.StopSignal(), watchdog)

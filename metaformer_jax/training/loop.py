@@ -138,6 +138,7 @@ class Run:
         stack.enter_context(workdir_lib.hold(workdir))
         workdir_lib.claim(cfg, workdir, report.parameters(
             program.shapes.params, program.frozen))
+    evaluate.require_same(train=train_data, evaluation=eval_data)
     checkpoints = manager.Checkpoints(workdir, cfg.checkpoint, cfg.best_measure)
     stack.callback(checkpoints.close)
     dog = stack.enter_context(watchdog.Watchdog(cfg.log.hang_seconds))
