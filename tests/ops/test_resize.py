@@ -92,6 +92,16 @@ def test_doubling_is_bilinear_resizing():
                              atol=1e-6)
 
 
+def test_doubling_and_resizing_at_once_is_one_after_the_other():
+  sizes = jnp.array([size for size, _ in PAIRS])
+  x = on_canvases([image(*size, seed=i) for i, size in enumerate(sizes)])
+  mask, to_mask = resize.mask(sizes, *CANVAS), resize.mask(
+      2 * sizes - 1, *TO_CANVAS)
+  np.testing.assert_allclose(
+      jax.jit(resize.double_to, static_argnums=2)(x, mask, TO_CANVAS, to_mask),
+      resize.by_masks(*resize.double(x, mask), TO_CANVAS, to_mask), atol=2e-6)
+
+
 @pytest.mark.parametrize("side", [1, 2, 3, 6])
 def test_adaptive_pooling_has_pytorchs_bins(side):
   sizes = jnp.array([size for size, _ in PAIRS])
@@ -132,8 +142,10 @@ def test_positions_are_exact_where_float32_is_not():
   np.testing.assert_array_equal(resize.nearest_weights(2, 82)[41], [0, 1])
 
 
-def test_bfloat16_is_rounded_once():
+def test_bfloat16_is_rounded_once_or_not_at_all():
   x = image(9, 7)[None].astype(jnp.bfloat16)
+  np.testing.assert_array_equal(
+      resize.resize(x, (18, 7), method="nearest"), x.repeat(2, 1))
   want = resize.resize(x.astype(np.float32), (31, 5)).astype(jnp.bfloat16)
   got = resize.resize(x, (31, 5))
   assert got.dtype == jnp.bfloat16 and np.array_equal(got, want)
