@@ -32,7 +32,7 @@ class Level(nn.Module):
                               train=train, suffix=i)
       x = nn.relu(x)
       if i < last:
-        x, mask = resize.double(x, mask)
+        x, mask = resize.enlarge(x, mask)
     if not self.n_doublings:
       return x
     return resize.double_to(x, mask, shape, to_mask)

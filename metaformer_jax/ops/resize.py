@@ -150,9 +150,10 @@ def resize(x: jax.Array, shape: tuple[int, int],
   if from_sizes is None and to_sizes is None:
     if x.shape[1:3] == tuple(shape):
       return x
-    if method == "bilinear" and tuple(shape) == (2 * x.shape[1],
-                                                 2 * x.shape[2]):
-      return double(x)[0]
+    factor = shape[0] // x.shape[1]
+    if method == "bilinear" and tuple(shape) == (factor * x.shape[1],
+                                                 factor * x.shape[2]):
+      return enlarge(x, factor=factor)[0]
   weights = [WEIGHTS[method](*axis) for axis in zip(
       x.shape[1:3], shape, _axes(from_sizes), _axes(to_sizes))]
   if method == "nearest":  # One product for a pixel, with 1: no rounding.
@@ -173,30 +174,31 @@ def by_masks(x: jax.Array, from_mask: jax.Array | None, shape: tuple[int, int],
                             for m in (from_mask, to_mask)), method=method)
 
 
-def double(x: jax.Array, mask: jax.Array | None = None,
-           ) -> tuple[jax.Array, jax.Array | None]:
-  """Bilinear resizing to exactly twice the size, without products of matrices.
+def enlarge(x: jax.Array, mask: jax.Array | None = None, *, factor: int = 2,
+            ) -> tuple[jax.Array, jax.Array | None]:
+  """Bilinear resizing by a whole factor, without products of matrices.
 
   Args:
     x: [B, H, W, C]; its padding must be finite.
     mask: bool [B, H, W], of the valid parts; None if all is valid.
+    factor: of height and width.
 
   Returns:
-    [B, 2 H, 2 W, C] of x's dtype, computed in float32, undefined in the
-    padding; and its mask.
+    [B, factor H, factor W, C] of x's dtype, computed in float32, undefined in
+    the padding; and its mask.
   """
   y = x.astype(jnp.float32)
   for axis in (1, 2):
-    y = _double_axis(y, axis, mask)
-    mask = None if mask is None else mask.repeat(2, axis)
+    y = _enlarge_axis(y, axis, mask, factor)
+    mask = None if mask is None else mask.repeat(factor, axis)
   return y.astype(x.dtype), mask
 
 
 def double_to(x: jax.Array, mask: jax.Array | None, shape: tuple[int, int],
               to_mask: jax.Array | None) -> jax.Array:
-  """`double`, then `by_masks`: with masks, in one product an axis."""
+  """`enlarge` by 2, then `by_masks`: with masks, in one product an axis."""
   if mask is None:
-    return by_masks(*double(x), shape, to_mask)
+    return by_masks(*enlarge(x), shape, to_mask)
   weights = []
   for n, to_n, size, to_size in zip(x.shape[1:3], shape, _axes(sizes(mask)),
                                     _axes(sizes(to_mask))):
@@ -207,8 +209,8 @@ def double_to(x: jax.Array, mask: jax.Array | None, shape: tuple[int, int],
   return apply_weights(x, *weights)
 
 
-def _double_axis(x, axis, mask):
-  """Each pixel becomes two, a quarter towards the one before and after it."""
+def _enlarge_axis(x, axis, mask, factor):
+  """Each pixel becomes `factor` ones, towards the one before and after it."""
   n = x.shape[axis]
 
   def at(first):  # Pixels from `first` on; those at the border are repeated.
@@ -223,10 +225,14 @@ def _double_axis(x, axis, mask):
     edges[axis] = (0, 1)
     valid = lax.slice_in_dim(jnp.pad(mask, edges), 1, n + 1, axis=axis)
     after = jnp.where(valid[..., None], after, x)
-  y = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis + 1)
+  made = []
+  for i in range(factor):  # From the pixel's centre, in pixels of x.
+    offset = (i + 0.5) / factor - 0.5
+    other = before if offset < 0 else after
+    made.append((1 - abs(offset)) * x + abs(offset) * other)
   shape = list(x.shape)
-  shape[axis] *= 2
-  return y.reshape(shape)
+  shape[axis] *= factor
+  return jnp.stack(made, axis + 1).reshape(shape)
 
 
 def adaptive_average_pool(x: jax.Array, side: int,

@@ -76,20 +76,24 @@ def test_images_of_many_sizes_share_a_canvas(method):
     assert not y.any()
 
 
-def test_doubling_is_bilinear_resizing():
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_enlarging_is_bilinear_resizing(factor):
   sizes = jnp.array([size for size, _ in PAIRS])
   images = [image(*size, seed=i) for i, size in enumerate(sizes)]
   x, mask = on_canvases(images), resize.mask(sizes, *CANVAS)
-  got, got_mask = jax.jit(resize.double)(x, mask)
-  assert np.array_equal(resize.sizes(got_mask), 2 * sizes)
+  run = jax.jit(resize.enlarge, static_argnames="factor")
+  got, got_mask = run(x, mask, factor=factor)
+  assert np.array_equal(resize.sizes(got_mask), factor * sizes)
   for y, one in zip(got, images):
-    h, w = 2 * one.shape[0], 2 * one.shape[1]
+    h, w = factor * one.shape[0], factor * one.shape[1]
     np.testing.assert_allclose(y[:h, :w], both(bilinear_line, one, h, w),
                                atol=1e-6)
-  alone, none = resize.double(x[:1])
+  alone, none = run(x[:1], factor=factor)
   assert none is None
-  np.testing.assert_allclose(alone[0], both(bilinear_line, x[0], 32, 16),
-                             atol=1e-6)
+  to = [factor * n for n in CANVAS]
+  want = both(bilinear_line, x[0], *to)
+  np.testing.assert_allclose(alone[0], want, atol=3e-6)
+  np.testing.assert_array_equal(resize.resize(x[:1], to), alone)
 
 
 def test_doubling_and_resizing_at_once_is_one_after_the_other():
@@ -99,7 +103,7 @@ def test_doubling_and_resizing_at_once_is_one_after_the_other():
       2 * sizes - 1, *TO_CANVAS)
   np.testing.assert_allclose(
       jax.jit(resize.double_to, static_argnums=2)(x, mask, TO_CANVAS, to_mask),
-      resize.by_masks(*resize.double(x, mask), TO_CANVAS, to_mask), atol=2e-6)
+      resize.by_masks(*resize.enlarge(x, mask), TO_CANVAS, to_mask), atol=2e-6)
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 6])
@@ -126,7 +130,7 @@ def test_padding_gets_no_gradient():
   size = jnp.array([[5, 3]])
 
   def loss(x):
-    y, mask = resize.double(x, resize.mask(size, *CANVAS))
+    y, mask = resize.enlarge(x, resize.mask(size, *CANVAS))
     y = resize.by_masks(y, mask, TO_CANVAS, resize.mask(size + 4, *TO_CANVAS))
     return jnp.square(y).sum()
 
