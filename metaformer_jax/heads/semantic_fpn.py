@@ -12,10 +12,11 @@ from metaformer_jax.ops import resize
 
 
 class Level(nn.Module):
-  """Convolutions with BatchNorm and ReLU, each doubling all but the finest map.
+  """Convolutions with BatchNorm and ReLU; each doubles all but the finest map.
 
-  [B, h, w, C] -> [B, h', w', dim], and its mask; h' = h if `n_doublings` is 0,
-  else h * 2**n_doublings.
+  [B, h, w, C] -> [B, *shape, dim], by `n_doublings` bilinear doublings, and
+  resizing to the size of the finest map, `to_mask` [B, *shape], if they miss
+  it.
   """
 
   dim: int
@@ -23,14 +24,18 @@ class Level(nn.Module):
   dtype: DTypeLike | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
-    for i in range(1, max(self.n_doublings, 1) + 1):
+  def __call__(self, x: jax.Array, *, mask=None, shape: tuple[int, int],
+               to_mask=None, train: bool = False):
+    last = max(self.n_doublings, 1)
+    for i in range(1, last + 1):
       x, _ = resnet.conv_norm(x, mask, self.dim, 3, dtype=self.dtype,
                               train=train, suffix=i)
       x = nn.relu(x)
-      if self.n_doublings:
-        x, mask = resize.double(x, mask)
-    return x, mask
+      if i < last:
+        x, mask = resize.enlarge(x, mask)
+    if not self.n_doublings:
+      return x
+    return resize.double_to(x, mask, shape, to_mask)
 
 
 class SemanticFpn(nn.Module):
@@ -52,8 +57,8 @@ class SemanticFpn(nn.Module):
                masks: Sequence[jax.Array | None], *, train: bool = False):
     total = 0
     for i, (x, mask) in enumerate(zip(maps, masks)):
-      x, mask = Level(self.dim, i, dtype=self.dtype, name=f"level{i + 1}")(
-          x, mask=mask, train=train)
-      total += resize.by_masks(x, mask, maps[0].shape[1:3], masks[0])
+      total += Level(self.dim, i, dtype=self.dtype, name=f"level{i + 1}")(
+          x, mask=mask, shape=maps[0].shape[1:3], to_mask=masks[0],
+          train=train)
     return convs.Classifier(self.num_classes, self.drop_rate,
                             name="classifier")(total, train=train)

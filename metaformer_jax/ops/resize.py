@@ -109,7 +109,7 @@ def _one_hot(index, n):
 
 def apply_weights(x: jax.Array, rows: jax.Array,
                   columns: jax.Array) -> jax.Array:
-  """Multiplies both axes by weights, in float32.
+  """Multiplies both axes by weights, in the weights' dtype.
 
   Args:
     x: [B, H, W, C]; finite.
@@ -118,7 +118,7 @@ def apply_weights(x: jax.Array, rows: jax.Array,
   Returns:
     [B, H', W', C] of x's dtype.
   """
-  y = x.astype(jnp.float32)
+  y = x.astype(rows.dtype)
   b = "b" if rows.ndim == 3 else ""
   y = jnp.einsum(f"{b}ih,bhwc->biwc", rows, y, precision=lax.Precision.HIGHEST)
   b = "b" if columns.ndim == 3 else ""
@@ -141,7 +141,8 @@ def resize(x: jax.Array, shape: tuple[int, int],
     method: "bilinear" or "nearest".
 
   Returns:
-    [B, *shape, C] of x's dtype, computed in float32; zero in the padding.
+    [B, *shape, C] of x's dtype, zero in the padding; bilinear is computed in
+    float32, nearest is exact.
   """
   if method not in WEIGHTS:
     raise ValueError(f"unknown method {method!r}"
@@ -149,16 +150,20 @@ def resize(x: jax.Array, shape: tuple[int, int],
   if from_sizes is None and to_sizes is None:
     if x.shape[1:3] == tuple(shape):
       return x
-    if method == "bilinear" and tuple(shape) == (2 * x.shape[1],
-                                                 2 * x.shape[2]):
-      return double(x)[0]
-  along = (None, None)
-  from_h, from_w = along if from_sizes is None else from_sizes.T
-  to_h, to_w = along if to_sizes is None else to_sizes.T
-  weights = WEIGHTS[method]
-  return apply_weights(
-      x, weights(x.shape[1], shape[0], from_h, to_h),
-      weights(x.shape[2], shape[1], from_w, to_w))
+    factor = shape[0] // x.shape[1]
+    if method == "bilinear" and tuple(shape) == (factor * x.shape[1],
+                                                 factor * x.shape[2]):
+      return enlarge(x, factor=factor)[0]
+  weights = [WEIGHTS[method](*axis) for axis in zip(
+      x.shape[1:3], shape, _axes(from_sizes), _axes(to_sizes))]
+  if method == "nearest":  # One product for a pixel, with 1: no rounding.
+    weights = [w.astype(x.dtype) for w in weights]
+  return apply_weights(x, *weights)
+
+
+def _axes(sizes):
+  """Sizes [B, 2] as those of both axes, [B] each; None as two."""
+  return (None, None) if sizes is None else sizes.T
 
 
 def by_masks(x: jax.Array, from_mask: jax.Array | None, shape: tuple[int, int],
@@ -169,27 +174,43 @@ def by_masks(x: jax.Array, from_mask: jax.Array | None, shape: tuple[int, int],
                             for m in (from_mask, to_mask)), method=method)
 
 
-def double(x: jax.Array, mask: jax.Array | None = None,
-           ) -> tuple[jax.Array, jax.Array | None]:
-  """Bilinear resizing to exactly twice the size, without products of matrices.
+def enlarge(x: jax.Array, mask: jax.Array | None = None, *, factor: int = 2,
+            ) -> tuple[jax.Array, jax.Array | None]:
+  """Bilinear resizing by a whole factor, without products of matrices.
 
   Args:
     x: [B, H, W, C]; its padding must be finite.
     mask: bool [B, H, W], of the valid parts; None if all is valid.
+    factor: of height and width.
 
   Returns:
-    [B, 2 H, 2 W, C] of x's dtype, computed in float32, undefined in the
-    padding; and its mask.
+    [B, factor H, factor W, C] of x's dtype, computed in float32, undefined in
+    the padding; and its mask.
   """
   y = x.astype(jnp.float32)
   for axis in (1, 2):
-    y = _double_axis(y, axis, mask)
-    mask = None if mask is None else mask.repeat(2, axis)
+    y = _enlarge_axis(y, axis, mask, factor)
+    mask = None if mask is None else mask.repeat(factor, axis)
   return y.astype(x.dtype), mask
 
 
-def _double_axis(x, axis, mask):
-  """Each pixel becomes two, a quarter towards the one before and after it."""
+def double_to(x: jax.Array, mask: jax.Array | None, shape: tuple[int, int],
+              to_mask: jax.Array | None) -> jax.Array:
+  """`enlarge` by 2, then `by_masks`: with masks, in one product an axis."""
+  if mask is None:
+    return by_masks(*enlarge(x), shape, to_mask)
+  weights = []
+  for n, to_n, size, to_size in zip(x.shape[1:3], shape, _axes(sizes(mask)),
+                                    _axes(sizes(to_mask))):
+    weights.append(jnp.matmul(
+        linear_weights(2 * n, to_n, 2 * size, to_size),
+        linear_weights(n, 2 * n, size, 2 * size),
+        precision=lax.Precision.HIGHEST))
+  return apply_weights(x, *weights)
+
+
+def _enlarge_axis(x, axis, mask, factor):
+  """Each pixel becomes `factor` ones, towards the one before and after it."""
   n = x.shape[axis]
 
   def at(first):  # Pixels from `first` on; those at the border are repeated.
@@ -204,10 +225,14 @@ def _double_axis(x, axis, mask):
     edges[axis] = (0, 1)
     valid = lax.slice_in_dim(jnp.pad(mask, edges), 1, n + 1, axis=axis)
     after = jnp.where(valid[..., None], after, x)
-  y = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis + 1)
+  made = []
+  for i in range(factor):  # From the pixel's centre, in pixels of x.
+    offset = (i + 0.5) / factor - 0.5
+    other = before if offset < 0 else after
+    made.append((1 - abs(offset)) * x + abs(offset) * other)
   shape = list(x.shape)
-  shape[axis] *= 2
-  return y.reshape(shape)
+  shape[axis] *= factor
+  return jnp.stack(made, axis + 1).reshape(shape)
 
 
 def adaptive_average_pool(x: jax.Array, side: int,
@@ -217,6 +242,6 @@ def adaptive_average_pool(x: jax.Array, side: int,
   [B, H, W, C], of valid sizes [B, 2] -> [B, side, side, C], in float32 and
   returned in x's dtype.
   """
-  h, w = (None, None) if from_sizes is None else from_sizes.T
-  return apply_weights(x, pool_weights(x.shape[1], side, h),
-                       pool_weights(x.shape[2], side, w))
+  return apply_weights(x, *(
+      pool_weights(n, side, size)
+      for n, size in zip(x.shape[1:3], _axes(from_sizes))))

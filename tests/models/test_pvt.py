@@ -212,6 +212,26 @@ def test_head_is_the_normed_class_token():
                              dense(want, p["head"]), atol=1e-5)
 
 
+def test_without_a_class_token_the_head_sees_the_mean():
+  """The token's position is there, and nothing uses it."""
+  model = pvt.PyramidVisionTransformer(**SMALL, class_token=False)
+  x = images()
+  variables = perturbed(model, x)
+  p = variables["params"]
+  whole = pvt.PyramidVisionTransformer(**SMALL)
+  shapes = jax.tree.map(jnp.shape, perturbed(whole, x)["params"])
+  assert shapes["stage4"].pop("cls_token") == (1, 1, 24)
+  assert jax.tree.map(jnp.shape, p) == shapes
+  features = apply(model, variables, x, method="features")["stage4"]
+  want = layer_norm(np.asarray(features), p["norm"], 1e-6).mean((1, 2))
+  logits = apply(model, variables, x)
+  np.testing.assert_allclose(logits, dense(want, p["head"]), atol=1e-5)
+  p["stage4"]["pos_embed"][:, 0] += 1
+  np.testing.assert_array_equal(apply(model, variables, x), logits)
+  p["stage4"]["pos_embed"][:, 1] += 1
+  assert not np.array_equal(apply(model, variables, x), logits)
+
+
 def test_features_have_the_strides_and_channels_of_the_stages():
   model = pvt.PyramidVisionTransformer(**SMALL)
   x = images(1, 110, 64)

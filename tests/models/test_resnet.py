@@ -128,6 +128,22 @@ def test_stem_is_convolution_norm_relu_and_maximum(height, width):
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+def test_a_stem_of_three_convolutions_halves_the_first_two_widths():
+  x = images(1, 13, 18)
+  stem = resnet.Stem(8, "3x3")
+  variables = perturbed(stem, x)
+  y, widths = x, []
+  for i in (1, 2, 3):
+    kernel = variables["params"][f"conv{i}"]["kernel"]
+    widths.append(kernel.shape[-1])
+    y = relu(batch_norm(conv(y, kernel, 2 if i == 1 else 1), variables,
+                        [f"norm{i}"]))
+  assert widths == [4, 4, 8]
+  got, _ = apply(stem, variables, x)
+  np.testing.assert_allclose(got, resnet.max_pool(jnp.asarray(y), None)[0],
+                             atol=1e-5)
+
+
 @pytest.mark.parametrize("height,width", [(6, 9), (7, 8), (1, 1)])
 def test_max_pool_pads_with_less_than_any_value(height, width):
   x = -1 - np.abs(images(2, height, width))

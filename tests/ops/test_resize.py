@@ -76,20 +76,34 @@ def test_images_of_many_sizes_share_a_canvas(method):
     assert not y.any()
 
 
-def test_doubling_is_bilinear_resizing():
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_enlarging_is_bilinear_resizing(factor):
   sizes = jnp.array([size for size, _ in PAIRS])
   images = [image(*size, seed=i) for i, size in enumerate(sizes)]
   x, mask = on_canvases(images), resize.mask(sizes, *CANVAS)
-  got, got_mask = jax.jit(resize.double)(x, mask)
-  assert np.array_equal(resize.sizes(got_mask), 2 * sizes)
+  run = jax.jit(resize.enlarge, static_argnames="factor")
+  got, got_mask = run(x, mask, factor=factor)
+  assert np.array_equal(resize.sizes(got_mask), factor * sizes)
   for y, one in zip(got, images):
-    h, w = 2 * one.shape[0], 2 * one.shape[1]
+    h, w = factor * one.shape[0], factor * one.shape[1]
     np.testing.assert_allclose(y[:h, :w], both(bilinear_line, one, h, w),
                                atol=1e-6)
-  alone, none = resize.double(x[:1])
+  alone, none = run(x[:1], factor=factor)
   assert none is None
-  np.testing.assert_allclose(alone[0], both(bilinear_line, x[0], 32, 16),
-                             atol=1e-6)
+  to = [factor * n for n in CANVAS]
+  want = both(bilinear_line, x[0], *to)
+  np.testing.assert_allclose(alone[0], want, atol=3e-6)
+  np.testing.assert_array_equal(resize.resize(x[:1], to), alone)
+
+
+def test_doubling_and_resizing_at_once_is_one_after_the_other():
+  sizes = jnp.array([size for size, _ in PAIRS])
+  x = on_canvases([image(*size, seed=i) for i, size in enumerate(sizes)])
+  mask, to_mask = resize.mask(sizes, *CANVAS), resize.mask(
+      2 * sizes - 1, *TO_CANVAS)
+  np.testing.assert_allclose(
+      jax.jit(resize.double_to, static_argnums=2)(x, mask, TO_CANVAS, to_mask),
+      resize.by_masks(*resize.enlarge(x, mask), TO_CANVAS, to_mask), atol=2e-6)
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 6])
@@ -116,7 +130,7 @@ def test_padding_gets_no_gradient():
   size = jnp.array([[5, 3]])
 
   def loss(x):
-    y, mask = resize.double(x, resize.mask(size, *CANVAS))
+    y, mask = resize.enlarge(x, resize.mask(size, *CANVAS))
     y = resize.by_masks(y, mask, TO_CANVAS, resize.mask(size + 4, *TO_CANVAS))
     return jnp.square(y).sum()
 
@@ -132,8 +146,10 @@ def test_positions_are_exact_where_float32_is_not():
   np.testing.assert_array_equal(resize.nearest_weights(2, 82)[41], [0, 1])
 
 
-def test_bfloat16_is_rounded_once():
+def test_bfloat16_is_rounded_once_or_not_at_all():
   x = image(9, 7)[None].astype(jnp.bfloat16)
+  np.testing.assert_array_equal(
+      resize.resize(x, (18, 7), method="nearest"), x.repeat(2, 1))
   want = resize.resize(x.astype(np.float32), (31, 5)).astype(jnp.bfloat16)
   got = resize.resize(x, (31, 5))
   assert got.dtype == jnp.bfloat16 and np.array_equal(got, want)
