@@ -42,10 +42,11 @@ class Segmentation:
 
   rng_names = ("dropout", "drop_path")
 
-  def _backbone(self, num_classes: int) -> nn.Module:
+  def _backbone(self, num_classes: int, **changed: Any) -> nn.Module:
     cfg = self.cfg.model
-    return registry.create_model(cfg.name, num_classes=num_classes,
-                                 dtype=jnp.dtype(cfg.dtype), **cfg.overrides())
+    return registry.create_model(
+        cfg.name, num_classes=num_classes, dtype=jnp.dtype(cfg.dtype),
+        **cfg.overrides() | changed)
 
   @functools.cached_property
   def model(self) -> nn.Module:
@@ -61,8 +62,11 @@ class Segmentation:
   def pretrained(self) -> base.Backbone:
     name = self.cfg.model.name
     family = None if imports.is_path(name) else registry.get_spec(name).family
+    # Classifiers have the class token that dense tasks leave out.
+    token = {"class_token": True} if hasattr(
+        _settings(self.cfg), "class_token") else {}
     return base.Backbone(family, "backbone", _init_size(self.cfg),
-                         self._backbone(1000))
+                         self._backbone(1000, **token))
 
   def init_inputs(self) -> tuple[jax.Array, jax.Array]:
     size = _init_size(self.cfg)
