@@ -14,8 +14,14 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-# Values of each image at a time: 16 MB of float32.
+# Values of each image at a time, about: 16 MB of float32.
 _BLOCK = 2**22
+
+# How much wider the label maps are than the logits, about.
+_ENLARGED = 4
+
+# On a TPU three passes in bfloat16; one pass would lose most of a logit.
+_PRECISION = lax.Precision.HIGH
 
 # (index [B, N], weight [B, N]): what a resized row or column is a sum of.
 _Taps = list[tuple[jax.Array, jax.Array]]
@@ -65,33 +71,30 @@ def _chained(positions: jax.Array, sides: Sequence[jax.Array]) -> _Taps:
   return taps
 
 
-def _all_columns(x: jax.Array, sides: Sequence[jax.Array],
-                 width: int) -> jax.Array:
-  """Resizes rows: [B, h, w, C] -> [B, h, width, C]."""
-  positions = jnp.broadcast_to(jnp.arange(width), (len(x), width))
-  weights = sum(jax.nn.one_hot(index, x.shape[2]) * weight[..., None]
-                for index, weight in _chained(positions, sides))
-  return jnp.einsum("bvw,bhwc->bhvc", weights, x,
-                    precision=lax.Precision.HIGHEST)
-
-
-def _some_rows(x: jax.Array, sides: Sequence[jax.Array],
-               rows: jax.Array) -> jax.Array:
-  """Resizes columns, for some rows: [B, h, W, C], int [R] -> [B, R, W, C]."""
-  positions = jnp.broadcast_to(rows, (len(x), len(rows)))
-
-  def at(index):  # Whole rows.
-    return jnp.take_along_axis(x, index[:, :, None, None], 1)
-
-  return sum(at(index) * weight[:, :, None, None]
+def _weights(n_from: int, n_to: int, sides: Sequence[jax.Array]) -> jax.Array:
+  """The taps of all positions, float32 [B, n_to, n_from]."""
+  positions = jnp.broadcast_to(jnp.arange(n_to), (len(sides[0]), n_to))
+  return sum(jax.nn.one_hot(index, n_from) * weight[..., None]
              for index, weight in _chained(positions, sides))
 
 
-def _blocks(height: int, width: int, n: int) -> jax.Array:
-  """All rows and some more, in blocks [N, R], by the number of classes."""
-  size = min(height, max(1, _BLOCK // (width * n)))
+def _all_rows(x: jax.Array, sides: Sequence[jax.Array],
+              height: int) -> jax.Array:
+  """Resizes the columns of [B, h, w, C], in blocks [N, B, R, w, C] of rows.
+
+  Rows after `height`, which fill the last block, are meaningless.
+  """
+  n, h, width, n_classes = x.shape
+  size = min(height, max(1, _BLOCK // (width * _ENLARGED * n_classes)))
   n_blocks = -(-height // size)
-  return jnp.arange(n_blocks * size).reshape(n_blocks, size)
+  rows = jnp.einsum("bvh,bhwc->vbwc", _weights(h, n_blocks * size, sides), x,
+                    precision=_PRECISION)
+  return rows.reshape(n_blocks, size, n, width, n_classes).swapaxes(1, 2)
+
+
+def _all_columns(x: jax.Array, weights: jax.Array) -> jax.Array:
+  """Resizes the rows of a block: [B, R, w, C] -> [B, R, width, C]."""
+  return jnp.einsum("bvw,brwc->brvc", weights, x, precision=_PRECISION)
 
 
 def cross_entropy(logits: jax.Array, logit_sizes: jax.Array, label: jax.Array,
@@ -115,16 +118,14 @@ def cross_entropy(logits: jax.Array, logit_sizes: jax.Array, label: jax.Array,
   """
   n, height, width = label.shape
   down, across = zip(logit_sizes.T, sizes.T)
-  x = _all_columns(logits, across, width)
-  rows = _blocks(height, width, logits.shape[-1])
-  label = jnp.pad(label, ((0, 0), (0, rows.size - height), (0, 0)),
-                  constant_values=ignore)
-  label = label.reshape(n, *rows.shape, width).swapaxes(0, 1)
+  rows = _all_rows(logits, down, height)
+  columns = _weights(logits.shape[2], width, across)
+  label = _in_blocks(label, rows, ignore)
 
   @jax.checkpoint
-  def sums(args):
-    rows, label = args
-    found = _some_rows(x, down, rows)
+  def sums(block):
+    x, label = block
+    found = _all_columns(x, columns)
     counts = label != ignore
     label = jnp.where(counts, label, 0).astype(jnp.int32)
     losses = optax.softmax_cross_entropy_with_integer_labels(found, label)
@@ -133,6 +134,15 @@ def cross_entropy(logits: jax.Array, logit_sizes: jax.Array, label: jax.Array,
 
   loss, right, counts = (x.sum() for x in lax.map(sums, (rows, label)))
   return loss / (n * height * width), right / jnp.maximum(counts, 1)
+
+
+def _in_blocks(label: jax.Array, rows: jax.Array, ignore: int) -> jax.Array:
+  """Label maps [B, H, W] in the blocks of `_all_rows`: [N, B, R, W]."""
+  n, height, width = label.shape
+  n_blocks, _, size, *_ = rows.shape
+  label = jnp.pad(label, ((0, 0), (0, n_blocks * size - height), (0, 0)),
+                  constant_values=ignore)
+  return label.reshape(n, n_blocks, size, width).swapaxes(0, 1)
 
 
 def classes(found: Sequence[Logits], label_sizes: jax.Array,
@@ -151,18 +161,18 @@ def classes(found: Sequence[Logits], label_sizes: jax.Array,
     uint8 [B, height, width]; meaningless beyond the sizes.
   """
   height, width = canvas
-  ready = []
+  rows, columns = [], []
   for logits, *sizes in found:
     down, across = zip(*(size.T for size in (*sizes, label_sizes)))
-    ready.append((_all_columns(logits, across, width), down))
-  rows = _blocks(height, width, found[0].logits.shape[-1])
+    rows.append(_all_rows(logits, down, height))
+    columns.append(_weights(logits.shape[2], width, across))
 
   def block(rows):
-    scores = [_some_rows(x, down, rows) for x, down in ready]
+    scores = [_all_columns(*pair) for pair in zip(rows, columns)]
     if len(scores) > 1:
       scores = [jax.nn.softmax(x) for x in scores]
     return sum(scores).argmax(-1).astype(jnp.uint8)
 
   blocks = lax.map(block, rows)  # [N, B, R, W]
-  found = blocks.swapaxes(0, 1).reshape(-1, rows.size, width)
+  found = blocks.swapaxes(0, 1).reshape(len(label_sizes), -1, width)
   return found[:, :height]

@@ -21,7 +21,7 @@ from metaformer_jax.data.sources import arrays, base
 CLASSES = base.Classes(11, ("background", *arrays.DIGITS.names))
 
 # Height and width: landscape, portrait and square.
-_SIZES = ((64, 96), (96, 64), (80, 80))
+_SIZES = ((48, 64), (64, 48), (56, 56))
 
 # Scenes of each split, drawn from (number of the split, index).
 _SPLITS = {"train": (0, 1000), "test": (1, 200)}
@@ -29,7 +29,7 @@ _SPLITS = {"train": (0, 1000), "test": (1, 200)}
 _SPLIT = re.compile(r"(train|test)(?:\[:([1-9]\d{0,5})\])?")
 
 # Sides of a digit, pixels.
-_SMALLEST, _LARGEST = 24, 48
+_SMALLEST, _LARGEST = 20, 36
 
 # Places that are tried for a digit.
 _TRIES = 20
@@ -97,7 +97,7 @@ def _background(photograph: Image.Image, size: tuple[int, int],
                 rng: np.random.Generator) -> np.ndarray:
   """A random part of a photograph, resized: float32 [*size, 3]."""
   height, width = size
-  scale = rng.uniform(1, 3)
+  scale = rng.uniform(1, 4)
   w, h = scale * width, scale * height
   left = rng.uniform(0, photograph.width - w)
   top = rng.uniform(0, photograph.height - h)
