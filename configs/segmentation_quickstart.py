@@ -26,6 +26,7 @@ def get_config():
   config.task.crop_size = (48, 48)
   config.task.cat_max_ratio = 0.9
   config.task.flip = 0.0  # Digits have a left and a right.
+  config.task.photometric = False
   config.task.eval_align = 1  # Small images would be stretched a lot.
   config.task.eval_canvases = 3
   config.data.source = "scenes"

@@ -70,6 +70,7 @@ def test_its_tests_run(folder):
   assert "2 passed" in out, out
 
 
+@pytest.mark.slow
 def test_it_is_trained_and_compared_with_pooling(folder):
   run(folder, "metaformer_jax.tools.study", "--config=compare_mixers.py",
       "--workdir=runs/mixers", "--seeds=0", "--set", "train.epochs=3.0",

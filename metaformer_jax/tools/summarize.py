@@ -15,6 +15,8 @@ import runpy
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from metaformer_jax import cli, errors
 from metaformer_jax import tasks as task_lib
 from metaformer_jax.checkpoints import published
@@ -198,7 +200,9 @@ def _n_params(cfg: Experiment) -> int:
     return cost.of_model(registry.create_model(cfg.model.name, **settings),
                          cfg.task.image_size).n_params
   _, task = task_lib.create(cfg, files=False)
-  return cost.of_inputs(task.model, *task.init_inputs()).n_params
+  params = jax.eval_shape(task.model.init, jax.random.key(0),
+                          *task.init_inputs())["params"]
+  return sum(x.size for x in jax.tree.leaves(params))
 
 
 def page(args: argparse.Namespace) -> str:

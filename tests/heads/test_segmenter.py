@@ -102,10 +102,10 @@ def test_every_family_gives_logits_at_its_finest_stride(name):
   assert found["auxiliary"].shape == (2, size // 16, size // 16, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,head,norm", [
     ("caformer_s18", "upernet", "layer_norm"),
-    pytest.param("poolformer_s12", "semantic_fpn", "group_norm",
-                 marks=pytest.mark.slow)])
+    ("poolformer_s12", "semantic_fpn", "group_norm")])
 def test_in_training_padding_adds_nothing(name, head, norm):
   """To logits, statistics and gradients, of one size on a portrait canvas."""
   model = small(name, norm, head=head, auxiliary_weight=0.4)

@@ -223,8 +223,8 @@ def drawn(shapes):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] * (name not in (
-        "poolformer_s12", "deit_small_patch16_224"))) for name in ROLES])
+    pytest.param(name, marks=[pytest.mark.slow] * (
+        name != "poolformer_s12")) for name in ROLES])
 def test_weights_show_what_the_roles_say(name):
   """What the same weights compute otherwise has the role "function"."""
   x = np.random.default_rng(1).standard_normal((1, 64, 64, 3)).astype("f")

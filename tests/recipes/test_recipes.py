@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 
 import command_line
 import pytest
@@ -140,15 +141,31 @@ def test_recipes_do_not_depend_on_names():
       "poolformer_s12", batch_size=1024).train.batch_size == 1024
 
 
+PAGE = (shipped.ROOT / "docs" / "recipes.md").read_text()
+
+
+@pytest.mark.configs  # Traces every model of segmentation.
 def test_the_page_is_what_the_tool_prints(monkeypatch, capsys):
   monkeypatch.chdir(shipped.ROOT)
   monkeypatch.setattr("sys.argv", ["summarize", "--configs=configs"])
   summarize.main(summarize.parse())
-  page = (shipped.ROOT / "docs" / "recipes.md").read_text()
-  assert capsys.readouterr().out == page
-  rows = [line.split("`")[1] for line in page.splitlines()
+  assert capsys.readouterr().out == PAGE
+
+
+def test_the_page_has_every_config():
+  rows = [line.split("`")[1] for line in PAGE.splitlines()
           if line.startswith("| `configs/")]
   assert sorted(rows) == sorted(shipped.CONFIGS)
+
+
+def test_the_page_has_what_the_tool_prints_of_classifiers(tmp_path):
+  for path in shipped.FILES:
+    if path.stem not in ("ade20k_semantic_fpn", "ade20k_upernet"):
+      target = tmp_path / path.relative_to(shipped.ROOT)
+      target.parent.mkdir(exist_ok=True)
+      shutil.copy(path, target)
+  lines = "\n".join(summarize.recipes(tmp_path / "configs")).splitlines()
+  assert not {*lines} - {*PAGE.splitlines()}
 
 
 @pytest.mark.parametrize("text, says", [

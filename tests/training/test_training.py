@@ -86,7 +86,7 @@ def test_eight_devices_train_as_one(on_one_device, mesh):
 
 
 @pytest.mark.parametrize("accumulate,data", [
-    pytest.param(2, 1, marks=pytest.mark.slow), (8, 4)])
+    (2, 1), pytest.param(8, 4, marks=pytest.mark.slow)])
 def test_micro_batches_train_as_one_batch(on_one_device, accumulate, data):
   losses, state = run_steps(experiment_of(
       train={"accumulate": accumulate}, mesh={"data": data}), 20)

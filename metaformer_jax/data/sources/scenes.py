@@ -34,8 +34,9 @@ _SMALLEST, _LARGEST = 20, 36
 # Places that are tried for a digit.
 _TRIES = 20
 
-# The least distance of a digit's colour from the background's mean.
-_CONTRAST = 120
+# Backgrounds are dimmed by this factor, and digits have bright colours.
+_DIMMED = 0.5
+_BRIGHT = (150, 255)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _parts(split: str) -> tuple[arrays.InMemory, list[Image.Image]]:
 
 def _background(photograph: Image.Image, size: tuple[int, int],
                 rng: np.random.Generator) -> np.ndarray:
-  """A random part of a photograph, resized: float32 [*size, 3]."""
+  """A random part of a photograph, resized and dimmed: float32 [*size, 3]."""
   height, width = size
   scale = rng.uniform(1, 4)
   w, h = scale * width, scale * height
@@ -103,15 +104,15 @@ def _background(photograph: Image.Image, size: tuple[int, int],
   top = rng.uniform(0, photograph.height - h)
   part = photograph.resize((width, height), Image.Resampling.BILINEAR,
                            box=(left, top, left + w, top + h))
-  return np.asarray(part, np.float32)
+  return _DIMMED * np.asarray(part, np.float32)
 
 
 def _paste(image: np.ndarray, label: np.ndarray, digit: base.Record,
            rng: np.random.Generator) -> None:
   """Draws a digit on an image, and its class into the label map.
 
-  A pixel is of the digit where it covers at least half of it. Digits overlap
-  only if there is little space.
+  A pixel is of the digit where it covers at least half of it. Digits do not
+  overlap; one for which no place is found is left out.
   """
   side = int(rng.integers(_SMALLEST, _LARGEST, endpoint=True))
   cover = np.asarray(Image.fromarray(digit["image"]).resize(
@@ -122,11 +123,10 @@ def _paste(image: np.ndarray, label: np.ndarray, digit: base.Record,
     where = np.s_[y:y + side, x:x + side]
     if not label[where].any():
       break
-  mean = image[where].mean((0, 1))
-  colour = rng.uniform(0, 255, 3)
-  while np.linalg.norm(colour - mean) < _CONTRAST:
-    colour = rng.uniform(0, 255, 3)
-  image[where] += cover * (colour.astype(np.float32) - image[where])
+  else:
+    return
+  colour = rng.uniform(*_BRIGHT, 3).astype(np.float32)
+  image[where] += cover * (colour - image[where])
   label[where][cover[..., 0] >= 0.5] = digit["label"] + 1
 
 
