@@ -18,8 +18,8 @@ def get_config():
   config.model.dims = (32, 64, 96, 128)
   config.model.norm = "layer_norm"
   config.model.layer_scale_init = 1.0
-  config.task.fpn_dim = 48
-  config.task.head_dim = 48
+  config.task.fpn_dim = 64
+  config.task.head_dim = 64
   config.task.head_drop_rate = 0.0
   config.task.scale = (64, 56)
   config.task.scale_range = (0.8, 1.25)
@@ -32,14 +32,14 @@ def get_config():
   config.data.source = "scenes"
   config.data.mean = (0.5, 0.5, 0.5)
   config.data.std = (0.25, 0.25, 0.25)
-  config.optim.base_lr = 0.096  # 0.0015 for a batch of 16.
+  config.optim.base_lr = 0.192  # 0.003 for a batch of 16.
   config.optim.schedule = "poly"
   config.optim.min_lr = 0.0
-  config.optim.warmup_epochs = 2.0
+  config.optim.warmup_epochs = 1.0
   config.train.batch_size = 16
-  config.train.epochs = 60.0
+  config.train.epochs = 15.0
   config.eval.batch_size = 40
-  config.eval.every_epochs = 10.0
+  config.eval.every_epochs = 3.0
   config.checkpoint.every_steps = 500
   config.log.every_steps = 50
   return config

@@ -24,7 +24,7 @@ CLASSES = base.Classes(11, ("background", *arrays.DIGITS.names))
 _SIZES = ((48, 64), (64, 48), (56, 56))
 
 # Scenes of each split, drawn from (number of the split, index).
-_SPLITS = {"train": (0, 1000), "test": (1, 200)}
+_SPLITS = {"train": (0, 4000), "test": (1, 200)}
 
 _SPLIT = re.compile(r"(train|test)(?:\[:([1-9]\d{0,5})\])?")
 
