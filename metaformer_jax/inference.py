@@ -23,7 +23,6 @@ from metaformer_jax.config import derived, saved, schema, typed
 from metaformer_jax.config import tasks as sections
 from metaformer_jax.config import weights as weights_lib
 from metaformer_jax.config.hub import folders as hub_folders
-from metaformer_jax.convert import segmentation
 from metaformer_jax.data.sources import folders
 from metaformer_jax.recipes import segmentation as recipes
 from metaformer_jax.tasks import base
@@ -292,7 +291,4 @@ def family_of(task: base.Task) -> str | None:
   backbone = task.pretrained
   if backbone is None:
     return None
-  if not backbone.path:
-    return backbone.family
-  head = getattr(task, "head", None)
-  return head and segmentation.family(head, backbone.family)
+  return getattr(task, "family", None) if backbone.path else backbone.family

@@ -12,17 +12,20 @@ import subprocess
 import sys
 
 import ade_tree
+import jax
 import numpy as np
 import pods
 import pytest
 import safetensors
 import small_runs
+from flax import traverse_util
 from PIL import Image
 
 import metaformer_jax
 from metaformer_jax.checkpoints import manager
 from metaformer_jax.config import ade20k, typed
 from metaformer_jax.tasks import drawing
+from metaformer_jax.training import backbone
 
 OPTIONS = {
     "model.name": "poolformer_s12", "model.depths": (1, 1),
@@ -137,6 +140,22 @@ def test_names_of_mmsegmentation_and_back(home, run):
   paths = sorted(images.iterdir())
   for a, b in zip(whole.predict(paths), read.predict(paths[::-1])[::-1]):
     np.testing.assert_array_equal(a["label_map"], b["label_map"])
+
+
+@pytest.mark.parametrize("other_classes", (False, True))
+def test_a_run_starts_from_all_of_another(run, other_classes):
+  """As config.init; without the last layer if the classes are others."""
+  loaded = metaformer_jax.load(run)
+  shapes = jax.eval_shape(loaded.model.init, jax.random.key(0),
+                          *loaded.task.init_inputs())
+  found = traverse_util.flatten_dict(backbone.read_weights(
+      str(run), loaded.task.pretrained, shapes, whole=loaded.task.family,
+      other_classes=other_classes), sep="/")
+  want = traverse_util.flatten_dict(dict(loaded.variables), sep="/")
+  assert want.keys() - found.keys() == ({
+      "params/head/classifier/conv/kernel", "params/head/classifier/conv/bias"
+      } if other_classes else set())
+  assert all(np.array_equal(found[name], want[name]) for name in found)
 
 
 def test_pictures_of_predictions(home, run):

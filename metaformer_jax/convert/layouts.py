@@ -259,7 +259,7 @@ def _leaf(name: str, entry: Entry, tensors: Tensors, want: Any,
 
 def _rules(family: str | None) -> Mapping[str, Any]:
   known = rules.RULES | segmentation.RULES
-  return {} if family is None else known[family]
+  return known.get(family, {})  # Others have our own names only.
 
 
 def _readable(family: str | None) -> Mapping[str, Any]:

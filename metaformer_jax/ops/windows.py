@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from metaformer_jax.ops import resize
+
 
 def starts(sides: jax.Array, canvas: int, window: int,
            stride: int) -> tuple[jax.Array, jax.Array]:
@@ -33,13 +35,6 @@ def starts(sides: jax.Array, canvas: int, window: int,
   return jnp.minimum(i * stride, last), i < count(sides)
 
 
-def valid(sizes: jax.Array, height: int, width: int) -> jax.Array:
-  """Marks the top left part of each canvas: int [B, 2] -> bool [B, H, W]."""
-  rows = jnp.arange(height)[None] < sizes[:, 0, None]
-  columns = jnp.arange(width)[None] < sizes[:, 1, None]
-  return rows[:, :, None] & columns[:, None, :]
-
-
 def average(fn: Callable[[jax.Array, jax.Array], jax.Array], images: jax.Array,
             sizes: jax.Array, window: tuple[int, int],
             stride: tuple[int, int]) -> jax.Array:
@@ -63,7 +58,7 @@ def average(fn: Callable[[jax.Array, jax.Array], jax.Array], images: jax.Array,
       starts(sizes[:, axis], canvas[axis], window[axis], stride[axis])
       for axis in (0, 1))
   within = jnp.minimum(sizes, jnp.array([window], sizes.dtype))
-  inside = valid(within, *window)[..., None]
+  inside = resize.mask(within, *window)[..., None]
 
   def add(total, index):
     i, j = index

@@ -96,6 +96,8 @@ class Task(Protocol):
     pretrained: the part of it that weights can be loaded into; None if there is
       none.
     rng_names: the random streams of `loss`.
+    family: of the conversion rules for all weights, if the backbone is a part
+      of the model; need not be there.
   """
 
   model: nn.Module

@@ -54,9 +54,9 @@ class Segmentation:
                             feature_norm=_feature_norm(self.cfg))
 
   @property
-  def head(self) -> str:
-    """The decoder, by which the layouts of the weights are found."""
-    return self.cfg.task.head
+  def family(self) -> str:
+    """Of the conversion rules for all weights: by decoder and backbone."""
+    return f"{self.cfg.task.head}/{self.pretrained.family}"
 
   @property
   def pretrained(self) -> base.Backbone:

@@ -46,7 +46,7 @@ def at_path(variables: Mapping[str, Any], path: str) -> dict[str, Any]:
 def read_weights(init: str, part: base.Backbone | None,
                  shapes: Mapping[str, Any],
                  beat: Callable[[], None] = lambda: None,
-                 **head: bool) -> dict[str, Any]:
+                 whole: str | None = None, **head: bool) -> dict[str, Any]:
   """Reads `config.init` for a task's variables of the given shapes.
 
   Args:
@@ -54,6 +54,8 @@ def read_weights(init: str, part: base.Backbone | None,
     part: of the task that weights can be loaded into.
     shapes: of the task's variables.
     beat: called whenever a part of a download has arrived.
+    whole: family of the conversion rules, if the weights are those of such a
+      task as a whole, not of a classifier.
     **head: other_classes and head_21k of `adapt.to_shape`.
 
   Returns:
@@ -69,12 +71,15 @@ def read_weights(init: str, part: base.Backbone | None,
         f"config.init: {init!r}, but the task has no pretrained backbone; "
         "None starts from scratch")
   path = published.locate(init, beat)
+  if whole:
+    return pretrained.read(path, whole, shapes, part.input_size, new_head=True,
+                           **head)
   own = variables_of(shapes, part.path)
-  whole = own
+  classifier = own
   if part.path:
     image = jax.ShapeDtypeStruct((1, *part.input_size, 3), jnp.float32)
-    whole = jax.eval_shape(part.classifier.init, jax.random.key(0), image)
-    whole = pretrained.merged(whole, own)
-  weights = pretrained.read(path, part.family, whole, part.input_size, kept=own,
-                            new_head=True, **head)
+    classifier = jax.eval_shape(part.classifier.init, jax.random.key(0), image)
+    classifier = pretrained.merged(classifier, own)
+  weights = pretrained.read(path, part.family, classifier, part.input_size,
+                            kept=own, new_head=True, **head)
   return at_path(weights, part.path)

@@ -356,7 +356,7 @@ def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
     initial = cfg.init and backbone.read_weights(
         cfg.init, task.pretrained,
         {"params": shapes.params, **shapes.model_state},
-        lambda: dog.beat(f"the download of {cfg.init}"), **_head(cfg))
+        lambda: dog.beat(f"the download of {cfg.init}"), **_head(cfg, task))
   state = jax.jit(program.create, out_shardings=program.shardings)()
   if initial:
     variables = pretrained.warm_start(
@@ -366,7 +366,7 @@ def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
   return state, accounting.Record()
 
 
-def _head(cfg: Experiment) -> dict[str, bool]:
+def _head(cfg: Experiment, task: base.Task) -> dict[str, Any]:
   """What becomes of the head of config.init, for `backbone.read_weights`.
 
   It is kept if its classes are this run's, as far as both have names. From one
@@ -383,5 +383,7 @@ def _head(cfg: Experiment) -> dict[str, bool]:
     log.warning("config.init: %s was made with another value of %s (made "
                 "with, this run)", cfg.init, line)
   theirs = getattr(made.task, "class_names", None)
+  if task.pretrained and task.pretrained.path:
+    head["whole"] = getattr(task, "family", cfg.task.name)
   return head | {"other_classes": None not in (names, theirs)
                  and tuple(names) != tuple(theirs)}

@@ -6,7 +6,7 @@ import numpy as np
 import plain_segmentation as plain
 import pytest
 
-from metaformer_jax.ops import pixels, windows
+from metaformer_jax.ops import pixels, resize
 
 # Sizes of logits, of their images and of label maps: odd, of one pixel, larger
 # and smaller.
@@ -55,7 +55,7 @@ def test_cross_entropy_and_its_gradient(block, monkeypatch):
   step = rng.normal(size=logits.shape)
   slope = (loss(logits + 1e-2 * step)[0] - loss(logits - 1e-2 * step)[0]) / 2e-2
   np.testing.assert_allclose((gradient * step).sum(), slope, rtol=2e-3)
-  valid = windows.valid(logit_sizes, 8, 8)[..., None]
+  valid = resize.mask(logit_sizes, 8, 8)[..., None]
   assert not np.where(valid, 0, gradient).any()
   assert not np.asarray(gradient[3]).any()
 

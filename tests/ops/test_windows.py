@@ -6,7 +6,7 @@ import numpy as np
 import plain_segmentation as plain
 import pytest
 
-from metaformer_jax.ops import windows
+from metaformer_jax.ops import resize, windows
 
 SIZES = ((13, 21), (5, 4), (6, 22), (23, 7), (1, 1), (11, 5))
 
@@ -14,7 +14,7 @@ SIZES = ((13, 21), (5, 4), (6, 22), (23, 7), (1, 1), (11, 5))
 def batch(rng, height=23, width=22):
   """Images at the top left of canvases, zero in the padding."""
   images = rng.normal(size=(len(SIZES), height, width, 3)).astype(np.float32)
-  valid = windows.valid(jnp.array(SIZES), height, width)
+  valid = resize.mask(jnp.array(SIZES), height, width)
   return np.where(valid[..., None], images, 0)
 
 
@@ -29,7 +29,7 @@ def test_average_equals_slide_inference(window, stride):
                            x.sum((0, 1), keepdims=True) + 0 * x], -1) + w
 
   def fn(x, sizes):
-    valid = windows.valid(sizes, *x.shape[1:3])[..., None]
+    valid = resize.mask(sizes, *x.shape[1:3])[..., None]
     x = jnp.where(valid, x, 0)
     rows = jnp.arange(1, x.shape[1] + 1)[None, :, None, None]
     found = jnp.concatenate(
