@@ -33,25 +33,25 @@ from metaformer_jax.tools import output
 log = logging.getLogger("metaformer_jax.tools.predict")
 
 
-def find(paths: list[str]) -> dict[str, str]:
+def find(paths: list[str]) -> list[tuple[str, str]]:
   """The files of images, and those of folders, in order.
 
   Returns:
-    {path: its name below the folder that was given}, or its own name.
+    For each its path, and its name below the folder that was given.
 
   Raises:
     ConfigError: a path does not exist, or a folder has no images.
   """
-  found = {}
+  found = []
   for path in paths:
     if os.path.isdir(path):
       inside = folders.image_files(path, "command line")
       if not inside:
         raise errors.ConfigError(
             f"{path}: has no images ({', '.join(folders.IMAGE_SUFFIXES)})")
-      found |= {os.path.join(path, name): name for name in inside}
+      found += [(os.path.join(path, name), name) for name in inside]
     elif os.path.exists(path):
-      found[path] = os.path.basename(path)
+      found.append((path, os.path.basename(path)))
     else:
       raise errors.ConfigError(f"{path}: does not exist")
   return found
@@ -60,8 +60,9 @@ def find(paths: list[str]) -> dict[str, str]:
 class Pictures:
   """Writes the pictures of predictions into a folder."""
 
-  def __init__(self, folder: str, task: base.Task, names: dict[str, str]):
-    """Takes the names of the images by path, as `find` returns them.
+  def __init__(self, folder: str, task: base.Task,
+               images: list[tuple[str, str]]):
+    """Takes the images as `find` returns them.
 
     Raises:
       ConfigError: the task has no pictures, the folder cannot be made, or two
@@ -71,9 +72,9 @@ class Pictures:
       raise errors.ConfigError(
           "--output: the weights are of a task whose predictions are not "
           "pictures; omit it")
-    self._task, self._folder, self._names = task, pathlib.Path(folder), names
-    seen = {}
-    for path, name in names.items():
+    self._task, self._folder = task, pathlib.Path(folder)
+    self._names, seen = dict(images), {}
+    for path, name in images:
       first = seen.setdefault(os.path.splitext(name)[0], path)
       if first != path:
         raise errors.ConfigError(
@@ -117,8 +118,9 @@ def main(args: argparse.Namespace) -> None:
   with tqdm.tqdm(total=len(images), unit="image", ncols=79,
                  disable=not sys.stderr.isatty()) as bar:
     batch_size = min(args.batch_size, inference.enough_for(len(images)))
-    results = loaded.stream(images, batch_size)
-    for i, (path, found) in enumerate(zip(images, results)):
+    paths = [path for path, _ in images]
+    results = loaded.stream(paths, batch_size)
+    for i, (path, found) in enumerate(zip(paths, results)):
       with bar.external_write_mode():
         usable = _show(path, found, loaded.task, args, first=i == n_bad)
       if usable and pictures:

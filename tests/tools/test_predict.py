@@ -63,9 +63,11 @@ def test_every_form_has_the_models_predictions(weights, photos, monkeypatch,
             "--top=2", "--batch_size=2")
   lines = run(monkeypatch, capsys, *common, "--json").splitlines()
   found = [json.loads(line) for line in lines]
-  assert [x["image"] for x in found] == [
-      *predict.find([str(photos / "ring")]), str(single),
-      *predict.find([str(photos / "star")])]
+  given = [str(photos / "ring"), str(single), str(photos / "star")]
+  assert [x["image"] for x in found] == [path for path, _ in
+                                         predict.find(given)]
+  assert predict.find(given)[-1] == (str(photos / "star" / "star 2.JPEG"),
+                                     "star 2.JPEG")
   for line in found:
     if "ad.jpg" in line["image"]:
       assert "cannot be used as an image" in line["error"]
@@ -158,3 +160,12 @@ def test_the_console_command(weights, photos, monkeypatch, capsys):
   assert e.value.code == errors.ConfigError.exit_code
   assert capsys.readouterr().err == (
       "ConfigError: nothing.jpg: does not exist\n")
+
+
+def test_a_classifier_has_no_pictures(weights, photos, monkeypatch, capsys,
+                                      tmp_path):
+  with pytest.raises(errors.ConfigError, match="--output: the weights are of a "
+                     "task whose predictions are not pictures"):
+    run(monkeypatch, capsys, photos, f"--weights={weights}",
+        f"--output={tmp_path / 'out'}")
+  assert not (tmp_path / "out").exists()
