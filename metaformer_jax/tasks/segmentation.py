@@ -139,7 +139,7 @@ class Segmentation:
     def whole(x, sizes):
       outputs = self._apply(variables, x, sizes)
       return pixels.Logits(outputs["logits"], resize.sizes(outputs["mask"]),
-                           sizes)
+                           sizes, x.shape[1:3])
 
     if task.eval_mode == "whole":
       return whole(x, sizes)
@@ -151,7 +151,7 @@ class Segmentation:
 
     logits = windows.average(window, x, sizes, tuple(task.crop_size),
                              tuple(task.eval_stride))
-    return pixels.Logits(logits, sizes, sizes)
+    return pixels.Logits(logits, sizes, sizes, x.shape[1:3])
 
   def make_data(self, split: str) -> loader.Loader:
     cfg, train = self.cfg, split == "train"

@@ -66,16 +66,16 @@ def test_classes(n_maps):
   maps = []
   for _ in range(n_maps):
     logits, sizes = canvases(rng, [s[0] for s in SIZES])
-    maps.append(pixels.Logits(logits, sizes, jnp.array([s[1] for s in SIZES])))
+    maps.append((logits, sizes, jnp.array([s[1] for s in SIZES])))
   label_sizes = jnp.array([s[2] for s in SIZES])
-  found = jax.jit(pixels.classes, static_argnums=2)(
-      maps, label_sizes, (64, 51))
+  found = jax.jit(lambda maps: pixels.classes(
+      [pixels.Logits(*m, (33, 35)) for m in maps], label_sizes, (64, 51)))(maps)
   assert found.shape == (4, 64, 51) and found.dtype == jnp.uint8
   for i, (small, image, size) in enumerate(SIZES):
     total = 0
-    for m in maps:
+    for logits, *_ in maps:
       resized = plain.resize(plain.resize(
-          top_left(m.logits[i], small), *image), *size)
+          top_left(logits[i], small), *image), *size)
       total += plain.softmax(resized)
     best = np.sort(total, -1)
     clear = best[..., -1] - best[..., -2] > 1e-4
