@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 
+import ade_tree
 import ml_collections
 import pytest
 import shipped
@@ -28,6 +29,7 @@ def data(tmp_path_factory):
   """A folder for the sources folder and idx."""
   root = tmp_path_factory.mktemp("data")
   source_files.write_empty(root)
+  ade_tree.make(root, n_train=1, n_val=1)
   (root / "empty").mkdir()
   return root
 
@@ -35,8 +37,10 @@ def data(tmp_path_factory):
 def _load(argument, data):
   """A shipped config as a dict, its data in place."""
   config = shipped.load(argument).to_dict()
-  if config["data"]["source"] in ("folder", "idx"):
+  if config["data"]["source"] in ("folder", "idx", "ade20k"):
     config["data"]["path"] = str(data)
+  if config["data"]["source"] == "ade20k":
+    config["init"] = None  # That of ResNet is a file.
   config["task"]["num_classes"] = None  # The folder has one class.
   return config
 

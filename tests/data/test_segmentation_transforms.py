@@ -115,7 +115,8 @@ def test_evaluation_equals_align_resize(size):
   assert (example["label"][height:] == 255).all()
   assert (example["label"][:, width:] == 255).all()
   alone = transform.preprocess(image)
-  assert alone.keys() == example.keys() - {"label"}
+  assert alone.keys() == example.keys()
+  assert alone.pop("label").shape == example["label"].shape
   for key, value in alone.items():
     np.testing.assert_array_equal(value, example[key])
 
