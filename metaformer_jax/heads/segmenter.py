@@ -27,7 +27,8 @@ class Segmenter(nn.Module):
 
   A backbone with one output, as a ViT, gets a pyramid: that output, resized
   bilinearly to strides of 4, 8, 16 and 32, as mmsegmentation's MultiLevelNeck
-  does between its convolutions.
+  does between its convolutions. One that cannot ignore padding (`fixed_size`)
+  sees it as zeros.
 
   Attributes:
     backbone: any model with `features` (`docs/design.md`, models).
@@ -61,9 +62,14 @@ class Segmenter(nn.Module):
       "mask": theirs, bool [B, h, w], or None; "auxiliary": in training, if
       there is that head, its logits, coarser, and "auxiliary_mask".
     """
-    features = self.backbone.features(images, mask=mask, train=train)
+    fixed = getattr(self.backbone, "fixed_size", False)
+    features = self.backbone.features(images, mask=None if fixed else mask,
+                                      train=train)
     strides = _strides(self.backbone, features, images.shape[1:3])
     masks = _masks(self.backbone, features, strides, mask)
+    if fixed:
+      features = {stage: layers.apply_mask(x, masks[stage])
+                  for stage, x in features.items()}
     if self.feature_norm:
       features = {
           stage: layers.apply_mask(

@@ -34,6 +34,14 @@ class Family:
       0.0, "stochastic depth of the last block", low=0, high=0.999,
       role="training")
 
+  @property
+  def fixed_size(self) -> bool:
+    """Whether images must have the size that the model was initialised with.
+
+    Such a model has matrices over all pixels, and cannot ignore padding.
+    """
+    return False
+
   def feature_info(self) -> dict[str, tuple[int, int]]:
     """Stride and channels of each output of the model's `features`."""
     strides = itertools.accumulate((
@@ -129,6 +137,10 @@ class MetaFormer(parts.Pooling, parts.Convolution, parts.Attention,
   def feature_windows(self) -> dict[str, tuple[windows.Window, ...]]:
     stem = windows.Window(self.in_patch_size, self.in_stride, self.in_pad)
     return windows.of_stages([stem], windows.Window(3, 2, 1), len(self.dims))
+
+  @property
+  def fixed_size(self) -> bool:
+    return any(name in ("random", "spatial_fc") for name in self.token_mixers)
 
   def check_structure(self) -> Iterator[str]:
     of_stages = {"depths": self.depths, "dims": self.dims,
@@ -333,6 +345,7 @@ class MlpMixer(parts.NormEps, OneStage):
   mlp_ratio: tuple[float, ...] = option(
       (0.5, 4.0), "hidden channels of the MLPs over patches and over channels, "
       "both / dim", above=0, length=2, role="shape")
+  fixed_size = True
 
   def check_size(self, side: int, num_classes: int) -> Iterator[str]:
     yield from super().check_size(side, num_classes)
@@ -351,6 +364,7 @@ class ResMLP(OneMlp):
 
   layer_scale_init: float = option(1e-4, "initial value of LayerScale",
                                    role="shape")
+  fixed_size = True
 
   def block_params(self, n_patches: int) -> float:
     return n_patches**2 + 2 * self.mlp_ratio * self.dim**2

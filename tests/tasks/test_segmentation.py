@@ -9,6 +9,7 @@ import plain_segmentation as plain
 import pytest
 from flax import traverse_util
 
+from metaformer_jax import errors
 from metaformer_jax import tasks as task_lib
 from metaformer_jax.config import schema, tasks
 
@@ -188,3 +189,33 @@ def test_description_of_a_prediction():
   assert task.describe(found, 2) == [
       {"class": 0, "name": "0", "area": (256 - 35 - 64) / 256},
       {"class": 4, "name": "4", "area": 64 / 256}]
+
+
+@pytest.mark.parametrize("model", (
+    {"name": "randformer_s12", "depths": (1, 1), "dims": (8, 12),
+     "token_mixers": ("identity", "random"), "res_scale_init": ()},
+    {"name": "mixer_b16_224", "depth": 1, "dim": 16}))
+def test_models_of_one_size_are_evaluated_by_windows(model):
+  """Images that fill the windows give what the windows give."""
+  def cfg(**section):
+    return schema.Experiment(
+        model=schema.Model(**model),
+        data=schema.Data(source="scenes", mean=(0.5,) * 3, std=(0.2,) * 3),
+        task=tasks.Segmentation(num_classes=N, crop_size=(64, 64), fpn_dim=8,
+                                head_dim=8, eval_stride=(32, 32), **section))
+
+  with pytest.raises(errors.ConfigError, match="eval_mode: whole, but"):
+    task_lib.create(cfg(), files=False)
+  _, task = task_lib.create(cfg(eval_mode="slide"), files=False)
+  variables, sizes = perturbed(task), ((64, 96), (96, 64))
+  batch = batch_of(sizes, (96, 96))
+  found = jax.jit(task.predict)(variables, evaluation_batch(
+      batch, sizes, (96, 96)))
+  logits = logits_of(task, variables)
+  for i, size in enumerate(sizes):
+    scores = plain.slide(logits, alone(batch, i)["image"][0], (64, 64),
+                         (32, 32))
+    check(found[i], plain.softmax(scores), size)
+  rngs = {"dropout": jax.random.key(0), "drop_path": jax.random.key(1)}
+  loss, _, _ = task.loss(variables, batch_of(SIZES), rngs, train=True)
+  assert np.isfinite(loss)

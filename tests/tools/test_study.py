@@ -163,9 +163,11 @@ def test_files_that_are_not_a_study_are_refused(tmp_path, text, says):
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
 def test_every_shipped_family_is_a_study(path):
   found = study.load(path)
+  data = [("data.source", "tfds"), ("data.name", "imagenet2012"),
+          ("data.path", "gs://bucket")]
+  if "ade20k" in path.stem:
+    data = [("data.source", "scenes"), ("task.num_classes", 11)]
   for variant, (*_, published) in found["VARIANTS"].items():
     assert published is None or 0 < published < 100
-    cfg = study.experiment(found, variant, 3, [
-        ("data.source", "tfds"), ("data.name", "imagenet2012"),
-        ("data.path", "gs://bucket"), ("init", None)])
+    cfg = study.experiment(found, variant, 3, [*data, ("init", None)])
     assert cfg.seed == 3
