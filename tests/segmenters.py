@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import metaformer_jax
-from metaformer_jax.convert import segmentation
 from metaformer_jax.heads import segmenter
 
 
@@ -50,6 +49,5 @@ def build(case):
       head_dim=cases.HEAD_DIMS[case.head], auxiliary_dim=cases.AUXILIARY_DIM,
       auxiliary_weight=cases.AUXILIARY_WEIGHT * (case.head == "upernet")),
       feature_norm=case.feature_norm)
-  family = segmentation.family(
-      case.head, metaformer_jax.get_spec(case.model).family)
+  family = f"{case.head}/{metaformer_jax.get_spec(case.model).family}"
   return model, family, shapes_of(model, case.image_size)

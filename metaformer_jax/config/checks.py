@@ -99,6 +99,7 @@ def _check_model(cfg: Experiment) -> Iterator[str]:
   size = cfg.task.input_size
   problems = (settings.check_structure() if size is None else
               settings.check(*size, cfg.task.num_classes or 0))
+  yield from cfg.task.check_model(settings)
   for line in problems:
     key = line.partition(":")[0]
     section = "task" if key in ("image_size", "num_classes") else "model"

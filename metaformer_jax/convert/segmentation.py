@@ -10,19 +10,6 @@ from collections.abc import Iterator
 from metaformer_jax.convert import rules
 from metaformer_jax.convert.rules import Rule
 
-LAYOUT = "mmseg"
-
-
-def family(head: str, backbone: str | None) -> str | None:
-  """The family of a segmenter's weights; None if it has our own names only.
-
-  Args:
-    head: as in `config.task`.
-    backbone: the backbone's `ModelSpec.family`, or None.
-  """
-  name = f"{head}/{backbone}"
-  return name if name in RULES else None
-
 
 def _conv_norm(path: str, key: str, number: str = "") -> Iterator[Rule]:
   """mmcv's ConvModule; "conv" and "norm" have a number of ours."""
@@ -81,6 +68,6 @@ _BACKBONES = {
 }
 
 RULES = {
-    f"{head}/{backbone}": {LAYOUT: (*of_backbone, *of_head)}
+    f"{head}/{backbone}": {"mmseg": (*of_backbone, *of_head)}
     for head, of_head in _HEADS.items()
     for backbone, of_backbone in _BACKBONES.items()}

@@ -50,4 +50,3 @@ def conv(dim: int, kernel_size: int, *, dtype: DTypeLike | None,
   return nn.Conv(dim, (k, k), padding=((p, p), (p, p)),
                  kernel_init=nn.initializers.xavier_uniform(), dtype=dtype,
                  name=name)
-

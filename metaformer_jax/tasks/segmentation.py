@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -253,21 +253,11 @@ def _settings(cfg: Experiment) -> settings.Family | None:
   return registry.get_spec(cfg.model.name).override(**cfg.model.overrides())
 
 
-def _check_size(cfg: Experiment) -> Iterator[str]:
-  """Yields a line if images would not have the one size of the model."""
-  model = _settings(cfg)
-  if model is not None and model.fixed_size and cfg.task.eval_mode == "whole":
-    yield ("config.task.eval_mode: whole, but "
-           f"{cfg.model.name} takes images of one size only; slide evaluates "
-           "windows of config.task.crop_size")
-
-
 def create(cfg: Experiment,
            files: bool = True) -> tuple[Experiment, base.Task]:
   """As `tasks.create`."""
   cfg = derived.fill(cfg)
   own_models.check(cfg)
-  typed.refuse(_check_size(cfg))
   cfg = classes.fill(cfg, files)
   if cfg.task.reduce_zero_label is None:
     cfg = dataclasses.replace(cfg, task=dataclasses.replace(

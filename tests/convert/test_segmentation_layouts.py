@@ -101,7 +101,9 @@ def test_other_classes_re_initialise_the_classifiers():
 
 @pytest.mark.parametrize("backbone", ["vit", "metaformer_baselines", None])
 def test_others_have_our_names_only(backbone):
-  assert segmentation.family("upernet", backbone) is None
+  layouts.check_layout("upernet/resnet", "mmseg")
+  with pytest.raises(errors.WeightsError, match="layout 'mmseg' is not known"):
+    layouts.check_layout(f"upernet/{backbone}", "mmseg")
 
 
 def test_a_stem_of_three_convolutions_has_the_names_of_timm_and_openmmlab():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
   from metaformer_jax.config.schema import Experiment
+  from metaformer_jax.models.settings import Family
 
 # Larger values would run out of memory, or take for ever to start.
 _MAX_SIDE = 2**14  # Of an image, in pixels.
@@ -58,6 +59,11 @@ class Task:
       files: whether the files that it names must be on this machine.
     """
     del cfg, files
+    yield from ()
+
+  def check_model(self, settings: "Family") -> Iterator[str]:
+    """Yields a line per mistake in using a model of the table for this task."""
+    del settings
     yield from ()
 
 

@@ -9,6 +9,7 @@ from metaformer_jax.models.options import option
 
 if TYPE_CHECKING:
   from metaformer_jax.config.schema import Experiment
+  from metaformer_jax.models.settings import Family
 
 # The label of pixels that do not count; labels are uint8.
 IGNORE = 255
@@ -25,8 +26,8 @@ class Segmentation(base.Task):
   MEASURES = (base.Measure("miou", True, is_fraction=True),
               base.Measure("mean_accuracy", True, is_fraction=True),
               base.Measure("pixel_accuracy", True, is_fraction=True))
-  RESUMABLE = ("eval_mode", "eval_stride", "eval_scales", "eval_flip",
-               "eval_canvases")
+  RESUMABLE = ("eval_align", "eval_mode", "eval_stride", "eval_scales",
+               "eval_flip", "eval_canvases")
 
   name: str = option("segmentation", "what is learned")
   num_classes: int | None = option(
@@ -110,3 +111,8 @@ class Segmentation(base.Task):
         if stride > side:
           yield (f"config.task.eval_stride: {stride} leaves a gap between "
                  f"windows of {side}; largest: {side}")
+
+  def check_model(self, settings: "Family") -> Iterator[str]:
+    if settings.fixed_size and self.eval_mode == "whole":
+      yield ("config.task.eval_mode: whole, but the model takes images of one "
+             "size only; slide evaluates windows of config.task.crop_size")

@@ -120,6 +120,22 @@ def check_names(own: Iterable[str], names: Iterable[str], where: Any) -> None:
         "takes the classes of the training data")
 
 
+def check_path(data: schema.Data, files: bool, advice: str,
+               inside: Iterable[str], hint: str = "") -> Iterator[str]:
+  """Yields a line if `data.path` is missing, else those of `check_folder`.
+
+  Args:
+    data: its `path` may be None or empty.
+    files: whether the folder must be on this machine.
+    advice: what the path must name, for one that is missing.
+    inside, hint: as for `check_folder`.
+  """
+  if not data.path:
+    yield f"config.data.path: {data.path!r} with source {data.source}; {advice}"
+  elif files:
+    yield from check_folder(data, inside, hint)
+
+
 def check_folder(data: schema.Data, inside: Iterable[str] = (),
                  hint: str = "") -> Iterator[str]:
   """Yields a line if `data.path` is not a local folder, else those of `inside`.

@@ -248,11 +248,9 @@ def check(cfg: schema.Experiment, files: bool,
     files: whether the data must be on this machine.
     train: whether the training split must be there, too.
   """
-  if not cfg.data.path:
-    yield (f"config.data.path: {cfg.data.path!r} with source folder; give the "
-           "folder that holds train/ and val/")
-  elif files:
-    yield from base.check_folder(cfg.data, _check_splits(cfg, train))
+  yield from base.check_path(
+      cfg.data, files, "give the folder that holds train/ and val/",
+      _check_splits(cfg, train))
 
 
 def _check_splits(cfg: schema.Experiment, train: bool) -> Iterator[str]:

@@ -253,12 +253,9 @@ def check(cfg: schema.Experiment, files: bool,
     files: whether the data must be on this machine.
     train: whether the training split must be there, too.
   """
-  data = cfg.data
-  if not data.path:
-    yield (f"config.data.path: {data.path!r} with source {data.source}; give "
-           "the folder that holds images/ and annotations/")
-  elif files:
-    yield from base.check_folder(data, _check_inside(cfg, train))
+  yield from base.check_path(
+      cfg.data, files, "give the folder that holds images/ and annotations/",
+      _check_inside(cfg, train))
 
 
 def _check_inside(cfg: schema.Experiment, train: bool) -> Iterator[str]:

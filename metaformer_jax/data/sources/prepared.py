@@ -242,11 +242,9 @@ def check(cfg: schema.Experiment, files: bool,
     files: whether the data must be on this machine.
     train: whether the training split must be there, too.
   """
-  if not cfg.data.path:
-    yield (f"config.data.path: {cfg.data.path!r} with source array_record; "
-           "give the folder that tools.prepare wrote")
-  elif files:
-    yield from base.check_folder(cfg.data, _check_inside(cfg, train))
+  yield from base.check_path(
+      cfg.data, files, "give the folder that tools.prepare wrote",
+      _check_inside(cfg, train))
 
 
 def _check_inside(cfg: schema.Experiment, train: bool) -> Iterator[str]:

@@ -70,7 +70,7 @@ def _up(size: Size, multiple: int) -> Size:
 
 def needed(height: int, width: int, task: tasks.Segmentation,
            multiple: int = STRIDE) -> Canvas:
-  """The smallest canvas of an image, with sides that are multiples."""
+  """The smallest canvas of an image; its sides are multiples of `multiple`."""
   return Canvas(tuple(_up(size, multiple) for _, size in
                       network_sizes(height, width, task)),
                 _up((height, width), multiple))
@@ -102,8 +102,8 @@ def choose(sizes: np.ndarray, task: tasks.Segmentation) -> tuple[Canvas, ...]:
     task: the section.
 
   Returns:
-    From the smallest to the largest; one for images of `task.crop_size` if no
-    size is known.
+    Canvases in order of their area. If no size is known, a single one, for
+    images of `task.crop_size`.
   """
   known = sizes[(sizes > 0).all(1)]
   if not len(known):
