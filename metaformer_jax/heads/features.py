@@ -84,10 +84,12 @@ def nearest(levels: Sequence[Level], strides: Sequence[int]) -> list[Level]:
 def at_strides(levels: Sequence[Level], strides: Sequence[int]) -> list[Level]:
   """A level for each stride.
 
-  Where there is none with that stride, it is the one with the nearest stride,
+  If these are not the levels' own, each is the one with the nearest stride,
   resized bilinearly, as by mmsegmentation's MultiLevelNeck between its
   convolutions.
   """
+  if [level.stride for level in levels] == list(strides):
+    return list(levels)
   return [_resized(_nearest(levels, stride), stride) for stride in strides]
 
 
@@ -97,8 +99,6 @@ def _nearest(levels: Sequence[Level], stride: int) -> Level:
 
 def _resized(level: Level, stride: int) -> Level:
   own, x, mask = level.stride, level.map, level.mask
-  if own == stride:
-    return level
   shape = tuple(-(-n * own // stride) for n in x.shape[1:3])
   to_mask = None if mask is None else _scaled(mask, own, stride, shape)
   return Level(level.stage, stride, resize.by_masks(x, mask, shape, to_mask),
