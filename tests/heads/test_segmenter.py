@@ -158,7 +158,7 @@ def test_one_output_becomes_a_pyramid():
         1, 1, 1, -1) + bias.reshape(1, 1, 1, -1)
     maps = [jax.image.resize(y, (1, *size, 24), "linear", antialias=False)
             for size in ((12, 8), (6, 4), (3, 2), (2, 1))]
-    return bound.head(bound.pyramid(maps, [None] * 4), [None] * 4)
+    return bound.head(*bound.pyramid(maps, [None] * 4))
 
   np.testing.assert_allclose(by_hand(variables, x), want, atol=1e-5)
 
