@@ -20,7 +20,7 @@ class Data:
   """The data set: where it is, and how it is read."""
 
   source: str = option("folder", "kind of data set", own=True,
-                       choices=("ade20k", "array_record", "digits",
+                       choices=("ade20k", "array_record", "coco", "digits",
                                 "folder", "idx", "label_maps", "scenes",
                                 "tfds"))
   path: str | None = option(
