@@ -31,6 +31,7 @@ def data_set(objects, image_ids=None, ids=IDS):
       for image, of_image in zip(image_ids, objects)
       for label, box, area, crowd in of_image]
   return {
+      "info": {},  # Which pycocotools 2.0.10 needs for `loadRes`.
       "images": [{"id": i, "width": 640, "height": 480} for i in image_ids],
       "categories": [{"id": i, "name": name} for i, name in zip(ids, NAMES)],
       "annotations": [{"id": i, **x} for i, x in enumerate(annotations)]}
