@@ -79,12 +79,12 @@ class _RenumberedMaps(_Renumbered):
 
 
 class Grouped:
-  """A source whose records have the number of their group, as "group"."""
+  """A source whose records have their index and that of their group."""
 
   def __init__(self, source: Source, groups: Sequence[np.ndarray]):
-    """Takes the indices of each group's examples; each has one group."""
+    """Takes the indices of each group's examples; -1 is the group of others."""
     self._source = source
-    self._numbers = np.empty(len(source), np.int32)
+    self._numbers = np.full(len(source), -1, np.int32)
     for number, group in enumerate(groups):
       self._numbers[group] = number
 
@@ -92,7 +92,8 @@ class Grouped:
     return len(self._source)
 
   def __getitem__(self, index: int) -> Record:
-    return {**self._source[index], "group": int(self._numbers[index])}
+    return {**self._source[index], "index": index,
+            "group": int(self._numbers[index])}
 
 
 def renumbered(source: Source, names: Sequence[str]) -> Source:
