@@ -66,7 +66,7 @@ _RECIPE_COLUMNS = (
 
 
 # Names of the tasks' first measures, as papers write them.
-_MEASURES = {"top1": "top-1", "miou": "mIoU"}
+_MEASURES = {"top1": "top-1", "miou": "mIoU", "box_ap": "box AP"}
 
 
 def _table(columns: tuple[str, ...], cells: Iterator[list[str]],
