@@ -9,6 +9,9 @@ from metaformer_jax.models import registry
 # Images of train2017 with objects, which a run trains on.
 _COCO = 117_266
 
+# Of the others it is 0.
+_PVT_DROP_PATH = {"pvt_tiny": 0.1, "pvt_small": 0.1}
+
 # What a run learns from the data.
 CLASSES = {"class_names": data.CLASSES, "category_ids": data.CATEGORY_IDS}
 
@@ -73,12 +76,11 @@ def retinanet_pvt(name: str, init: str | None = None,
   """RetinaNet with PVT, without its class token (github.com/whai362/PVT).
 
   Settings of detection/configs/retinanet_pvt_*_fpn_1x_coco.py, which PoolFormer
-  follows; the drop path is detection/pvt.py's. PVT-Large was trained in mixed
-  precision.
+  follows; the drop path is that of detection/pvt.py.
   """
   config = retinanet_poolformer(name, init)
   config.model.class_token = False
-  config.model.drop_path_rate = 0.1
+  config.model.drop_path_rate = _PVT_DROP_PATH.get(name, 0.0)
   return config
 
 
