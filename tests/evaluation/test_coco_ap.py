@@ -37,7 +37,7 @@ def data_set(objects, image_ids=None, ids=IDS):
       "annotations": [{"id": i, **x} for i, x in enumerate(annotations)]}
 
 
-def random_case(seed, n_images=6):
+def random_case(seed, n_images=4):
   """Objects and detections by image; some crowds, ties and empty images."""
   rng = np.random.default_rng(seed)
   images = []
