@@ -151,8 +151,7 @@ class Detection:
       source = self._source("eval")
       return coco_ap.GroundTruth(source.annotations(), source.category_ids)
 
-    names = self.class_names or list(map(str, range(self.cfg.task.num_classes)))
-    return {"detection": coco_ap.AveragePrecision(ground_truth, names)}
+    return {"detection": coco_ap.AveragePrecision(ground_truth, self._names())}
 
   def preprocess(self, image: bytes | np.ndarray) -> dict[str, np.ndarray]:
     return transforms.EvalTransform(self.cfg.data, self.cfg.task).preprocess(
@@ -179,6 +178,10 @@ class Detection:
   def class_names(self) -> tuple[str, ...] | None:
     return self.cfg.task.class_names
 
+  def _names(self) -> list[str]:
+    """Names of the classes, or their numbers."""
+    return list(self.class_names or map(str, range(self.cfg.task.num_classes)))
+
   def describe(self, found: Mapping[str, Any], top: int) -> base.Rows:
     """The best detections: class, name, score, and corners in pixels."""
     names = found.get("names", found["labels"])
@@ -189,14 +192,27 @@ class Detection:
                 found["labels"], names, found["scores"], found["boxes"],
                 range(top))]
 
+  def annotations(self, found: Mapping[str, Any]) -> dict[str, base.Rows]:
+    """The detections as a COCO data set; classes without numbers get some."""
+    task = self.cfg.task
+    ids = task.category_ids or range(1, task.num_classes + 1)
+    height, width = found["size"]
+    return {
+        "images": [{"width": width, "height": height}],
+        "categories": [{"id": i, "name": name}
+                       for i, name in zip(ids, self._names())],
+        "annotations": [
+            {**row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
+            for row in coco_ap.results(
+                found["boxes"], found["scores"], found["labels"], ids)]}
+
   def pictures(self, found: Mapping[str, Any], image: bytes | np.ndarray,
                ) -> dict[str, Image.Image]:
     """"overlay": the boxes on the image, with names and scores."""
-    names = self.class_names or list(map(str, range(self.cfg.task.num_classes)))
     picture = images.decode(image, self.cfg.data.max_pixels)
     return {"overlay": drawing.boxes(
         np.asarray(picture), found["boxes"], found["labels"], found["scores"],
-        names)}
+        self._names())}
 
 
 # With cells at every level, and soon traced.
