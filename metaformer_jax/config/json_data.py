@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ def read_text(path: pathlib.Path, limit: int) -> str:
   if not path.is_file():  # Opening a pipe would block.
     raise ValueError("is not a file")
   with open(path, "rb") as file:
-    data = file.read(limit + 1)
+    # Memory is allocated for what is asked for.
+    data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
   if len(data) > limit:
     raise ValueError(f"is larger than {limit} bytes")
   return data.decode()

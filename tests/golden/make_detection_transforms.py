@@ -54,7 +54,7 @@ def records(datasets, arrays):
     for split in coco_tree.SPLITS:
       data = datasets.CocoDataset(
           str(root / f"annotations/instances_{split}.json"), [],
-          classes=coco_tree.CLASS_NAMES)
+          classes=coco_tree.CLASS_NAMES, test_mode=True)
       # In the order of the numbers, as in COCO's own file.
       data.cat2label = {i: label for label, i in
                         enumerate(coco_tree.CATEGORY_IDS)}
@@ -64,8 +64,8 @@ def records(datasets, arrays):
         data.filter_empty_gt = empty
         data.img_ids = data.coco.get_img_ids()
         arrays[f"{split}/images/{empty}"] = np.array(data._filter_imgs())
+      data.img_ids = data.coco.get_img_ids()
       for i in range(len(names)):
-        data.img_ids = data.coco.get_img_ids()
         found = data.get_ann_info(i)
         arrays[f"{split}/{i}/boxes"] = found["bboxes"]
         arrays[f"{split}/{i}/labels"] = found["labels"]

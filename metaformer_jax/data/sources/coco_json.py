@@ -161,9 +161,9 @@ def _notes(found: objects.Objects, rows: np.ndarray) -> list[str]:
   """Lines about the boxes that training leaves out."""
   lines = []
   for wrong, what in (
-      (~found.is_inside, "have no part of their images"),
-      (found.is_inside & ~found.is_large, "are less than a pixel wide or high, "
-       "or have no area")):
+      (found.is_large & ~found.is_inside, "have no part of their images"),
+      (~found.is_large, "are less than a pixel wide or high, or have no "
+       "area")):
     if wrong.any():
       lines.append(f"{wrong.sum():,} boxes {what}, the first in annotations["
                    f"{rows[wrong].min()}]; training leaves them out")

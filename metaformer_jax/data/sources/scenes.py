@@ -36,7 +36,7 @@ _SPLIT = re.compile(r"(train|test)(?:\[:([1-9]\d{0,5})\])?")
 
 # Sides of a digit, pixels.
 _SMALLEST, _LARGEST = 20, 36
-_LARGEST_OBJECT = 64
+_SMALLEST_OBJECT, _LARGEST_OBJECT = 28, 64
 
 # Digits of a scene with boxes, and the part of each that stays visible.
 _MOST = 5
@@ -185,22 +185,23 @@ def _paste_over(image: np.ndarray, masks: np.ndarray, least: np.ndarray,
     The new masks, [n + 1, H, W]; None if no place is found where enough of
     the others stays visible, and nothing is drawn.
   """
-  side = int(rng.integers(_SMALLEST, _LARGEST_OBJECT, endpoint=True))
+  side = int(rng.integers(_SMALLEST_OBJECT, _LARGEST_OBJECT, endpoint=True))
   cover = _cover(digit, side)
+  mask, n_visible = cover[..., 0] >= 0.5, masks.sum((1, 2))
   for _ in range(_TRIES):
     y, x = (int(rng.integers(whole - side, endpoint=True))
             for whole in image.shape[:2])
     where = np.s_[y:y + side, x:x + side]
-    own = np.zeros((1, *image.shape[:2]), bool)
-    own[0][where] = cover[..., 0] >= 0.5
-    left = masks & ~own
-    if (left.sum((1, 2)) >= least).all():
+    n_hidden = (masks[:, *where] & mask).sum((1, 2))
+    if (n_visible - n_hidden >= least).all():
       break
   else:
     return None
   colour = rng.uniform(*_BRIGHT, 3).astype(np.float32)
   image[where] += cover * (colour - image[where])
-  return np.concatenate([left, own])
+  own = np.zeros((1, *image.shape[:2]), bool)
+  own[0][where] = mask
+  return np.concatenate([masks & ~own, own])
 
 
 @functools.cache

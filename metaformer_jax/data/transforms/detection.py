@@ -163,8 +163,9 @@ class EvalTransform(_Canvases):
   "original_size": int32 [2]; "index": int32, of the record, -1 for padding}.
   """
 
-  def groups(self, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The images of each canvas, by index, of heights and widths int [N, 2]."""
+  def groups(self, source: base.Source) -> tuple[np.ndarray, ...]:
+    """All images, those of each canvas, by index."""
+    sizes = source.sizes()
     return self._by_canvas(sizes, np.ones(len(sizes), bool))
 
   def __call__(self, record: base.Record,
