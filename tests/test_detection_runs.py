@@ -197,7 +197,7 @@ def test_predictions_as_pictures_and_json(home, run):
     found, = loaded.predict(line["image"])
     mine = [a for a in written["annotations"] if a["image_id"] == image["id"]]
     assert len(mine) == len(found["scores"])
-    for annotation, box, label in zip(mine, found["boxes"], found["labels"]):
+    for annotation, box, label in zip(mine, found["boxes"], found["classes"]):
       x, y, width, height = annotation["bbox"]
       np.testing.assert_allclose([x, y, x + width, y + height], box, atol=0.02)
       assert annotation["category_id"] == coco_tree.CATEGORY_IDS[label]

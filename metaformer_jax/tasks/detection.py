@@ -20,7 +20,14 @@ from metaformer_jax.data.transforms import detection as transforms
 from metaformer_jax.evaluation import coco_ap
 from metaformer_jax.heads import detector
 from metaformer_jax.ops import anchors, dense_detection, resize
-from metaformer_jax.tasks import base, classes, dense, drawing, own_models
+from metaformer_jax.tasks import (
+  base,
+  classes,
+  dense,
+  drawing,
+  objects,
+  own_models,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,20 +166,8 @@ class Detection:
 
   def postprocess(self, outputs: Mapping[str, np.ndarray],
                   example: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The detections on one image, by descending score.
-
-    Returns:
-      {"boxes": float32 [n, 4], in pixels of the image; "scores": float32 [n];
-      "labels": int32 [n]; "names": those of the labels, if the classes have
-      any; "size": height and width of the image}.
-    """
-    valid = np.asarray(outputs["valid"])
-    found = {key: np.asarray(outputs[key])[valid]
-             for key in ("boxes", "scores", "labels")}
-    names = self.class_names
-    if names:
-      found["names"] = [names[i] for i in found["labels"]]
-    return {**found, "size": tuple(map(int, example["original_size"]))}
+    """As `objects.find`: the detections on one image, the best ones first."""
+    return objects.find(outputs, example["original_size"], self.class_names)
 
   @property
   def class_names(self) -> tuple[str, ...] | None:
@@ -183,35 +178,17 @@ class Detection:
     return list(self.class_names or map(str, range(self.cfg.task.num_classes)))
 
   def describe(self, found: Mapping[str, Any], top: int) -> base.Rows:
-    """The best detections: class, name, score, and corners in pixels."""
-    names = found.get("names", found["labels"])
-    return [{"class": int(label), "name": str(name), "score": float(score),
-             **{key: round(float(x), 1)
-                for key, x in zip(("x1", "y1", "x2", "y2"), box)}}
-            for label, name, score, box, _ in zip(
-                found["labels"], names, found["scores"], found["boxes"],
-                range(top))]
+    return objects.describe(found, top)
 
   def annotations(self, found: Mapping[str, Any]) -> dict[str, base.Rows]:
-    """The detections as a COCO data set; classes without numbers get some."""
-    task = self.cfg.task
-    ids = task.category_ids or range(1, task.num_classes + 1)
-    height, width = found["size"]
-    return {
-        "images": [{"width": width, "height": height}],
-        "categories": [{"id": i, "name": name}
-                       for i, name in zip(ids, self._names())],
-        "annotations": [
-            {**row, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
-            for row in coco_ap.results(
-                found["boxes"], found["scores"], found["labels"], ids)]}
+    return objects.annotations(found, self._names(), self.cfg.task.category_ids)
 
   def pictures(self, found: Mapping[str, Any], image: bytes | np.ndarray,
                ) -> dict[str, Image.Image]:
     """"overlay": the boxes on the image, with names and scores."""
     picture = images.decode(image, self.cfg.data.max_pixels)
     return {"overlay": drawing.boxes(
-        np.asarray(picture), found["boxes"], found["labels"], found["scores"],
+        np.asarray(picture), found["boxes"], found["classes"], found["scores"],
         self._names())}
 
 
