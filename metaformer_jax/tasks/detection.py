@@ -142,16 +142,14 @@ class Detection:
   def make_data(self, split: str) -> loader.Loader:
     cfg, source = self.cfg, self._source(split)
     classes.check_number(source.n_classes, cfg, split)
-    if split == "train":
-      transform = transforms.TrainTransform(cfg.data, cfg.task)
-      groups = transform.groups(source)
-    else:
-      transform = transforms.EvalTransform(cfg.data, cfg.task)
-      groups = transform.groups(source.sizes())
+    make = (transforms.TrainTransform if split == "train"
+            else transforms.EvalTransform)
+    transform = make(cfg.data, cfg.task)
     return loader.create(
         cfg, split, source, transform, n_devices=jax.device_count(),
         process_index=jax.process_index(),
-        process_count=jax.process_count(), groups=groups)
+        process_count=jax.process_count(),
+        groups=transform.groups(source))
 
   def make_evaluators(self) -> dict[str, base.Evaluator]:
     def ground_truth():
