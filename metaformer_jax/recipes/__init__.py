@@ -46,13 +46,14 @@ def published(name: str) -> ml_collections.ConfigDict:
     ValueError: there is no such backbone.
   """
   head, _, backbone = name.partition("/")
-  tasks = {head: task for task in (segmentation, detection)
-           for head in task.HEADS}
-  if head not in tasks:
-    raise errors.ConfigError(
-        f"{name}: {head!r} is not a decoder{errors.did_you_mean(head, tasks)}")
-  config = tasks[head].HEADS[head](registry.get_spec(backbone).name)
+  task_of = {known: task for task in (segmentation, detection)
+             for known in task.HEADS}
+  if head not in task_of:
+    raise errors.ConfigError(f"{name}: {head!r} is not a decoder"
+                             f"{errors.did_you_mean(head, task_of)}")
+  task = task_of[head]
+  config = task.HEADS[head](registry.get_spec(backbone).name)
   config.init = None
   config.model.dtype = "float32"
-  config.task.update(tasks[head].CLASSES)
+  config.task.update(task.CLASSES)
   return config
