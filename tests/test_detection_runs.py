@@ -188,12 +188,11 @@ def test_predictions_as_pictures_and_json(home, run):
   loaded = metaformer_jax.load(run)
   n_found = 0
   for image, line in zip(written["images"], map(json.loads, lines)):
-    picture = Image.open(line["image"])
     assert os.path.basename(line["image"]) == image["file_name"]
-    assert picture.size == (image["width"], image["height"])
     stem = os.path.splitext(image["file_name"])[0]
-    overlay = Image.open(home / "predicted" / f"{stem}.overlay.png")
-    assert overlay.size[0] >= picture.size[0]
+    with (Image.open(line["image"]) as picture,
+          Image.open(home / "predicted" / f"{stem}.overlay.png") as overlay):
+      assert (image["width"], image["height"]) == picture.size == overlay.size
     found, = loaded.predict(line["image"])
     mine = [a for a in written["annotations"] if a["image_id"] == image["id"]]
     assert len(mine) == len(found["scores"])
@@ -206,10 +205,9 @@ def test_predictions_as_pictures_and_json(home, run):
     n_found += len(mine)
   assert n_found
   # In memory as from the file.
-  buffer = io.BytesIO(folder.joinpath(written["images"][0]["file_name"])
-                      .read_bytes())
-  array = np.asarray(Image.open(buffer).convert("RGB"))
-  one, two = loaded.predict(array), loaded.predict(buffer.getvalue())
+  encoded = folder.joinpath(written["images"][0]["file_name"]).read_bytes()
+  array = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+  one, two = loaded.predict(array), loaded.predict(encoded)
   np.testing.assert_array_equal(one[0]["boxes"], two[0]["boxes"])
 
 

@@ -25,9 +25,10 @@ def sigmoid_focal(logits: jax.Array, is_class: jax.Array, *, alpha: float,
                   gamma: float) -> jax.Array:
   """Focal loss of each logit: -a (1 - p)^gamma log(p), p of the right answer.
 
-  The power is an exponential, so that its gradient is finite for every finite
-  logit and gamma. `optax.losses.sigmoid_focal_loss`, which also takes labels
-  between 0 and 1, makes arrays of twice the logits' size for them.
+  The power is an exponential, so that its gradient is finite for every gamma,
+  even where 1 - p is 0. `optax.losses.sigmoid_focal_loss`, which also takes
+  labels between 0 and 1, has the same values, but within `loss` needs 1.3 GB
+  for 129 MB of logits on a CPU, instead of 12 MB.
 
   Args:
     logits: float32 [...].

@@ -5,7 +5,7 @@ import io
 import pathlib
 
 import coco_tree
-import detection_cases as cases
+import detection_transform_cases as cases
 import numpy as np
 import pytest
 import source_files

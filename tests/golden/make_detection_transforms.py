@@ -5,7 +5,7 @@ Needs mmdetection 2.19.0, pycocotools, mmcv 1.7.2 built without its operations
 
     python tests/golden/make_detection_transforms.py
 
-The pictures and boxes are made from seeds (`detection_cases`, `coco_tree`), so
+The pictures and boxes are made from seeds (`detection_transform_cases`, `coco_tree`), so
 that the file holds results only.
 """
 
@@ -23,7 +23,7 @@ GOLDEN = pathlib.Path(__file__).parent
 sys.path.insert(0, str(GOLDEN.parent))
 
 import coco_tree  # noqa: E402
-import detection_cases as cases  # noqa: E402
+import detection_transform_cases as cases  # noqa: E402
 
 mmcv.__version__ = "1.4.0"  # The newest that mmdetection 2.19 accepts.
 for name in ("bool", "int", "float"):  # NumPy removed these aliases.
