@@ -5,8 +5,8 @@ Needs mmdetection 2.19.0, pycocotools, mmcv 1.7.2 built without its operations
 
     python tests/golden/make_detection_transforms.py
 
-The pictures and boxes are made from seeds (`detection_transform_cases`, `coco_tree`), so
-that the file holds results only.
+The pictures and boxes are made from seeds (`detection_transform_cases`,
+`coco_tree`), so that the file holds results only.
 """
 
 import builtins
