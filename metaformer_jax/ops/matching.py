@@ -19,8 +19,8 @@ def max_iou(boxes: jax.Array, is_box: jax.Array, anchors: jax.Array,
   1. An anchor whose largest IoU is below `negative` is negative.
   2. One whose largest IoU is at least `positive` gets the box of that IoU, the
      first one if there are several.
-  3. Each box then gets the anchors that no other anchor has a larger IoU with,
-     all of them, whatever that IoU is. Later boxes take from earlier ones.
+  3. Each box then gets the anchors of its largest IoU, all of them, however
+     small it is. Later boxes take anchors from earlier ones.
   4. The rest is ignored.
 
   As in mmdetection 2.19 with min_pos_iou=0, a box that overlaps no anchor gets

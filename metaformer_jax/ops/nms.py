@@ -7,6 +7,9 @@ from jax import lax
 
 from metaformer_jax.ops import boxes as box_ops
 
+# Replaces a union of 0 only: other boxes may be smaller than any pixel.
+_TINY = float(np.finfo(np.float32).tiny)
+
 
 def nms(boxes: jax.Array, scores: jax.Array, labels: jax.Array,
         is_valid: jax.Array, threshold: float,
@@ -15,8 +18,8 @@ def nms(boxes: jax.Array, scores: jax.Array, labels: jax.Array,
 
   A box is left out if its IoU with a better one that is kept is above the
   threshold. The result is torchvision's `nms` of each class, merged by score.
-  mmcv's `batched_nms`, which moves the classes apart by adding to coordinates,
-  differs where that addition rounds.
+  mmcv's `batched_nms` moves the classes apart by adding to coordinates, and
+  differs where that rounds.
 
   The boxes are found one after the other, with N values in memory at a time,
   not N x N: in n_max steps of O(N) each.
@@ -39,7 +42,6 @@ def nms(boxes: jax.Array, scores: jax.Array, labels: jax.Array,
   def select(left, _):
     best = left.argmax().astype(jnp.int32)
     box, label, found = boxes[best], labels[best], left[best] > -jnp.inf
-    # The smallest float32: IoUs of boxes smaller than any pixel are exact.
     overlap = box_ops.iou(box[None], boxes, min_union=_TINY)[0]
     covered = (overlap > threshold) & (labels == label) | (index == best)
     return (jnp.where(covered, -jnp.inf, left),
@@ -47,9 +49,6 @@ def nms(boxes: jax.Array, scores: jax.Array, labels: jax.Array,
 
   left = jnp.where(is_valid, scores, -jnp.inf)
   return lax.scan(select, left, length=n_max)[1]
-
-
-_TINY = float(np.finfo(np.float32).tiny)
 
 
 def _at_most(threshold: float) -> np.float32:
