@@ -114,6 +114,7 @@ class _Split:
 
 
 class _LabelMaps(_Split):
+  """A split of label maps."""
 
   def __init__(self, source: base.Source, data: schema.Data,
                reduce_zero_label: bool):
@@ -131,6 +132,7 @@ class _LabelMaps(_Split):
 
 
 class _Objects(_Split):
+  """A split of objects: boxes in a table, images and outlines in records."""
 
   def description(self) -> dict[str, Any]:
     return {"records": "objects", "class_names": self.source.class_names,

@@ -110,8 +110,8 @@ def _create_own(data: schema.Data, split: str,
     raise errors.ConfigError(
         f"config.data.source: {data.source} gave a {type(source).__name__}, "
         f"which has no {', no '.join(missing)}; a source has a length, records "
-        '{"image", "label"} by index, and n_classes; one of objects what '
-        "metaformer_jax.data.sources.base says")
+        '{"image", "label"} by index, and n_classes; what one of objects has '
+        "is in metaformer_jax.data.sources.base")
   return source
 
 

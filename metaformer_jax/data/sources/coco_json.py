@@ -27,6 +27,7 @@ _MAX_NUMBER = 2**24
 _MAX_AREA = _MAX_NUMBER**2
 _MAX_NAME = 4096  # Of a path; Linux's.
 
+
 @dataclasses.dataclass(frozen=True)
 class Index:
   """What a file says.
@@ -71,7 +72,8 @@ def _read(path: pathlib.Path, *stamp: int) -> Index:
            "annotations": _Annotations()}
   where, seen = f"config.data.path: {path}", set()
   try:
-    text = json_data.read_text(path, _MAX_BYTES)
+    # Tools on Windows begin a file with U+FEFF.
+    text = json_data.read_text(path, _MAX_BYTES).removeprefix("\ufeff")
     for key, i, item in json_data.members(text):
       if key not in parts:
         continue
@@ -286,8 +288,7 @@ def _file_name(item: dict[str, Any]) -> bytes:
                      "not a file's name")
   conversion.check_text(name)
   path = pathlib.PurePosixPath(name)
-  if path.is_absolute() or ".." in path.parts or (
-      pathlib.PureWindowsPath(name).drive):
+  if path.is_absolute() or ".." in path.parts:
     raise ValueError(f"has the file_name {conversion.shown(name)}, which is "
                      "not inside of the folder of images")
   return os.fsencode(name)

@@ -97,9 +97,9 @@ def _size(rng: np.random.Generator,
 class ObjectScenes:
   """The first n scenes with boxes of a split; each is drawn when it is read.
 
-  The digits of a scene cover each other in the order in which they are drawn.
-  A box is the smallest one around the pixels of which its digit covers at least
-  half, and no later digit does.
+  The digits of a scene cover each other in the order in which they are drawn;
+  four fifths of each stay visible. A box is the smallest one around the pixels
+  of which its digit covers at least half, and no later digit does.
 
   Attributes:
     split: "train" or "test".
