@@ -18,7 +18,7 @@ NAMES = {
     ("poolformer_m36", "v5litepod-8"), ("caformer_s18", "v5litepod-8"),
     ("convformer_s18", "v5litepod-8"), ("poolformer_s24", "v5litepod-256"),
     ("poolformer_s24", "v4-32"), ("poolformer_s24", "v5p-8"),
-    ("poolformer_s24", "v6e-8")}
+    ("poolformer_s24", "v6e-8"), ("poolformer_s12", "v5p-8")}
 
 
 def row(report):
