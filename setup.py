@@ -42,6 +42,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "packaging>=24,<27",
         "pillow>=11,<14",
+        "pycocotools>=2.0.10,<3",
         "safetensors>=0.4.5,<1",
         "scikit-learn>=1.6,<2",
         "tensorboardX>=2.6.4,<3",

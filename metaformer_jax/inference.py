@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from PIL import Image
 
-from metaformer_jax import errors, tasks
+from metaformer_jax import errors, recipes, tasks
 from metaformer_jax.checkpoints import pretrained
 from metaformer_jax.checkpoints import published as published_lib
 from metaformer_jax.config import derived, saved, schema, typed
@@ -24,7 +24,6 @@ from metaformer_jax.config import tasks as sections
 from metaformer_jax.config import weights as weights_lib
 from metaformer_jax.config.hub import folders as hub_folders
 from metaformer_jax.data.sources import folders
-from metaformer_jax.recipes import segmentation as recipes
 from metaformer_jax.tasks import base
 
 log = logging.getLogger(__name__)
@@ -213,9 +212,9 @@ def published(model: str) -> schema.Experiment:
   """The experiment of published weights, with its preprocessing.
 
   Args:
-    model: a row of the model table, for its classifier; or with a decoder of
-      segmentation before it, as "semantic_fpn/poolformer_s12", for ADE20K's
-      classes.
+    model: a row of the model table, for its classifier; or with a decoder
+      before it, as "semantic_fpn/poolformer_s12", for ADE20K's classes, or
+      "retinanet/poolformer_s12", for COCO's.
 
   Raises:
     ConfigError: there is no such model.

@@ -132,6 +132,33 @@ OF_SEGMENTATION = [
     ("eval.batch_size", {"eval.batch_size": 2**31 - 1}),
 ]
 
+# The same, of detection.
+OF_DETECTION = [
+    ("task.scale", {"task.scale": [800, 1333]}),
+    ("task.scale", {"task.scale": [2**14 + 1, 8]}),
+    ("task.negative_iou", {"task.negative_iou": 0.6}),
+    ("task.anchor_ratios", {"task.anchor_ratios": []}),
+    ("task.class_names", {"task.class_names": ["cat"]}),
+    ("task.category_ids", {"task.category_ids": [1, 2]}),
+    ("task.loss_group", {"task.loss_group": 3}),
+    ("task.crop_size", {"task.crop_size": [32, 32]}),
+    ("task.image_size", {"task.image_size": 224}),
+    ("checkpoint.best_metric", {"checkpoint.best_metric": "miou"}),
+    ("model.name", {**META, "model.name": "mixer_b16_224"}),
+    ("data.source", {"data.source": "folder"}),
+    ("data.source", {"data.source": "ade20k"}),
+    ("data.path", {"data.source": "coco", "data.path": None}),
+    ("data.path", {"data.source": "coco", "data.path": "/no/such/folder"}),
+    ("data.train_split", {"data.source": "coco", "data.path": "configs"}),
+    ("data.path", {"data.source": "array_record", "data.path": "configs"}),
+    ("data.train_split", {"data.source": "scenes", "data.train_split": "all",
+                          "task.num_classes": None}),
+    ("task.num_classes", {"data.source": "scenes", "task.num_classes": 80,
+                          "task.class_names": None,
+                          "task.category_ids": None}),
+    ("eval.batch_size", {"eval.batch_size": 2**31 - 1}),
+]
+
 # Overrides, and the key that is reported.
 OVERRIDES = [
     ("--config.seed=1e3", "seed"), ("--config.seed=", "seed"),

@@ -290,6 +290,27 @@ def steps(folder: pathlib.Path, canary: pathlib.Path) -> list[pathlib.Path]:
           made("types", tree=[["os.system"]])]
 
 
+def annotations(canary: pathlib.Path) -> dict[str, bytes]:
+  """JSON files that are not COCO's, or name files elsewhere."""
+
+  def coco(name="a.jpg", box=(1, 1, 2, 2), more=""):
+    tree = {"images": [{"id": 1, "file_name": name, "width": 9, "height": 9}],
+            "categories": [{"id": 1, "name": "a"}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 1,
+                             "bbox": box}]}
+    return (json.dumps(tree)[:-3] + more + "}]}").encode()
+
+  outline = ', "segmentation": '
+  return configs(canary) | {
+      "path absolute": coco(str(canary)), "path up": coco("../" * 9 + "x"),
+      "deep outline": coco(more=outline + "[" * 10**6),
+      "wide image": coco().replace(b'"width": 9', b'"width": 1e18'),
+      "wide box": coco(box=(0, 0, 1e308, 1e308)),
+      "long polygon": coco(more=outline + f"[[{'9e99,' * 99_999}1]]"),
+      "many images": b'{"images": [' + b"{}," * 10**5 + b"{}]}",
+      "twice inside": coco(more=', "bbox": [0, 0, 1, 1]')}
+
+
 def make(folder: pathlib.Path, canary: pathlib.Path) -> list[tuple[str, str]]:
   """Writes them all: (loader, path)."""
   files = {}
@@ -301,6 +322,7 @@ def make(folder: pathlib.Path, canary: pathlib.Path) -> list[tuple[str, str]]:
   for kind, contents in (
       ("weights", archives(canary)), ("weights", tensors(canary)),
       ("weights", others(canary)), ("config", configs(canary)),
+      ("coco", annotations(canary)),
       ("picture", pictures(canary))):
     files |= {(kind, f"{name}.{len(files)}"): data
               for name, data in contents.items()}
@@ -311,7 +333,7 @@ def make(folder: pathlib.Path, canary: pathlib.Path) -> list[tuple[str, str]]:
     path.write_bytes(data)
     made.append((kind, str(path)))
   made += [("step", str(path)) for path in steps(folder / "steps", canary)]
-  for kind in ("weights", "config"):
+  for kind in ("weights", "config", "coco"):
     pipe = folder / kind / "pipe"
     os.mkfifo(pipe)
     (folder / kind / "device").symlink_to("/dev/zero")

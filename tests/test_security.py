@@ -24,6 +24,7 @@ from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config import saved
 from metaformer_jax.convert import files
 from metaformer_jax.data import images
+from metaformer_jax.data.sources import coco_json
 
 ROOM = 2**29
 
@@ -32,6 +33,7 @@ LOADERS = {
     "config": lambda path: config_lib.resolve(
         saved.read_json(pathlib.Path(path))),
     "step": lambda path: manifest.verify(pathlib.Path(path)),
+    "coco": lambda path: coco_json.read(pathlib.Path(path)),
     "picture": lambda path: images.decode(pathlib.Path(path).read_bytes()),
 }
 # Malicious but harmless: a name is never used as a path, and of two tensors
@@ -92,7 +94,7 @@ def test_what_is_refused_is_told_in_one_line(results):
       continue
     assert result["error"] == {
         "weights": "WeightsError", "config": "ConfigError",
-        "step": "DamagedError"}[kind], (path, result)
+        "coco": "ConfigError", "step": "DamagedError"}[kind], (path, result)
     message = result["message"]
     assert len(message.splitlines()) == 1 and len(message) < 1000, path
     assert result["seconds"] < 5, (path, result)

@@ -77,7 +77,7 @@ def convert(value, field):
       raise ValueError("is not a tuple of tuples")
     for leaf in itertools.chain(*value):  # `checks` knows what they must be.
       if isinstance(leaf, str):
-        _check_text(leaf)
+        check_text(leaf)
       elif isinstance(leaf, int) and abs(leaf) > _MAX_INT:
         raise ValueError(f"holds {shown(leaf)}, which is too large")
     return tuple(tuple(v) for v in value)
@@ -115,7 +115,7 @@ def _convert_one(value, kind, limits):
   if kind is float and 0 < abs(value) < _MIN_FLOAT:
     raise ValueError("is too small: 0 in float32")
   if kind is str:
-    _check_text(value)
+    check_text(value)
   if limits["each"] == "odd" and value % 2 == 0:
     raise ValueError(f"is even; nearest: {value + 1}")
   if limits["choices"] and value not in limits["choices"] and not (
@@ -126,7 +126,7 @@ def _convert_one(value, kind, limits):
   return value
 
 
-def _check_text(value: str) -> None:
+def check_text(value: str) -> None:
   """ValueError if the text cannot be a file's name."""
   if len(value) > _MAX_LENGTH:
     raise ValueError(f"is longer than {_MAX_LENGTH} characters")

@@ -172,7 +172,8 @@ def model_differences(made: Model, wanted: Model) -> list[str]:
     shows in the weights' names and shapes, or matters in training only, is left
     out: reading the weights reports the former.
   """
-  if imports.is_path(made.name) or imports.is_path(wanted.name):
+  names = made.name, wanted.name
+  if None in names or any(map(imports.is_path, names)):
     one, other = ({"name": m.name, **m.overrides()} for m in (made, wanted))
     return [f"config.model.{key}: {one.get(key)}, {other.get(key)}"
             for key in sorted(one.keys() | other)

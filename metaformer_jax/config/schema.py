@@ -20,23 +20,24 @@ class Data:
   """The data set: where it is, and how it is read."""
 
   source: str = option("folder", "kind of data set", own=True,
-                       choices=("ade20k", "array_record", "digits",
+                       choices=("ade20k", "array_record", "coco", "digits",
                                 "folder", "idx", "label_maps", "scenes",
                                 "tfds"))
   path: str | None = option(
       None, "folder: has a folder per split, with a folder per class, or with "
       "eval_fraction a folder per class; ade20k: ADEChallengeData2016 or its "
       "parent; label_maps: has images/SPLIT, annotations/SPLIT, classes.txt; "
+      "coco: has annotations/instances_SPLIT.json and SPLIT/; "
       "array_record: what tools.prepare wrote; idx: has the four files; tfds: "
       "the data_dir, None: TFDS' default")
   name: str | None = option(None, "tfds: name of the data set")
   train_split: str | None = option(
-      None, "folder, ade20k, label_maps: the folder's name; tfds: the split; "
+      None, "folder, ade20k, label_maps, coco: its name; tfds: the split; "
       'scenes: "train[:32]" for the first 32; None: the source\'s default')
   eval_split: str | None = option(None, "as train_split")
   eval_fraction: float | None = option(
-      None, "folder, label_maps: without an evaluation split, this part of the "
-      "images, of each class in folder, is held out for it", above=0,
+      None, "folder, label_maps, coco: without an evaluation split, this part "
+      "of the images, of each class in folder, is held out for it", above=0,
       high=0.99)
   eval_seed: int = option(0, "of the choice of these images", low=0)
   mean: tuple[float, ...] | None = option(

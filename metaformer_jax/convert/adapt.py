@@ -17,8 +17,8 @@ from metaformer_jax.models import positions
 log = logging.getLogger(__name__)
 
 _HEAD = re.compile(
-    r"params/(head|head_dist|head/fc2|(head|auxiliary)/classifier/conv)"
-    r"/(kernel|bias)")
+    r"params/(head|head_dist|head/fc2|(head|auxiliary)/classifier/conv"
+    r"|head/class_out)/(kernel|bias)")
 _HEADS = re.compile(r"params/head(_dist)?/.*")
 _STEM = re.compile(
     r"params/(stage1/downsample/conv|stage1/patch_embed/conv|stem/conv"
@@ -132,7 +132,7 @@ def to_shape(name: str, value: np.ndarray, shape: tuple[int, ...], *,
       log.info("%s: 1000 of 21841 classes", name)
       return head_from_21k(value)
     if new_head:
-      log.info("%s: %d classes, re-initialised with %d", name,
+      log.info("%s: %d outputs, re-initialised with %d", name,
                value.shape[-1], shape[-1])
       return None
   if _STEM.fullmatch(name) and value.shape[2] == 3 and (

@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from metaformer_jax import errors
-from metaformer_jax.convert import rules, segmentation
+from metaformer_jax.convert import detection, rules, segmentation
 
 Tensors = Mapping[str, np.ndarray]
 # (flat name, array, shape of the target) -> adapted array, or None to omit it.
@@ -258,7 +258,7 @@ def _leaf(name: str, entry: Entry, tensors: Tensors, want: Any,
 
 
 def _rules(family: str | None) -> Mapping[str, Any]:
-  known = rules.RULES | segmentation.RULES
+  known = rules.RULES | segmentation.RULES | detection.RULES
   return known.get(family, {})  # Others have our own names only.
 
 

@@ -4,8 +4,9 @@ Training images form one endless stream: epoch after epoch, each a permutation
 of the data set. Step s takes the positions [s B, (s + 1) B) of the stream, and
 each process its own contiguous part of them. The position in the data is
 therefore one integer, whatever the number of processes, workers and threads,
-and a run resumes there exactly. Grain provides threads, worker processes and
-reading ahead.
+and a run resumes there exactly. Images of several shapes form a stream for
+each, and a step has images of one (`streams.Turns`). Grain provides threads,
+worker processes and reading ahead.
 
 An example that cannot be read or transformed is bad. In training it is replaced
 by another, also drawn from (seed, epoch, index); evaluation leaves it out,
@@ -13,7 +14,6 @@ because a replacement would bias the measure. No other example moves.
 """
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import logging
@@ -22,7 +22,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -31,17 +31,12 @@ from absl import flags
 
 from metaformer_jax import errors
 from metaformer_jax.config import schema
+from metaformer_jax.data import streams
 from metaformer_jax.data.sources import base
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
-
-# Part of each seed, so that no two uses draw the same numbers.
-_ORDER, _AUGMENT, _REPLACE = 0, 1, 2
-
-# Examples that are tried as the replacement of a bad one.
-_TRIES = 20
 
 # Bad examples that a loader reports one by one.
 _NAMED = 10
@@ -70,9 +65,10 @@ class Loader:
       epoch still has n_examples positions, filled by the first n_examples /
       repeats of its permutation (repeated augmentation, arXiv 1901.09335, as in
       DeiT's and timm's samplers).
-    groups: the examples of each shape that evaluation has, by index; None: all
-      have one. Of a group, records have its number as "group", and
-      `transform.blank(number)` is an example.
+    groups: the examples of each shape, by index; others are left out. None: all
+      examples have one shape. Records have their index as "index", and the
+      number of their group as "group". For evaluation,
+      `transform.blank(number)` is an example of a group.
   """
 
   source: base.Source
@@ -95,21 +91,25 @@ class Loader:
 
   @property
   def n_examples(self) -> int:
-    return len(self.source)
+    return sum(map(len, self._groups))
 
   @property
   def n_eval_batches(self) -> int:
-    groups = self.groups or (range(self.n_examples),)
-    return sum(-(-len(group) // self.batch_size) for group in groups)
+    return sum(-(-len(group) // self.batch_size) for group in self._groups)
+
+  @property
+  def _groups(self) -> tuple[Sequence[int], ...]:
+    return self.groups or (range(len(self.source)),)
 
   def fingerprint(self) -> dict[str, str]:
     """Short texts of what all processes must agree on, by what it is."""
     found = {"the number of examples": str(self.n_examples)}
     if self.groups:
       shapes = hashlib.sha256()
+      blank = getattr(self.transform, "blank", None)  # For evaluation.
       for number, group in enumerate(self.groups):
-        shapes.update(group.tobytes())
-        for name, array in sorted(self.transform.blank(number).items()):
+        shapes.update(f"{number}:{len(group)}".encode() + group.tobytes())
+        for name, array in sorted(blank(number).items() if blank else ()):
           shapes.update(f"{name}{array.shape}".encode())
       found["the sizes of the images"] = shapes.hexdigest()
     return found
@@ -120,8 +120,9 @@ class Loader:
     Raises:
       DataError: why it cannot be used.
     """
-    _, reason = _try(self._examples, self.transform, 0,
-                     np.random.default_rng(0))
+    first = next((int(group[0]) for group in self._groups if len(group)), 0)
+    _, reason = streams.attempt(self._examples, self.transform, first,
+                                np.random.default_rng(0))
     if reason:
       raise errors.DataError(reason)
 
@@ -141,9 +142,14 @@ class Loader:
 
     Raises:
       DataError: an example and all of its replacements are bad.
+      ValueError: with several groups, `position` is not the first of a batch.
     """
-    stream = _TrainStream(self.source, self.transform, self.seed, self.repeats)
-    yield from self._read(_Part(stream, self, position, _ENDLESS),
+    if len(self._groups) > 1 and position % self.batch_size:
+      raise ValueError(f"position {position} is inside of a batch of "
+                       f"{self.batch_size}, which has one group")
+    stream = streams.Train(self._examples, self.transform, self.seed,
+                           self.repeats, self._groups, self.batch_size)
+    yield from self._read(stream, position, _ENDLESS,
                           "another example replaces it")
 
   def eval_batches(self) -> Iterator[Batch]:
@@ -161,13 +167,17 @@ class Loader:
       DataError: without groups; an example is bad, and so are all that could
         give its shape.
     """
-    stream = _Part(_GroupedStream(self._examples, self.transform, self.groups,
-                                  self.batch_size)
-                   if self.groups else _EvalStream(self.source, self.transform),
-                   self, 0, self.n_eval_batches)
-    yield from self._read(stream, "evaluation leaves it out")
+    if self.groups:
+      stream = streams.GroupedEvaluation(self._examples, self.transform,
+                                         self.groups, self.batch_size)
+    else:
+      stream = streams.Evaluation(self.source, self.transform)
+    yield from self._read(stream, 0, self.n_eval_batches,
+                          "evaluation leaves it out")
 
-  def _read(self, stream: "_Part", fate: str) -> Iterator[Batch]:
+  def _read(self, stream, position: int, n_batches: int,
+            fate: str) -> Iterator[Batch]:
+    """This process's part of batches from a position on; names bad examples."""
     if not flags.FLAGS.is_parsed():  # Grain reads absl flags.
       flags.FLAGS.mark_as_parsed()
     local = self.batch_size // self.process_count
@@ -176,7 +186,9 @@ class Loader:
     chunk = max(n for n in range(1, min(local, _CHUNK) + 1) if local % n == 0)
     n_chunks = local // chunk
     workers = (os.cpu_count() or 1) if self.workers == -1 else self.workers
-    chunks = grain.MapDataset.source(stream).batch(chunk).to_iter_dataset(
+    part = streams.Part(stream, position, n_batches, self.batch_size,
+                        self.process_index, self.process_count)
+    chunks = grain.MapDataset.source(part).batch(chunk).to_iter_dataset(
         grain.ReadOptions(
             num_threads=self.threads,
             prefetch_buffer_size=self.threads + (0 if workers else n_chunks)))
@@ -211,8 +223,8 @@ class Loader:
     if len(self._named) > _NAMED:
       log.warning("further bad examples are counted but not logged")
       return
-    _, reason = _try(self._examples, self.transform, index,
-                     np.random.default_rng(0))
+    _, reason = streams.attempt(self._examples, self.transform, index,
+                                np.random.default_rng(0))
     log.warning("%s; %s", reason or f"example {index} could not be used at "
                 "first, but now it can: is the storage reliable?", fate)
 
@@ -261,132 +273,3 @@ def _follow_parent(index: int, count: int) -> None:
     os._exit(1)
 
   threading.Thread(target=wait, daemon=True).start()
-
-
-@dataclasses.dataclass(frozen=True)
-class _TrainStream:
-  """The endless stream: position -> augmented example."""
-
-  source: base.Source
-  transform: Callable[..., dict[str, Any]]
-  seed: int
-  repeats: int
-
-  def __getitem__(self, position: int) -> dict[str, Any]:
-    n = len(self.source)
-    epoch, place = divmod(position, n)
-    place, repeat = divmod(place, self.repeats)
-    index = int(_permutation(self.seed, epoch, n)[place])
-    key = (self.seed, _AUGMENT, epoch, index)
-    rng = np.random.default_rng((*key, repeat) if repeat else key)
-    return _example(self.source, self.transform, index, rng,
-                    _others((self.seed, _REPLACE, epoch, index), n, repeat))
-
-
-def _example(source, transform, index, rng, others) -> dict[str, Any]:
-  """An example or, if it is bad, the first usable one of `others`.
-
-  "bad" is the index of a bad example, else -1. DataError if all are bad.
-  """
-  example, reason = _try(source, transform, index, rng)
-  if not reason:
-    return {**example, "bad": np.int64(-1)}
-  for other, other_rng in others:
-    example, failed = _try(source, transform, other, other_rng)
-    if not failed:
-      return {**example, "bad": np.int64(index)}
-  raise errors.DataError(
-      f"{reason}; all examples tried in its place are bad, too")
-
-
-def _try(source, transform, index, rng) -> tuple[dict[str, Any], str]:
-  """Reads and transforms an example; returns it, and why it is bad, or ""."""
-  record = {}
-  try:
-    record = source[index]
-    return transform(record, rng), ""
-  except Exception as e:
-    path = repr(record.get("path", ""))[1:-1]  # Escaped, to identify the file.
-    return {}, errors.one_line(
-        f"example {index} {path} cannot be used: {type(e).__name__}: {e}"
-    ).rstrip(": ")
-
-
-def _others(key: tuple[int, int, int, int], n: int, repeat: int):
-  """Draws replacements for key's example out of n: (index, rng), ..."""
-  if n == 1:
-    return
-  steps = np.random.default_rng(key).integers(1, n, _TRIES)
-  for number, step in enumerate(steps.tolist()):
-    yield (key[-1] + step) % n, np.random.default_rng((*key, repeat, number))
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-  """The order of an epoch; two are cached, as batches can span epochs."""
-  return np.random.default_rng((seed, _ORDER, epoch)).permutation(n)
-
-
-@dataclasses.dataclass(frozen=True)
-class _EvalStream:
-  """The data set in its own order, then padding, for which "mask" is false."""
-
-  source: base.Source
-  transform: Callable[..., dict[str, Any]]
-
-  def __getitem__(self, position: int) -> dict[str, Any]:
-    n = len(self.source)
-    valid = position < n
-    index = position if valid else 0
-    example = _example(self.source, self.transform, index, None,
-                       _others((0, _REPLACE, 0, index), n, 0))
-    bad = example.pop("bad")
-    if bad >= 0:
-      example = {name: np.zeros_like(x) for name, x in example.items()}
-    return {**example, "mask": np.bool_(valid and bad < 0),
-            "bad": bad if valid else np.int64(-1)}
-
-
-class _GroupedStream:
-  """The groups one after the other, each in order and padded to whole batches.
-
-  The blank example of its group stands for padding and for a bad example.
-  """
-
-  def __init__(self, source: base.Source, transform: Callable[..., Any],
-               groups: tuple[np.ndarray, ...], batch_size: int):
-    self._source, self._transform = source, transform
-    numbers, order = [], []
-    for number, group in enumerate(groups):
-      n = -(-len(group) // batch_size) * batch_size
-      order.append(np.pad(group, (0, n - len(group)), constant_values=-1))
-      numbers.append(np.full(n, number))
-    self._order, self._numbers = map(np.concatenate, (order, numbers))
-
-  def __getitem__(self, position: int) -> dict[str, Any]:
-    index, reason = int(self._order[position]), "padding"
-    if index >= 0:
-      example, reason = _try(self._source, self._transform, index, None)
-    if reason:
-      example = self._transform.blank(int(self._numbers[position]))
-    return {**example, "mask": np.bool_(not reason),
-            "bad": np.int64(index if reason else -1)}
-
-
-class _Part:
-  """This process's part of a stream, for grain: index -> example."""
-
-  def __init__(self, stream, loader: Loader, start: int, n_batches: int):
-    self._stream, self._start = stream, start
-    self._global = loader.batch_size
-    self._local = loader.batch_size // loader.process_count
-    self._offset = loader.process_index * self._local
-    self._n = n_batches * self._local
-
-  def __len__(self) -> int:
-    return self._n
-
-  def __getitem__(self, i: int) -> dict[str, Any]:
-    batch, place = divmod(int(i), self._local)
-    return self._stream[self._start + batch * self._global + self._offset +
-                        place]

@@ -43,10 +43,13 @@ class Classifier(nn.Module):
                     dtype=jnp.float32, name="conv")(x)
 
 
-def conv(dim: int, kernel_size: int, *, dtype: DTypeLike | None,
-         name: str) -> nn.Conv:
-  """A convolution that keeps the size, Xavier uniform, with a bias."""
-  k, p = kernel_size, kernel_size // 2
-  return nn.Conv(dim, (k, k), padding=((p, p), (p, p)),
-                 kernel_init=nn.initializers.xavier_uniform(), dtype=dtype,
-                 name=name)
+def conv(dim: int, kernel_size: int, stride: int = 1, *,
+         dtype: DTypeLike | None, name: str,
+         kernel_init: nn.initializers.Initializer | None = None,
+         bias_init: nn.initializers.Initializer = nn.initializers.zeros,
+         ) -> nn.Conv:
+  """A convolution padded by half its kernel, with a bias; Xavier uniform."""
+  k, s, p = kernel_size, stride, kernel_size // 2
+  return nn.Conv(dim, (k, k), strides=(s, s), padding=((p, p), (p, p)),
+                 kernel_init=kernel_init or nn.initializers.xavier_uniform(),
+                 bias_init=bias_init, dtype=dtype, name=name)

@@ -4,7 +4,8 @@ Statistics are float32; scale and bias are vectors over channels. A factory of
 norms takes `eps`, `use_bias`, `dtype` and `name`.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,26 @@ class BatchNorm(_Norm):
           running.value = running.value + (1 - self.momentum) * (
               new.reshape(-1) - running.value)
     return self._affine((x - mean) * lax.rsqrt(var + self.eps))
+
+
+@contextlib.contextmanager
+def running_statistics() -> Iterator[None]:
+  """Within it, BatchNorm uses its running statistics, in training as well.
+
+  They do not change, and scale and bias have gradients: mmdetection's
+  `norm_eval`. Flax's own BatchNorm is included.
+  """
+
+  def call(next_fn, args, kwargs, context):
+    if context.method_name == "__call__":
+      if isinstance(context.module, BatchNorm):
+        kwargs = {**kwargs, "train": False}
+      elif isinstance(context.module, nn.BatchNorm):
+        args, kwargs = args[:1], {**kwargs, "use_running_average": True}
+    return next_fn(*args, **kwargs)
+
+  with nn.intercept_methods(call):
+    yield
 
 
 class NoNorm(_Norm):

@@ -7,7 +7,11 @@ reads.
 from collections.abc import Mapping
 from typing import Any
 
+import ml_collections
+
 from metaformer_jax import errors
+from metaformer_jax.models import registry
+from metaformer_jax.recipes import detection, segmentation
 
 
 def variant(table: Mapping[str, Any], name: str | None) -> Any:
@@ -28,3 +32,28 @@ def variant(table: Mapping[str, Any], name: str | None) -> Any:
     raise errors.ConfigError(
         f"{name!r} is not a variant{errors.did_you_mean(name, table)}")
   return table[name]
+
+
+def published(name: str) -> ml_collections.ConfigDict:
+  """The model of published checkpoints of a dense task.
+
+  Args:
+    name: of the decoder and the backbone, as "semantic_fpn/poolformer_s12", of
+      ADE20K, or "retinanet/poolformer_s12", of COCO.
+
+  Raises:
+    ConfigError: there is no such decoder.
+    ValueError: there is no such backbone.
+  """
+  head, _, backbone = name.partition("/")
+  task_of = {known: task for task in (segmentation, detection)
+             for known in task.HEADS}
+  if head not in task_of:
+    raise errors.ConfigError(f"{name}: {head!r} is not a decoder"
+                             f"{errors.did_you_mean(head, task_of)}")
+  task = task_of[head]
+  config = task.HEADS[head](registry.get_spec(backbone).name)
+  config.init = None
+  config.model.dtype = "float32"
+  config.task.update(task.CLASSES)
+  return config

@@ -2,13 +2,15 @@
 
 import ml_collections
 
-from metaformer_jax import errors
 from metaformer_jax.config import ade20k as data
 from metaformer_jax.config import typed
 from metaformer_jax.models import registry
 
 # Images of the training split of ADE20K.
 _ADE20K = 20_210
+
+# What a run learns from the data.
+CLASSES = {"class_names": data.CLASSES}
 
 
 def ade20k(name: str, *, init: str | None, batch_size: int, steps: int,
@@ -118,20 +120,4 @@ def semantic_fpn(name: str, init: str | None = None,
   return recipe(name, init)
 
 
-def published(name: str) -> ml_collections.ConfigDict:
-  """The model of ADE20K's checkpoints, "semantic_fpn/poolformer_s12".
-
-  Raises:
-    ConfigError: there is no such decoder.
-    ValueError: there is no such backbone.
-  """
-  head, _, backbone = name.partition("/")
-  heads = {"semantic_fpn": semantic_fpn, "upernet": upernet}
-  if head not in heads:
-    raise errors.ConfigError(
-        f"{name}: {head!r} is not a decoder{errors.did_you_mean(head, heads)}")
-  config = heads[head](registry.get_spec(backbone).name)
-  config.init = None
-  config.model.dtype = "float32"
-  config.task.class_names = data.CLASSES
-  return config
+HEADS = {"semantic_fpn": semantic_fpn, "upernet": upernet}

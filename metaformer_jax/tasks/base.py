@@ -61,6 +61,12 @@ class Evaluator(Protocol):
   def table(self) -> Rows:
     """Measures in more detail, by class for example; it need not have them."""
 
+  def predictions(self) -> Rows:
+    """What was predicted, as JSON that other tools read; it need not have it.
+
+    Its examples are named as the data names them.
+    """
+
 
 class Backbone(NamedTuple):
   """Where a task's model holds a network of the model table.
@@ -83,7 +89,7 @@ class Backbone(NamedTuple):
 
 
 # What a run asks of a task; `preprocess`, `postprocess` and `describe` are for
-# tools, and so is `pictures`, which a task need not have.
+# tools, and so are `pictures` and `annotations`, which a task need not have.
 REQUIRED = ("model", "pretrained", "rng_names", "init_inputs", "train_batches",
             "loss", "predict", "make_data", "make_evaluators")
 
@@ -168,4 +174,18 @@ class Task(Protocol):
 
     Returns:
       Pictures by name, "overlay" for example.
+    """
+
+  def annotations(self, found: Mapping[str, Any]) -> dict[str, Rows]:
+    """What `postprocess` gave for one image, as a COCO data set.
+
+    Args:
+      found: of the image.
+
+    Returns:
+      {"images": one row, "width" and "height"; "categories": "id" and "name" of
+      each class, for all images the same; "annotations": one row for each
+      object, "category_id", "bbox", ...}, JSON. Who joins the data sets of
+      several images adds the "id" and "file_name" of images, and the "id" and
+      "image_id" of annotations.
     """

@@ -28,7 +28,7 @@ def _count(cfg: Experiment,
            outputs: int | None) -> tuple[int, tuple[str, ...] | None]:
   """Number and names of the classes, from the training data."""
   try:
-    n, names = sources.classes(cfg.data)
+    n, names = sources.classes(cfg.data, cfg.task)
   except errors.ConfigError as e:
     if outputs is not None:  # `make_data` reports it, where data is needed.
       return outputs, None

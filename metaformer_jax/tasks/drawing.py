@@ -1,12 +1,19 @@
-"""Label maps as pictures."""
+"""Label maps and boxes as pictures."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from metaformer_jax import errors
+
 # Of an overlay: the part of a pixel's colour that is its class's.
 _OPACITY = 0.55
+
+# Of an image with boxes: the part that labels may cover, besides the best one.
+_COVERED = 0.2
 
 # Classes in a legend; the others are counted.
 _LISTED = 20
@@ -30,7 +37,8 @@ def palette(n: int = 256) -> np.ndarray:
 
 def colours_of(classes: np.ndarray) -> np.ndarray:
   """Colours of class numbers, none of them black: int [...] -> [..., 3]."""
-  return palette(257)[np.asarray(classes, np.int64) + 1]
+  classes = np.asarray(classes, np.int64)
+  return palette(classes.max(initial=0) + 2)[classes + 1]
 
 
 def labels(label_map: np.ndarray) -> Image.Image:
@@ -90,3 +98,133 @@ def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
   both.paste(left, (0, 0))
   both.paste(right, (left.width, 0))
   return both
+
+
+class _Plate(NamedTuple):
+  """The label of a box: a rectangle of its colour with text, in pixels."""
+
+  x: int
+  y: int
+  width: int
+  height: int
+  text: str
+  colour: tuple[int, int, int]
+
+  def overlaps(self, other: "_Plate") -> bool:
+    return (abs(2 * (self.x - other.x) + self.width - other.width)
+            < self.width + other.width
+            and abs(2 * (self.y - other.y) + self.height - other.height)
+            < self.height + other.height)
+
+
+def boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray,
+          scores: np.ndarray, names: Sequence[str]) -> Image.Image:
+  """Boxes in the colours of their classes, with names and scores.
+
+  Better boxes are drawn over others. Labels lie at the edges of their boxes,
+  inside the image. Where there is no place for all, those of the best boxes are
+  drawn: labels neither cover each other nor most of the image.
+
+  Args:
+    image: uint8 [H, W, 3].
+    boxes: float [n, 4], x1, y1, x2 and y2 in pixels.
+    labels: int [n], the classes.
+    scores: float [n].
+    names: of the classes.
+
+  Returns:
+    RGB, of the image's size.
+  """
+  picture = Image.fromarray(image)
+  draw = ImageDraw.Draw(picture)
+  side = min(picture.size)
+  font = ImageFont.load_default(max(side / 35, 10))
+  pixels = np.clip(np.round(boxes), 0, picture.size * 2).astype(int)
+  colours = list(map(tuple, colours_of(labels).tolist()))
+  ranked = np.argsort(-np.asarray(scores), kind="stable")
+  for i in ranked[::-1]:
+    _outline(draw, _inside(pixels[i].tolist(), picture.size), colours[i],
+             max(1, round(side / 200)))
+  plates, left = [], _COVERED * picture.width * picture.height
+  for i in ranked:
+    if left <= 0:
+      break
+    text = _text(names[labels[i]], scores[i], font, picture.width)
+    places = _plates(pixels[i], text, colours[i], font, picture.size)
+    free = next((place for place in places
+                 if not any(map(place.overlaps, plates))), None)
+    if free:
+      plates.append(free)
+      left -= free.width * free.height
+  for plate in plates:
+    _write(draw, plate, font)
+  return picture
+
+
+def _inside(box: Sequence[int], size: tuple[int, int]) -> tuple[int, ...]:
+  """The first and the last pixels of a box, of which it has at least one."""
+  x1, y1, x2, y2 = box
+  x1, y1 = min(x1, size[0] - 1), min(y1, size[1] - 1)
+  return x1, y1, max(x2 - 1, x1), max(y2 - 1, y1)
+
+
+def _outline(draw: ImageDraw.ImageDraw, box: tuple[int, ...],
+             colour: tuple[int, int, int], line: int) -> None:
+  """The edges of a box, and along them a thinner line, black or white.
+
+  One of the two differs from any background.
+  """
+  draw.rectangle(box, outline=_legible(colour), width=line + max(1, line // 2))
+  draw.rectangle(box, outline=colour, width=line)
+
+
+def _text(name: str, score: float, font: ImageFont.FreeTypeFont,
+          width: int) -> str:
+  """A name and a score; the end of the name is cut off if it is too wide."""
+  name, score, end = errors.one_line(name), f"{score:.2f}", ""
+  while name and font.getlength(
+      f"{name}{end} {score}") + 2 * _padding(font) > width:
+    name, end = name[:-1], "…"
+  return f"{name}{end} {score}"
+
+
+def _plates(box: np.ndarray, text: str, colour: tuple[int, int, int],
+            font: ImageFont.FreeTypeFont,
+            size: tuple[int, int]) -> Iterator[_Plate]:
+  """The label of a box at each place where it may be, the best one first.
+
+  Above the box, inside it, below it; at its left, then at its right.
+  """
+  width = math.ceil(font.getlength(text)) + 2 * _padding(font)
+  height = sum(font.getmetrics()) + 2 * _padding(font)
+  x1, y1, x2, y2 = box.tolist()
+  for x in (x1, x2 - width):
+    for y in (y1 - height, y1, y2, y2 - height):
+      x = min(max(x, 0), size[0] - width)
+      if x >= 0 and 0 <= y <= size[1] - height:
+        yield _Plate(x, y, width, height, text, colour)
+
+
+def _padding(font: ImageFont.FreeTypeFont) -> int:
+  return max(1, round(font.size / 8))
+
+
+def _write(draw: ImageDraw.ImageDraw, plate: _Plate,
+           font: ImageFont.FreeTypeFont) -> None:
+  x, y, pad = plate.x, plate.y, _padding(font)
+  draw.rectangle((x, y, x + plate.width - 1, y + plate.height - 1),
+                 fill=plate.colour)
+  draw.text((x + pad, y + pad), plate.text, font=font,
+            fill=_legible(plate.colour))
+
+
+def _legible(colour: tuple[int, int, int]) -> str:
+  """Black or white, whichever has the higher contrast with a colour.
+
+  Both have the same with a relative luminance of 0.179, by the contrast ratio
+  of WCAG 2.1.
+  """
+  linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4
+            for x in (value / 255 for value in colour)]
+  luminance = np.dot(linear, (0.2126, 0.7152, 0.0722))
+  return "black" if luminance > 0.179 else "white"

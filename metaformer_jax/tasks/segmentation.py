@@ -11,7 +11,6 @@ import numpy as np
 from flax import linen as nn
 from PIL import Image
 
-from metaformer_jax import imports
 from metaformer_jax.config import checks, derived, typed
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.config.tasks.segmentation import IGNORE
@@ -20,10 +19,8 @@ from metaformer_jax.data.transforms import framing
 from metaformer_jax.data.transforms import segmentation as transforms
 from metaformer_jax.evaluation import miou
 from metaformer_jax.heads import segmenter
-from metaformer_jax.models import registry, settings
-from metaformer_jax.ops import images as image_ops
 from metaformer_jax.ops import pixels, resize, windows
-from metaformer_jax.tasks import base, classes, drawing, own_models
+from metaformer_jax.tasks import base, classes, dense, drawing, own_models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +39,10 @@ class Segmentation:
 
   rng_names = ("dropout", "drop_path")
 
-  def _backbone(self, num_classes: int, **changed: Any) -> nn.Module:
-    cfg = self.cfg.model
-    return registry.create_model(
-        cfg.name, num_classes=num_classes, dtype=jnp.dtype(cfg.dtype),
-        **cfg.overrides() | changed)
-
   @functools.cached_property
   def model(self) -> nn.Module:
-    return segmenter.create(self._backbone(0), self.cfg.task,
-                            feature_norm=_feature_norm(self.cfg))
+    return segmenter.create(dense.backbone(self.cfg), self.cfg.task,
+                            feature_norm=dense.feature_norm(self.cfg))
 
   @property
   def family(self) -> str:
@@ -60,17 +51,10 @@ class Segmentation:
 
   @property
   def pretrained(self) -> base.Backbone:
-    name = self.cfg.model.name
-    family = None if imports.is_path(name) else registry.get_spec(name).family
-    # Classifiers have the class token that dense tasks leave out.
-    token = {"class_token": True} if hasattr(
-        _settings(self.cfg), "class_token") else {}
-    return base.Backbone(family, "backbone", _init_size(self.cfg),
-                         self._backbone(1000, **token))
+    return dense.pretrained(self.cfg, self.cfg.task.crop_size)
 
   def init_inputs(self) -> tuple[jax.Array, jax.Array]:
-    size = _init_size(self.cfg)
-    return jnp.zeros((1, *size, 3)), jnp.ones((1, *size), bool)
+    return dense.init_inputs(self.cfg, self.cfg.task.crop_size)
 
   def train_batches(self, batch_size: int):
     size, struct = self.cfg.task.crop_size, jax.ShapeDtypeStruct
@@ -85,18 +69,11 @@ class Segmentation:
     mask = resize.mask(sizes, *x.shape[1:3])
     return self.model.apply(variables, x, mask=mask, **kwargs)
 
-  def _images(self, image: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Normalised images, zero in the padding."""
-    data = self.cfg.data
-    mask = resize.mask(sizes, *image.shape[1:3])
-    return jnp.where(mask[..., None],
-                     image_ops.normalize(image, data.mean, data.std), 0)
-
   def loss(self, variables, batch, rngs, train):
     sizes = batch["size"]
     outputs, updates = self._apply(
-        variables, self._images(batch["image"], sizes), sizes, train=train,
-        rngs=rngs, mutable=["batch_stats"])
+        variables, dense.normalized(self.cfg, batch["image"], sizes), sizes,
+        train=train, rngs=rngs, mutable=["batch_stats"])
     loss, accuracy = self._cross_entropy(outputs["logits"], outputs["mask"],
                                          batch)
     metrics = {"loss": loss, "pixel_accuracy": accuracy}
@@ -123,7 +100,7 @@ class Segmentation:
     for i in range(len(self.cfg.task.eval_scales)):
       key = str(i or "")
       sizes = batch[f"size{key}"]
-      x = self._images(batch[f"image{key}"], sizes)
+      x = dense.normalized(self.cfg, batch[f"image{key}"], sizes)
       found.append(self._logits(variables, x, sizes))
       if self.cfg.task.eval_flip:
         mirrored = self._logits(variables, windows.mirrored(x, sizes[:, 1]),
@@ -203,7 +180,6 @@ class Segmentation:
              "area": float(counts[i] / label_map.size)}
             for i in ranked[:top] if counts[i]]
 
-
   def pictures(self, found: Mapping[str, Any], image: bytes | np.ndarray,
                ) -> dict[str, Image.Image]:
     """"labels", with a palette, and "overlay", with a legend of names."""
@@ -213,44 +189,6 @@ class Segmentation:
     return {"labels": drawing.labels(label_map),
             "overlay": drawing.overlay(np.asarray(picture), label_map,
                                        list(map(str, names)))}
-
-
-def _feature_norm(cfg: Experiment) -> str:
-  """The norm of the backbone's outputs: the section's, or the model's."""
-  if cfg.task.feature_norm is not None:
-    return cfg.task.feature_norm
-  match _settings(cfg):
-    case settings.MetaFormer(norm=norm):
-      return norm
-    case settings.OneStage():
-      return "layer_norm"
-  return "none"
-
-
-def _init_size(cfg: Experiment) -> tuple[int, int]:
-  """Height and width of the images that the model is initialised with.
-
-  Position embeddings have the size of the published classifier's, and are
-  resized to other images, as in the official code of PVT.
-  """
-  match _settings(cfg):
-    case (settings.PyramidVisionTransformer() | settings.VisionTransformer()):
-      embedded = True
-    case settings.MetaFormer(position_embeddings=stages):
-      embedded = bool(stages)
-    case _:
-      embedded = False
-  if embedded:
-    side = registry.get_spec(cfg.model.name).input_size
-    return side, side
-  return cfg.task.input_size
-
-
-def _settings(cfg: Experiment) -> settings.Family | None:
-  """The hyper-parameters of the backbone; None if it is the user's own."""
-  if imports.is_path(cfg.model.name):
-    return None
-  return registry.get_spec(cfg.model.name).override(**cfg.model.overrides())
 
 
 def create(cfg: Experiment,

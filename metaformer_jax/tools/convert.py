@@ -15,8 +15,8 @@ config.json, weights and a model card, which the library loads by its name:
     python -m metaformer_jax.tools.convert --input=runs/s24 \
         --layout=huggingface --output=poolformer_s24
 
-Checkpoints of mmsegmentation are named with their decoder, and have the layout
-mmseg:
+Checkpoints of mmsegmentation and mmdetection are named with their decoder, and
+have the layouts mmseg and mmdet:
 
     python -m metaformer_jax.tools.convert --input=fpn_poolformer_s12.pth \
         --model=semantic_fpn/poolformer_s12 --layout=mmseg \
@@ -214,7 +214,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser = cli.Parser(__doc__, "convert")
   parser.add_argument("--model", help="a name of metaformer_jax.list_models(), "
                       "for an input that does not record it; with a decoder, "
-                      "semantic_fpn/NAME or upernet/NAME")
+                      "semantic_fpn/NAME, upernet/NAME or retinanet/NAME")
   parser.add_argument("--allow_import", default="", help="modules of your own "
                       "that the input may name, separated by commas")
   parser.add_argument("--input", required=True,

@@ -42,10 +42,11 @@ from metaformer_jax.config import schema
 from metaformer_jax.doctor import machine, versions
 from metaformer_jax.doctor.versions import FAIL, OK, WARN, Line
 
-# Modules whose names differ from their distributions'.
+# Modules that are not named as their distributions, or that alone load the
+# compiled part.
 _MODULES = {"absl-py": "absl.flags", "orbax-checkpoint": "orbax.checkpoint",
-            "pillow": "PIL.Image", "scikit-learn": "sklearn",
-            "tensorboardx": "tensorboardX"}
+            "pillow": "PIL.Image", "pycocotools": "pycocotools.mask",
+            "scikit-learn": "sklearn", "tensorboardx": "tensorboardX"}
 
 
 def devices(found: dict[str, Any], problem: str | None, visible: list[str],

@@ -11,12 +11,16 @@ the evaluation split is counted exactly once.
 
 A checkpoint's measures are printed as JSON, those of --weights as a table, as
 JSON (--json) or as comma-separated values (--csv). --per_class prints those of
-each class instead, if the task has them.
+each class instead, if the task has them. --predictions=FILE also writes what is
+predicted: of detection COCO's results, [{"image_id", "category_id", "bbox",
+"score"}, ...], with the data's own numbers, for pycocotools and COCO's server.
 """
 
 import dataclasses
 import functools
+import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,7 +41,10 @@ flags.DEFINE_string(
 _CSV = flags.DEFINE_bool("csv", False, "Print comma-separated values.")
 _JSON = flags.DEFINE_bool("json", False, "Print a JSON object on each line.")
 _PER_CLASS = flags.DEFINE_bool(
-    "per_class", False, "Print the measures of each class; segmentation only.")
+    "per_class", False, "Print the measures of each class; not of classifiers.")
+_PREDICTIONS = flags.DEFINE_string(
+    "predictions", None, "A file for what is predicted, as JSON; detection "
+    "only.")
 
 Row = dict[str, Any]
 
@@ -47,18 +54,70 @@ def main(cfg: Experiment, workdir: pathlib.Path) -> None:
   if _CSV.value and _JSON.value:
     raise errors.ConfigError("--csv: cannot be combined with --json")
   form = "csv" if _CSV.value else "json" if _JSON.value else None
+  if _PREDICTIONS.value is not None and len(_weights()) > 1:
+    raise errors.ConfigError("--predictions: takes one of --weights at a time")
   if _weights():
     rows, form = _evaluate_weights(cfg), form or "table"
   else:
     rows = [_evaluate_checkpoint(cfg, workdir)]
     form = form or ("table" if _PER_CLASS.value else "json")
+  if _PREDICTIONS.value is not None:
+    predictions = rows[0].pop("predictions")
+    _on_first_process(lambda: _write_file(predictions))
   output.write(_classes(rows) if _PER_CLASS.value else rows, form)
+
+
+def _details(task: Any) -> list[str]:
+  """The methods of evaluators, besides their measures, that flags ask for.
+
+  Raises:
+    ConfigError: the task's evaluators lack one, or the file for predictions
+      cannot be written.
+  """
+  problems = {}
+  if _PER_CLASS.value:
+    problems["table"] = "--per_class: the task has no measures of classes"
+  if _PREDICTIONS.value is not None:
+    problems["predictions"] = "--predictions: the task has none for a file"
+  evaluators = task.make_evaluators().values()
+  for method, problem in problems.items():
+    if not any(hasattr(evaluator, method) for evaluator in evaluators):
+      raise errors.ConfigError(problem)
+  if "predictions" in problems:
+    _on_first_process(_check_file)
+  return list(problems)
+
+
+def _on_first_process(act: Callable[[], None]) -> None:
+  """Calls it there; an error is raised on all processes."""
+  import jax  # noqa: PLC0415
+
+  from metaformer_jax.runtime import processes  # noqa: PLC0415  Imports jax.
+
+  with processes.agreeing():
+    if jax.process_index() == 0:
+      act()
+
+
+def _check_file() -> None:
+  """Raises ConfigError before the evaluation if its file cannot be written."""
+  path = paths.local("--predictions", _PREDICTIONS.value).absolute()
+  if path.is_dir() or not os.access(path.parent, os.W_OK):
+    raise errors.ConfigError(f"--predictions: {_PREDICTIONS.value} is not a "
+                             "file in a folder that can be written")
+
+
+def _write_file(predictions: list[Row]) -> None:
+  path = paths.local("--predictions", _PREDICTIONS.value)
+  try:
+    output.write_json(path, predictions)
+  except OSError as e:
+    raise errors.StorageError(
+        f"--predictions: {path} cannot be written: {e}") from e
 
 
 def _classes(rows: list[Row]) -> list[Row]:
   """The rows of the classes; with several weights, each with their name."""
-  if not any(row["table"] for row in rows):
-    raise errors.ConfigError("--per_class: the task has no measures of classes")
   return [({"weights": row["weights"]} if len(rows) > 1 else {}) | of_class
           for row in rows for of_class in row["table"]]
 
@@ -82,7 +141,7 @@ def _evaluate_checkpoint(cfg: Experiment, workdir: pathlib.Path) -> Row:
   from metaformer_jax.training import evaluate  # noqa: PLC0415
 
   return evaluate.evaluate_checkpoint(cfg, task, mesh, workdir, checkpoint,
-                                      detailed=_PER_CLASS.value)
+                                      _details(task))
 
 
 def _evaluate_weights(cfg: Experiment) -> list[Row]:
@@ -105,10 +164,11 @@ def _evaluate_weights(cfg: Experiment) -> list[Row]:
       if not named or saved.read_weights(path, None):
         check_model(cfg, made, path, "--weights")
     filled, task, _ = cli.start(cfg, mesh)
+    details = _details(task)
     with processes.agreeing():
       variables = inference.read(task, path)
     result = evaluate.evaluate_variables(filled, task, mesh, variables,
-                                         detailed=_PER_CLASS.value)
+                                         details)
     rows.append({"weights": weights, "model": filled.model.name, **result,
                  "params": sum(map(np.size, jax.tree.leaves(
                      variables["params"]))),

@@ -1,8 +1,13 @@
-"""How tools print rows: as a table, as JSON or as comma-separated values."""
+"""How tools print rows: as a table, as JSON or as comma-separated values.
+
+And how they write JSON files.
+"""
 
 import csv
 import io
 import json
+import os
+import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,3 +57,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
       cell.ljust(width) if is_left else cell.rjust(width)
       for cell, width, is_left in zip(line, widths, left)).rstrip()
       for line in cells)
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+  """Writes standard JSON into a file, which is complete or absent.
+
+  Raises:
+    OSError: it cannot be written; an existing file is unchanged.
+  """
+  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  try:
+    with open(partial, "w", encoding="utf-8") as file:
+      json.dump(content, file, allow_nan=False)
+      file.write("\n")
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)

@@ -7,9 +7,11 @@ r"""Predicts what is on images:
 
 --weights is the name of a model with published weights, a file of weights, or
 the folder of a run. In a folder, all images are taken, those of its subfolders
-included. Images that cannot be read are named, and passed over. --output writes
-what a segmentation model predicts as pictures: NAME.labels.png, whose values
-are the classes, and NAME.overlay.png, with a legend of their names.
+included. Images that cannot be read are named, and passed over.
+
+--output writes what is found into a folder, and NAME.overlay.png, which shows
+it on the image. Of segmentation: NAME.labels.png, whose values are the classes.
+Of detection: detections.json, a COCO data set of all images.
 """
 
 import argparse
@@ -57,23 +59,24 @@ def find(paths: list[str]) -> list[tuple[str, str]]:
   return found
 
 
-class Pictures:
-  """Writes the pictures of predictions into a folder."""
+class Files:
+  """Writes predictions into a folder: pictures, and a COCO data set of all."""
 
   def __init__(self, folder: str, task: base.Task,
                images: list[tuple[str, str]]):
     """Takes the images as `find` returns them.
 
     Raises:
-      ConfigError: the task has no pictures, the folder cannot be made, or two
-        images would be written under one name.
+      ConfigError: the task has neither pictures nor annotations, the folder
+        cannot be made, or two images would be written under one name.
     """
-    if not hasattr(task, "pictures"):
+    if not (hasattr(task, "pictures") or hasattr(task, "annotations")):
       raise errors.ConfigError(
           "--output: the weights are of a task whose predictions are not "
           "pictures; omit it")
     self._task, self._folder = task, pathlib.Path(folder)
     self._names, seen = dict(images), {}
+    self._images, self._categories, self._annotations = [], [], []
     for path, name in images:
       first = seen.setdefault(os.path.splitext(name)[0], path)
       if first != path:
@@ -83,14 +86,36 @@ class Pictures:
     with self._one_line():
       self._folder.mkdir(parents=True, exist_ok=True)
 
-  def write(self, path: str, found: dict[str, Any]) -> None:
-    """Writes what was found on the image at a path."""
+  def add(self, path: str, found: dict[str, Any]) -> None:
+    """Takes what was found on the image at a path, and writes its pictures."""
+    if hasattr(self._task, "annotations"):
+      self._annotate(self._names[path], self._task.annotations(found))
+    if not hasattr(self._task, "pictures"):
+      return
     pictures = self._task.pictures(found, folders.read_file(path))
     stem = self._folder / os.path.splitext(self._names[path])[0]
     with self._one_line():
       stem.parent.mkdir(parents=True, exist_ok=True)
       for name, picture in pictures.items():
         picture.save(f"{stem}.{name}.png")
+
+  def _annotate(self, name: str, found: dict[str, base.Rows]) -> None:
+    """Adds an image to the data set; numbers begin at 1."""
+    image_id = len(self._images) + 1
+    self._images += [{"id": image_id, "file_name": name, **row}
+                     for row in found["images"]]
+    self._categories = found["categories"]
+    self._annotations += [
+        {"id": i, "image_id": image_id, **row} for i, row in enumerate(
+            found["annotations"], len(self._annotations) + 1)]
+
+  def close(self) -> None:
+    """Writes the data set of all images, if there is one."""
+    if self._images:
+      with self._one_line():
+        output.write_json(self._folder / "detections.json", {
+            "info": {}, "images": self._images,
+            "categories": self._categories, "annotations": self._annotations})
 
   @contextlib.contextmanager
   def _one_line(self):
@@ -113,20 +138,24 @@ def main(args: argparse.Namespace) -> None:
   if loaded.cfg.task.num_classes == 0:
     raise errors.ConfigError(f"--weights: {args.weights} has no head, and so "
                              "no classes; give weights with one")
-  pictures = args.output and Pictures(args.output, loaded.task, images)
-  n_bad = 0
+  files = args.output and Files(args.output, loaded.task, images)
+  n_bad, header = 0, True
   with tqdm.tqdm(total=len(images), unit="image", ncols=79,
                  disable=not sys.stderr.isatty()) as bar:
     batch_size = min(args.batch_size, inference.enough_for(len(images)))
     paths = [path for path, _ in images]
-    results = loaded.stream(paths, batch_size)
-    for i, (path, found) in enumerate(zip(paths, results)):
+    for path, found in zip(paths, loaded.stream(paths, batch_size)):
+      bad = isinstance(found, errors.DataError)
+      rows = [] if bad else loaded.task.describe(found, args.top)
       with bar.external_write_mode():
-        usable = _show(path, found, loaded.task, args, first=i == n_bad)
-      if usable and pictures:
-        pictures.write(path, found)
-      n_bad += not usable
+        _show(path, found if bad else rows, args.form, header)
+      header &= not rows
+      if files and not bad:
+        files.add(path, found)
+      n_bad += bad
       bar.update()
+  if files:
+    files.close()
   if n_bad:
     message = f"{n_bad} of {len(images)} images cannot be used"
     if n_bad == len(images):
@@ -134,22 +163,21 @@ def main(args: argparse.Namespace) -> None:
     log.warning("%s", message)
 
 
-def _show(path: str, found: dict[str, Any] | errors.DataError, task: base.Task,
-          args: argparse.Namespace, first: bool) -> bool:
-  """Prints what was found on an image; returns whether it could be used."""
+def _show(path: str, found: base.Rows | errors.DataError, form: str,
+          header: bool) -> None:
+  """Prints the rows of what was found on an image, or why it is unusable."""
   bad = isinstance(found, errors.DataError)
-  rows = [] if bad else task.describe(found, args.top)
   if bad:
     log.warning("%s", errors.one_line(found))
-  if args.form == "json":
-    said = {"error": errors.one_line(found)} if bad else {"predictions": rows}
+  if form == "json":
+    said = {"error": errors.one_line(found)} if bad else {"predictions": found}
     output.write([{"image": path, **said}], "json")
-  elif args.form == "csv" and rows:
-    output.write([{"image": path, **row} for row in rows], "csv", header=first)
-  elif rows:
-    print(errors.one_line(path), textwrap.indent(output.table(rows), "  "),
-          sep="\n", flush=True)
-  return not bad
+  elif form == "csv" and not bad and found:
+    output.write([{"image": path, **row} for row in found], "csv", header)
+  elif form == "table" and not bad:
+    rows = output.table(found) if found else "nothing found"
+    print(errors.one_line(path), textwrap.indent(rows, "  "), sep="\n",
+          flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -161,9 +189,10 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--model", help="a name of metaformer_jax.list_models(), "
                       "for weights that do not record it")
   parser.add_argument("--top", type=_positive, default=5,
-                      help="classes to show for each image, 5 by default")
-  parser.add_argument("--output", help="a folder for pictures of what a "
-                      "segmentation model predicts")
+                      help="classes or objects to show for each image, the "
+                      "best ones, 5 by default; --output has all objects")
+  parser.add_argument("--output", help="a folder for what a segmentation or "
+                      "detection model predicts")
   parser.add_argument("--batch_size", type=_positive, default=32,
                       help="images per call of the model, at most; 32 by "
                       "default")

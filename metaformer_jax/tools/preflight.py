@@ -38,12 +38,14 @@ _JSON = flags.DEFINE_bool(
 _N_EXAMPLES = flags.DEFINE_integer(
     "n_examples", None, "Number of training images, which sets the length of "
     "the run. Default: counted if the data is here; otherwise that of "
-    "ImageNet-1K, -21K or ADE20K, by the number of classes.", lower_bound=1)
+    "ADE20K, COCO, ImageNet-21K or -1K, by task and classes.", lower_bound=1)
 
-# Training images by number of classes; ImageNet-1K's for any other number.
-_KNOWN = {150: ("ADE20K", 20_210),
-          1000: ("ImageNet-1K", 1_281_167),
-          21_841: ("ImageNet-21K", 14_197_122)}
+# Training images by task and number of classes, of COCO those with objects;
+# ImageNet-1K's for any others.
+_IMAGENET = "ImageNet-1K", 1_281_167
+_KNOWN = {("segmentation", 150): ("ADE20K", 20_210),
+          ("detection", 80): ("COCO", 117_266),
+          ("classification", 21_841): ("ImageNet-21K", 14_197_122)}
 
 
 def main(cfg: Experiment, workdir: pathlib.Path) -> None:
@@ -133,7 +135,7 @@ def _examples(cfg: Experiment, task, given: int | None) -> tuple[int, str]:
     return given, "as given"
   if not [*checks.check(cfg), *sources.check(cfg, files=True)]:
     return task.make_data("train").n_examples, "counted in the data"
-  name, n = _KNOWN.get(cfg.task.num_classes, _KNOWN[1000])
+  name, n = _KNOWN.get((cfg.task.name, cfg.task.num_classes), _IMAGENET)
   return n, f"{name}'s, as the data is not here"
 
 

@@ -8,27 +8,36 @@ any place; train on it with --config.data.source=array_record and
 --config.data.path. The records have the files' bytes: the examples are the same
 bit for bit.
 
-Each image and label map is decoded once. If one cannot be used, it is named,
+Each image, and label map, is decoded once. If one cannot be used, it is named,
 and nothing is written, unless --skip_bad leaves it out. The folder gets its
 name when it is complete; its bytes depend on the data and --shards only.
 """
 
 import argparse
 import itertools
+import json
 import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
+
+import numpy as np
 
 from metaformer_jax import cli, errors
 from metaformer_jax.config import paths, schema, tasks
 from metaformer_jax.convert import files
 from metaformer_jax.data import sources
-from metaformer_jax.data.sources import base, label_maps, prepared
-from metaformer_jax.data.transforms import segmentation
+from metaformer_jax.data.sources import (
+  base,
+  coco,
+  label_maps,
+  objects,
+  prepared,
+)
+from metaformer_jax.data.transforms import detection, segmentation
 
 log = logging.getLogger("metaformer_jax.tools.prepare")
 
@@ -40,19 +49,36 @@ _NAMED = 10
 
 
 class _Split:
-  """A split of label maps that is being written."""
+  """A split that is being written; subclasses know its kind of records.
 
-  def __init__(self, source: base.Source, data: schema.Data,
-               reduce_zero_label: bool):
-    self._source, self._data = source, data
+  Attributes:
+    kept: the indices of the examples that were written.
+    n_bad: how many could not be used.
+  """
+
+  def __init__(self, source: base.Source, data: schema.Data):
+    self.source, self.data = source, data
     self._root = pathlib.Path(data.path).expanduser()
-    self._task = tasks.Segmentation(num_classes=source.n_classes or 255,
-                                    reduce_zero_label=reduce_zero_label)
+    self.kept: list[int] = []
     self.n_bad = 0
+
+  def description(self) -> dict[str, Any]:
+    """The attributes of the index, as for `prepared.write`."""
+    raise NotImplementedError
+
+  def packed(self, record: base.Record) -> tuple[dict[str, Any], Any]:
+    """What is written of a record, and the size of its image.
+
+    Raises:
+      Exception: the record cannot be used.
+    """
+    raise NotImplementedError
+
+  table: Callable[[], bytes] | None = None  # As for `prepared.write`.
 
   def shards(self, n: int) -> Iterator[Iterator[tuple[dict[str, Any], Any]]]:
     """The records of each of n files, with the sizes of their images."""
-    total = len(self._source)
+    total = len(self.source)
     for i in range(n):
       yield self._records(range(i * total // n, (i + 1) * total // n))
 
@@ -60,23 +86,24 @@ class _Split:
     with futures.ThreadPoolExecutor() as pool:
       left = iter(indices)
       while part := list(itertools.islice(left, _AT_ONCE)):
-        for record, size, reason in pool.map(self._read, part):
+        for i, (record, size, reason) in zip(part, pool.map(self._read, part)):
           if reason:
             self._name(reason)
           else:
+            self.kept.append(i)
             yield record, size
 
   def _read(self, index: int) -> tuple[dict[str, Any], Any, str]:
     """A record, its image's size, and why it is bad, or ""."""
     record = {}
     try:
-      record = self._source[index]
-      image, _ = segmentation.decode(record, self._data, self._task)
+      record = self.source[index]
+      packed, size = self.packed(record)
     except Exception as e:
-      path = record.get("path") or self._source.path(index)
+      path = record.get("path") or self.source.path(index)
       return {}, None, errors.one_line(f"{path}: {type(e).__name__}: {e}")
     inside = os.path.relpath(record["path"], self._root)
-    return {**record, "path": os.fsencode(inside)}, image.shape[:2], ""
+    return {**packed, "path": os.fsencode(inside)}, size, ""
 
   def _name(self, reason: str) -> None:
     self.n_bad += 1
@@ -84,6 +111,42 @@ class _Split:
       log.warning("%s", reason)
     elif self.n_bad == _NAMED + 1:
       log.warning("further bad examples are counted but not named")
+
+
+class _LabelMaps(_Split):
+  """A split of label maps."""
+
+  def __init__(self, source: base.Source, data: schema.Data,
+               reduce_zero_label: bool):
+    super().__init__(source, data)
+    self._task = tasks.Segmentation(num_classes=source.n_classes or 255,
+                                    reduce_zero_label=reduce_zero_label)
+
+  def description(self) -> dict[str, Any]:
+    return {"records": "label_maps", "class_names": self.source.class_names,
+            "reduce_zero_label": self._task.reduce_zero_label}
+
+  def packed(self, record: base.Record) -> tuple[dict[str, Any], Any]:
+    image, _ = segmentation.decode(record, self.data, self._task)
+    return dict(record), image.shape[:2]
+
+
+class _Objects(_Split):
+  """A split of objects: boxes in a table, images and outlines in records."""
+
+  def description(self) -> dict[str, Any]:
+    return {"records": "objects", "class_names": self.source.class_names,
+            "reduce_zero_label": False}
+
+  def packed(self, record: base.Record) -> tuple[dict[str, Any], Any]:
+    image, _, _ = detection.decode(record, self.data, self.source.n_classes)
+    segments = json.dumps(record["segments"], separators=(",", ":"))
+    return {"image": record["image"],
+            "segments": segments.encode()}, image.shape[:2]
+
+  def table(self) -> bytes:
+    return objects.save(self.source.objects.subset(np.array(self.kept, int)),
+                        self.source.category_ids)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -101,24 +164,35 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _check_inside(data: schema.Data) -> Iterator[str]:
-  yield from label_maps.check_split(data, "train_split",
-                                    label_maps.splits(data).train)
+  if data.source == "coco":
+    coco.classes(data)
+  else:
+    yield from label_maps.check_split(data, "train_split",
+                                      label_maps.splits(data).train)
+
+
+def _evaluation(data: schema.Data) -> str | None:
+  """Why there is no evaluation split; None if there is one."""
+  if data.source == "coco":
+    return None if coco.has_split(data, train=False) else (
+        f"{data.path} has no file of one")
+  folder = label_maps.splits(data).evaluation[0]
+  return None if folder.is_dir() else f"{folder} does not exist"
 
 
 def _write_all(output: pathlib.Path, data: schema.Data,
                args: argparse.Namespace) -> None:
   """Writes all splits into another folder, which then is renamed."""
-  where = label_maps.splits(data)
+  missing = _evaluation(data)
   partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
   try:
     try:
       partial.mkdir(parents=True)
-      for name, roots in (("train", where.train), ("val", where.evaluation)):
-        if name == "train" or roots[0].is_dir():
-          _write(partial, name, data, args)
-        else:
-          log.warning("%s does not exist: there is no evaluation split",
-                      roots[0])
+      _write(partial, "train", data, args)
+      if missing:
+        log.warning("%s: there is no evaluation split", missing)
+      else:
+        _write(partial, "val", data, args)
       os.replace(partial, output)
     finally:
       shutil.rmtree(partial, ignore_errors=True)
@@ -131,12 +205,12 @@ def _write(folder: pathlib.Path, name: str, data: schema.Data,
            args: argparse.Namespace) -> None:
   """Writes a split; raises DataError if examples are bad and not skipped."""
   source = sources.create(data, "train" if name == "train" else "eval")
-  zero = args.reduce_zero_label or sources.reduces_zero_label(data)
-  split = _Split(source, data, zero)
+  split = _Objects(source, data) if data.source == "coco" else _LabelMaps(
+      source, data,
+      args.reduce_zero_label or sources.reduces_zero_label(data))
   n_shards = min(args.shards, len(source))
-  index = prepared.write(folder, name, split.shards(n_shards), n_shards, {
-      "records": "label_maps", "class_names": source.class_names,
-      "reduce_zero_label": zero})
+  index = prepared.write(folder, name, split.shards(n_shards), n_shards,
+                         split.description(), split.table)
   n = len(index.sizes)
   if split.n_bad and not args.skip_bad:
     raise errors.DataError(
@@ -162,7 +236,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   """The command line."""
   parser = cli.Parser(__doc__, "prepare")
   parser.add_argument("--source", required=True,
-                      choices=("ade20k", "label_maps"),
+                      choices=("ade20k", "coco", "label_maps"),
                       help="the form of the data, as in config.data.source")
   parser.add_argument("--path", required=True, help="as in config.data.path")
   parser.add_argument("--output", required=True, help="a new folder")

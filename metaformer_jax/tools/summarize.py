@@ -53,7 +53,7 @@ Written by `python -m metaformer_jax.tools.summarize --configs=configs --output=
 
     python -m metaformer_jax.main --config=configs/caformer.py:s18 --config.data.path=/path/to/imagenet
 
-- Top-1 and mIoU (percent) are published, by the source beside them, and were not measured here. Measured numbers are in [results.md](results.md).
+- Top-1, mIoU and box AP (percent) are published, by the source beside them, and were not measured here. Measured numbers are in [results.md](results.md).
 - The peak learning rate is that of the batch size in the table; with another `--config.train.batch_size` it scales in proportion. Epochs: training + cool-down.
 - The batches of ImageNet are for a TPU pod slice or several GPUs. `--config.train.accumulate=8` computes one in eight parts, to fit it on fewer devices.
 - `--config.init` replaces the initial weights.
@@ -66,7 +66,7 @@ _RECIPE_COLUMNS = (
 
 
 # Names of the tasks' first measures, as papers write them.
-_MEASURES = {"top1": "top-1", "miou": "mIoU"}
+_MEASURES = {"top1": "top-1", "miou": "mIoU", "box_ap": "box AP"}
 
 
 def _table(columns: tuple[str, ...], cells: Iterator[list[str]],

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,10 +81,14 @@ class Evaluation:
           "above")
     return collect(self._evaluators) | {"bad_images": n_bad}
 
-  def table(self) -> base.Rows:
-    """The last measures in detail, where evaluators have them; for a user."""
+  def rows(self, kind: str) -> base.Rows:
+    """What evaluators have besides the last measures; for a user.
+
+    Args:
+      kind: the method that gives it, "table" or "predictions".
+    """
     return [row for evaluator in self._evaluators.values()
-            if hasattr(evaluator, "table") for row in evaluator.table()]
+            if hasattr(evaluator, kind) for row in getattr(evaluator, kind)()]
 
 
 def is_due(step: int, n_steps: int, every: int) -> bool:
@@ -134,7 +138,7 @@ def collect(evaluators: Mapping[str, base.Evaluator]) -> dict[str, float]:
 
 def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
                         workdir: pathlib.Path, which: str | int,
-                        detailed: bool = False) -> dict[str, Any]:
+                        details: Sequence[str] = ()) -> dict[str, Any]:
   """Evaluates a checkpoint of a workdir.
 
   Args:
@@ -143,7 +147,7 @@ def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
     mesh: from `devices.make_mesh(cfg)`.
     workdir: of the training run.
     which: "last", "best" (by config.checkpoint.best_metric) or a step.
-    detailed: as for `evaluate_variables`.
+    details: as for `evaluate_variables`.
 
   Returns:
     {"step", and what `evaluate_variables` returns}.
@@ -169,12 +173,12 @@ def evaluate_checkpoint(cfg: Experiment, task: base.Task, mesh,
     checkpoints.close()
   return {"step": i,
           **evaluate_variables(cfg, task, mesh, state.eval_variables(),
-                               detailed)}
+                               details)}
 
 
 def evaluate_variables(cfg: Experiment, task: base.Task, mesh,
                        variables: base.Variables,
-                       detailed: bool = False) -> dict[str, Any]:
+                       details: Sequence[str] = ()) -> dict[str, Any]:
   """Evaluates variables on the evaluation split.
 
   Args:
@@ -182,10 +186,11 @@ def evaluate_variables(cfg: Experiment, task: base.Task, mesh,
     task: what to measure.
     mesh: from `devices.make_mesh(cfg)`.
     variables: of the task's model; the same on all processes.
-    detailed: whether to return the evaluators' tables, too.
+    details: what to return besides, by the evaluators' methods: "table",
+      "predictions".
 
   Returns:
-    The evaluators' measures, "bad_images" and, if asked for, "table": rows.
+    The evaluators' measures, "bad_images", and the rows of each of `details`.
 
   Raises:
     ConfigError: the data does not fit the model.
@@ -199,4 +204,4 @@ def evaluate_variables(cfg: Experiment, task: base.Task, mesh,
   with Watchdog(cfg.log.hang_seconds) as watchdog:
     # As nothing is saved, signals have their usual effect.
     measures = evaluate(variables, signals.StopSignal(), watchdog)
-  return measures | ({"table": evaluate.table()} if detailed else {})
+  return measures | {kind: evaluate.rows(kind) for kind in details}

@@ -344,7 +344,7 @@ def test_adaptations_are_logged(write, caplog):
   with caplog.at_level("INFO", logger="metaformer_jax"):
     load("metaformer_ppaa_s12_224", path, num_classes=7, in_chans=1,
          input_size=64, **SMALL)
-  for words in ("head/kernel: 10 classes, re-initialised with 7",
+  for words in ("head/kernel: 10 outputs, re-initialised with 7",
                 "conv/kernel: adapted from 3 channels to 1",
                 "embedding: resized from (14, 14, 24) to (4, 4, 24)"):
     assert words in caplog.text

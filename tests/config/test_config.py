@@ -131,7 +131,7 @@ WRONG = [_case({**DIGITS, key: value}, f"config.{key}: {value!r}", *says)
     ("mesh.fsdp", 0, "-1 takes the rest"),
     # Choices.
     ("data.source", "tdfs", "did you mean tfds?"),
-    ("data.source", "imagenet", "valid: ade20k, array_record, digits, folder"),
+    ("data.source", "imagenet", "valid: ade20k, array_record, coco, digits"),
     ("task.interpolation", "cubic", "did you mean bicubic?"),
     ("task.train_interpolation", "rand", "did you mean random?"),
     ("model.norm", "layernorm", "did you mean layer_norm?"),

@@ -16,11 +16,17 @@ import types
 import typing
 
 import ade_tree
+import coco_tree
 import command_line
 import ml_collections
 import pytest
 import source_files
-from config_mistakes import OF_SEGMENTATION, OVERRIDES, TOGETHER
+from config_mistakes import (
+  OF_DETECTION,
+  OF_SEGMENTATION,
+  OVERRIDES,
+  TOGETHER,
+)
 from shipped import CONFIGS, load
 
 from metaformer_jax import cli, errors
@@ -100,7 +106,9 @@ CHANGES = {
         *from_fields(fields()), *of_sections(),
         *from_fields(fields(tasks.Classification, "task.")), *TOGETHER],
     "segmentation": [
-        *from_fields(fields(tasks.Segmentation, "task.")), *OF_SEGMENTATION]}
+        *from_fields(fields(tasks.Segmentation, "task.")), *OF_SEGMENTATION],
+    "detection": [
+        *from_fields(fields(tasks.Detection, "task.")), *OF_DETECTION]}
 
 
 def task_of(argument):
@@ -120,6 +128,7 @@ def data(tmp_path_factory):
   root = tmp_path_factory.mktemp("data")
   source_files.write_empty(root)
   ade_tree.make(root, n_train=1, n_val=1)
+  coco_tree.make(root, n_train=3, n_val=1)
   return root
 
 
@@ -130,6 +139,10 @@ def shipped(argument, data):
   if config.data.source in ("folder", "idx"):
     config.data.path = str(data)
     config.task.num_classes = 1
+  elif config.data.source == "coco":
+    config.data.path = str(data / "coco")
+    config.task.update({"num_classes": None, "class_names": None,
+                        "category_ids": None})
   elif config.data.source == "ade20k":
     config.data.path = str(data)
     config.init = None  # That of ResNet is a file.

@@ -379,7 +379,7 @@ def test_the_tool_needs_no_more_memory_than_a_few_examples(tree, tmp_path):
       read.append(index)
       return source[index % N_TRAIN]
 
-  split = prepare._Split(Watched(), data, reduce_zero_label=True)
+  split = prepare._LabelMaps(Watched(), data, reduce_zero_label=True)
   shards = split.shards(2)
   next(next(shards))
   assert len(read) <= 2 * prepare._AT_ONCE

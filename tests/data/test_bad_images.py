@@ -14,7 +14,7 @@ from loader_cases import take
 
 from metaformer_jax import errors
 from metaformer_jax.config import schema, tasks
-from metaformer_jax.data import loader, sources
+from metaformer_jax.data import loader, sources, streams
 from metaformer_jax.data.transforms import classification as transforms
 
 # 1 % of a folder is damaged, in 12 ways; more of its files are odd but valid.
@@ -234,8 +234,8 @@ def test_any_exception_makes_a_bad_example(error, caplog):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_is_not_a_bad_example(error):
-  stream = loader._TrainStream(loader_cases.Numbers(5),
-                               Bad(*range(5), error=error), 0, 1)
+  stream = streams.Train(loader_cases.Numbers(5), Bad(*range(5), error=error),
+                         seed=0, repeats=1, groups=(range(5),), batch_size=1)
   with pytest.raises(error):
     stream[0]
 

@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 import pytest
-from loader_cases import Numbers, numbers, take
+from loader_cases import Numbers, numbers
 
 from metaformer_jax import errors
 from metaformer_jax.data import loader
@@ -25,9 +25,6 @@ class Shaped:
   def __call__(self, record, rng):
     if record["label"] in self._bad:
       raise ValueError("is broken")
-    if rng is not None:  # As in training, without groups.
-      assert "group" not in record
-      return {"x": np.full(1, record["label"], np.int32)}
     return {"x": np.full(record["group"] + 1, record["label"], np.int32)}
 
   def blank(self, group):
@@ -97,12 +94,6 @@ def test_no_more_than_the_first_ten_are_named(caplog):
   with caplog.at_level(logging.WARNING):
     list(made(range(N)).eval_batches())
   assert len(caplog.records) == 11
-
-
-def test_training_does_not_see_the_groups():
-  stream = take(made().train_batches(0), 6)["x"][:, 0]
-  assert stream.tolist() == take(numbers(N, 4).train_batches(0), 6)[
-      "index"].tolist()
 
 
 def test_one_group_of_all_is_as_none():

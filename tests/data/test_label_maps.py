@@ -238,8 +238,9 @@ def test_another_number_of_classes_is_an_error(tree):
 def test_classification_needs_classes_of_images(tree, source):
   cfg = schema.Experiment(data=data(tree, source))
   problem, = sources.check(cfg, files=True)
+  labels = "pixel or object" if source == "array_record" else "pixel"
   assert problem == (
-      f"config.data.source: {source} has a label for each pixel, but "
+      f"config.data.source: {source} has a label for each {labels}, but "
       "classification needs one for each image; valid: digits, folder, idx, "
       "tfds")
 

@@ -65,6 +65,80 @@ def test_unknown_split_is_one_line(value):
     opened(eval_split=value, split="eval")
 
 
+# Scenes with boxes.
+
+
+def with_boxes(split, task_split="train"):
+  return sources.create(schema.Data(
+      source="scenes", train_split=split, eval_split=split), task_split,
+      task=tasks.Detection())
+
+
+def test_boxes_are_the_smallest_around_what_is_visible():
+  source = with_boxes("train[:60]")
+  counts, n_overlapping = np.zeros(10, int), 0
+  for i in range(60):
+    record = source[i]
+    height, width, _ = record["image"].shape
+    assert (height, width) == record["size"]
+    np.testing.assert_array_equal(record["image"], source[i]["image"])
+    masks = [decoded(s) for s in record["segments"]]
+    assert not (np.sum(masks, 0) > 1).any()  # No pixel is of two digits.
+    for mask, (left, top, right, bottom) in zip(masks, record["boxes"]):
+      y, x = np.nonzero(mask)
+      assert (x.min(), y.min(), x.max() + 1, y.max() + 1) == (
+          left, top, right, bottom)
+      # Digits stand out of the dimmed photograph.
+      gray = record["image"].mean(-1)
+      assert gray[mask].mean() > 110
+    counts += np.bincount(record["labels"], minlength=10)
+    starts, ends = record["boxes"][:, :2], record["boxes"][:, 2:]
+    n_overlapping += (np.triu((starts[:, None] < ends[None]).all(-1) & (
+        starts[None] < ends[:, None]).all(-1), 1)).sum()
+  assert counts.min() > 3 and 120 < counts.sum() < 240
+  assert n_overlapping > 20
+  np.testing.assert_array_equal(
+      source.sizes(), [source[i]["size"] for i in range(60)])
+  assert {*map(tuple, source.sizes().tolist())} == {*scenes._OBJECT_SIZES}
+  assert source.has_objects().all()
+  with pytest.raises(IndexError):
+    source[60]
+
+
+def decoded(segment):
+  """The mask of an RLE, bool [H, W]."""
+  values = np.zeros(0, bool)
+  for i, n in enumerate(segment["counts"]):
+    values = np.append(values, np.full(n, i % 2 == 1))
+  return values.reshape(segment["size"][::-1]).T
+
+
+def test_annotations_are_of_the_scenes():
+  source = with_boxes("test[:20]", "eval")
+  found = source.annotations()
+  assert [c["name"] for c in found["categories"]] == [*"0123456789"]
+  assert [c["id"] for c in found["categories"]] == [*source.category_ids]
+  assert len(found["images"]) == 20
+  rows = iter(found["annotations"])
+  for image, i in zip(found["images"], range(20)):
+    record = source[i]
+    assert (image["height"], image["width"]) == record["size"]
+    for label, (left, top, right, bottom), segment in zip(
+        record["labels"], record["boxes"], record["segments"]):
+      row = next(rows)
+      assert row["image_id"] == image["id"] and not row["iscrowd"]
+      assert row["category_id"] == source.category_ids[label]
+      assert row["bbox"] == [left, top, right - left, bottom - top]
+      assert row["area"] == decoded(segment).sum()
+  assert not list(rows)
+
+
+def test_scenes_with_boxes_differ_by_split():
+  one, other = with_boxes("train[:30]"), with_boxes("test[:30]", "eval")
+  images = {s[i]["image"].tobytes() for s in (one, other) for i in range(30)}
+  assert len(images) == 60
+
+
 def test_check():
   def lines(task, **data):
     cfg = schema.Experiment(task=task, data=schema.Data(source="scenes",
@@ -76,3 +150,6 @@ def test_check():
       "config.task.num_classes: 10, but the training data has 11 classes; set "
       "it to 11, or to None"]
   assert len(lines(tasks.Segmentation(), train_split="a")) == 1
+  assert lines(tasks.Detection()) == []
+  line, = lines(tasks.Detection(num_classes=11))
+  assert "11, but the training data has 10 classes" in line

@@ -6,8 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from segmenters import perturbed, section, shapes_of
+from segmenters import (
+  PUBLISHED,
+  SMALL,
+  Own,
+  images,
+  on_canvas,
+  perturbed,
+  section,
+  shapes_of,
+)
 
 import metaformer_jax
 from metaformer_jax.heads import convs, fpn, segmenter, semantic_fpn
@@ -28,39 +36,12 @@ TABLE = {
     "pvt_medium": (47_960_214, 48.0),
     "pvt_large": (65_121_430, 65.1),
 }
-PUBLISHED = {"poolformer": ({}, "group_norm"),
-             "resnet": ({"stem": "3x3"}, None),
-             "pvt": ({"class_token": False}, None)}
-SMALL = {
-    "poolformer_s12": {"dims": (8, 12, 16, 24), "depths": (1, 1, 1, 1)},
-    "caformer_s18": {"dims": (32, 32, 32, 32), "depths": (1, 1, 1, 1)},
-    "metaformer_ppaa_s12_224": {"dims": (32, 32, 32, 32),
-                                "depths": (1, 1, 1, 1)},
-    "resnet18": {"widths": (8, 12, 16, 20)},
-    "pvt_tiny": {"dims": (8, 12, 16, 24), "n_heads": (1, 2, 2, 3)},
-    "vit_base_patch16_224": {"dim": 24, "depth": 1, "n_heads": 2},
-    "mixer_b16_224": {"dim": 24, "depth": 1},
-    "resmlp_12_224": {"dim": 24, "depth": 1},
-}
 
 
 def small(name, norm=None, dtype=None, **task):
   backbone = metaformer_jax.create_model(name, num_classes=0, dtype=dtype,
                                          **SMALL[name])
   return segmenter.create(backbone, section(**task), feature_norm=norm)
-
-
-def images(n, height, width):
-  return np.random.default_rng(1).standard_normal(
-      (n, height, width, 3)).astype(np.float32)
-
-
-def on_canvas(x, height, width):
-  canvas = np.full((len(x), height, width, 3), 1e3, np.float32)
-  canvas[:, :x.shape[1], :x.shape[2]] = x
-  mask = np.zeros(canvas.shape[:3], bool)
-  mask[:, :x.shape[1], :x.shape[2]] = True
-  return canvas, mask
 
 
 def n_params(name, **task):
@@ -158,27 +139,9 @@ def test_one_output_becomes_a_pyramid():
         1, 1, 1, -1) + bias.reshape(1, 1, 1, -1)
     maps = [jax.image.resize(y, (1, *size, 24), "linear", antialias=False)
             for size in ((12, 8), (6, 4), (3, 2), (2, 1))]
-    return bound.head(bound.pyramid(maps, [None] * 4), [None] * 4)
+    return bound.head(*bound.pyramid(maps, [None] * 4))
 
   np.testing.assert_allclose(by_hand(variables, x), want, atol=1e-5)
-
-
-class Own(nn.Module):
-  """A user's backbone: features, and nothing else."""
-
-  @nn.compact
-  def features(self, x, mask=None, train=False):
-    found = {}
-    for i, stride in enumerate((4, 2, 2), 1):
-      if mask is not None:
-        x = jnp.where(mask[..., None], x, 0)
-      n = 2 * (stride // 2) + 1
-      x = nn.Conv(8, (n, n), (stride, stride), [(n // 2, n // 2)] * 2,
-                  name=f"conv{i}")(x)
-      if mask is not None:
-        mask = mask[:, ::stride, ::stride]
-      found[f"stage{i}"] = x
-    return found
 
 
 def test_a_backbone_needs_nothing_but_features():

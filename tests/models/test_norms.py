@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from metaformer_jax.models import norms
@@ -147,3 +148,34 @@ def test_eight_devices_give_the_statistics_of_the_global_batch(masked):
   assert len(eight[1][0].sharding.device_set) == 8
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6,
                                                        rtol=1e-5), eight, one)
+
+
+def test_running_statistics_are_used_in_training_if_asked_for():
+  """mmdetection's norm_eval: they stay, and scale and bias have gradients."""
+  norm, variables = made()
+  x = normal(SHAPE)
+  want = norm.apply(variables, x)
+  with norms.running_statistics():
+    y, new = train(norm, variables, x)
+    gradient = jax.grad(lambda params: train(
+        norm, {**variables, "params": params}, x)[0].sum())(variables["params"])
+  np.testing.assert_array_equal(y, want)
+  assert np.abs(y - train(norm, variables, x)[0]).max() > 0.1
+  jax.tree.map(np.testing.assert_array_equal, new, variables["batch_stats"])
+  stats = jax.tree.map(np.asarray, variables["batch_stats"])
+  np.testing.assert_allclose(
+      gradient["scale"], ((x - stats["mean"]) / np.sqrt(stats["var"] + EPS)
+                          ).sum((0, 1, 2)), rtol=1e-4)
+
+
+def test_running_statistics_of_flax_are_used_as_well():
+  norm = nn.BatchNorm()
+  x = normal(SHAPE)
+  variables = norm.init(jax.random.key(0), x, True)
+  with norms.running_statistics():
+    y, new = norm.apply(variables, x, False, mutable=["batch_stats"])
+    named, _ = norm.apply(variables, x, use_running_average=False,
+                          mutable=["batch_stats"])
+  np.testing.assert_array_equal(y, norm.apply(variables, x, True))
+  np.testing.assert_array_equal(y, named)
+  assert not np.any(new["batch_stats"]["mean"])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import ade_tree
+import coco_tree
 import fast_compilation
 import numpy as np
 import pytest
@@ -72,6 +73,10 @@ def shrink(config):
     config.task.scale = (64, 48)
     config.task.eval_canvases = 1
     config.task.fpn_dim = config.task.head_dim = config.task.auxiliary_dim = 8
+  elif config.task.name == "detection":
+    config.task.scale = (128, 96)
+    config.task.fpn_dim = config.task.head_dim = 8
+    config.task.candidates = 20
   else:
     config.task.image_size = 32
   config.data.workers = 0
@@ -94,6 +99,10 @@ def trains(argument, imagenet, folder):
   elif config.data.source == "ade20k":
     ade_tree.make(folder / "ade", n_train=16, n_val=4, seed=0)
     config.data.path = str(folder / "ade")
+  elif config.data.source == "coco":
+    config.data.path = str(coco_tree.make(folder, n_train=16, n_val=4))
+    config.task.update({"num_classes": None, "class_names": None,
+                        "category_ids": None})
   elif config.data.source == "scenes":
     config.data.eval_split = "test[:4]"
   cfg, task = tasks.create(config_lib.resolve(config))
@@ -104,13 +113,16 @@ def trains(argument, imagenet, folder):
   if cfg.task.name == "segmentation":
     assert 0 <= summary["miou"] <= summary["pixel_accuracy"] <= 1
     return
+  if cfg.task.name == "detection":
+    assert 0 <= summary["box_ap"] <= summary["box_ap50"] <= 1
+    return
   # Two steps of a tiny rate: the loss is still near that of chance.
   chance = np.log(cfg.task.num_classes)
   assert abs(summary["loss"] / chance - 1) < 0.5
 
 
-# Each optimizer, each loss, a fine-tuning, each decoder; -m configs trains the
-# others.
+# Each optimizer, each loss, a fine-tuning, each decoder of label maps; -m configs
+# trains the others.
 CHOSEN = ("configs/fashion_mnist.py", "configs/convformer.py:b36_384",
           "configs/resnet.py:18", "configs/ade20k_semantic_fpn.py:pvt_tiny",
           "configs/ade20k_upernet.py:caformer_s18")

@@ -11,7 +11,7 @@ import shipped
 import metaformer_jax
 from metaformer_jax import errors, inference, recipes
 from metaformer_jax.config import resolve as config_lib
-from metaformer_jax.recipes import classification
+from metaformer_jax.recipes import classification, detection
 from metaformer_jax.tools import summarize
 from metaformer_jax.training import schedules
 
@@ -97,6 +97,39 @@ def test_segmentation_recipes_are_the_official_ones():
 
 
 @pytest.mark.parametrize("name", (
+    "poolformer_s12", "resnet50", "pvt_tiny", "pvt_large", "caformer_s18"))
+def test_detection_recipes_are_the_official_ones(name):
+  """The values that mmdetection's config files have, and its rates."""
+  cfg = config_lib.resolve(detection.retinanet(name), files=False)
+  optim, resnet = cfg.optim, name == "resnet50"
+  n_warmup, weight_decay, drop_path = {
+      "caformer_s18": (1000, 0.05, 0.2), "pvt_tiny": (500, 1e-4, 0.1),
+  }.get(name, (500, 1e-4, 0.0))
+  assert optim.name == ("sgd" if resnet else "adamw")
+  assert (optim.weight_decay, optim.clip_norm) == (weight_decay, None)
+  assert optim.decay_all == (name != "caformer_s18")
+  assert (cfg.model.drop_path_rate or 0) == drop_path
+  assert cfg.task.frozen_batch_norm == bool(cfg.train.freeze) == resnet
+  assert (cfg.train.batch_size, cfg.task.loss_group) == (16, 2)
+  peak, per_epoch = 0.01 if resnet else 1e-4, 117_266 / 16
+  rate = schedules.create(cfg, round(12 * per_epoch), per_epoch)
+  for i in (0, 1, 250, n_warmup - 1, n_warmup, 58_633 - 1, 58_633, 80_621 - 1,
+            80_621, 87_949):
+    want = peak * 0.1 ** ((i >= 8 * per_epoch) + (i >= 11 * per_epoch))
+    if i < n_warmup:  # mmcv's LrUpdaterHook.get_warmup_lr.
+      want *= 1 - (1 - i / n_warmup) * (1 - 0.001)
+    assert float(rate(i)) == pytest.approx(want, rel=1e-5), i
+
+
+def test_published_detector():
+  cfg = inference.published("retinanet/resnet18")
+  assert (cfg.task.head, cfg.model.name, cfg.init) == (
+      "retinanet", "resnet18", None)
+  assert cfg.task.class_names[80 - 1] == "toothbrush"
+  assert cfg.task.category_ids[80 - 1] == 90 and cfg.data.mean is not None
+
+
+@pytest.mark.parametrize("name", (
     "semantic_fpn/pvt_tiny", "semantic_fpn/resnet18", "upernet/caformer_s18"))
 def test_published_segmenter(name):
   cfg = inference.published(name)
@@ -108,8 +141,9 @@ def test_published_segmenter(name):
 @pytest.mark.parametrize("name, says", (
     ("semantic_fpm/pvt_tiny", "'semantic_fpm' is not a decoder; did you mean "
      "semantic_fpn?"),
+    ("retinanets/pvt_tiny", "did you mean retinanet?"),
     ("upernet/caformer_s1", "unknown model 'caformer_s1'")))
-def test_unknown_segmenter(name, says):
+def test_unknown_decoder(name, says):
   with pytest.raises(errors.ConfigError, match=re.escape(says)):
     inference.published(name)
 

@@ -12,6 +12,7 @@ from flax import traverse_util
 from metaformer_jax import errors
 from metaformer_jax import tasks as task_lib
 from metaformer_jax.config import schema, tasks
+from metaformer_jax.tasks import dense
 
 N = 5
 MODEL = {"depths": (1, 1), "dims": (8, 32),
@@ -69,7 +70,7 @@ def test_loss_of_a_batch_is_that_of_its_images(head):
   variables, batch = perturbed(task), batch_of(SIZES)
 
   def loss(batch):  # BatchNorm's statistics would differ in training.
-    outputs = task._apply(variables, task._images(batch["image"],
+    outputs = task._apply(variables, dense.normalized(task.cfg, batch["image"],
                                                   batch["size"]),
                           batch["size"])
     return task._cross_entropy(outputs["logits"], outputs["mask"], batch)
@@ -106,7 +107,7 @@ def logits_of(task, variables):
   @jax.jit
   def of_canvas(image):
     sizes = jnp.array([image.shape[:2]])
-    x = task._images(image[None], sizes)
+    x = dense.normalized(task.cfg, image[None], sizes)
     return task._apply(variables, x, sizes)["logits"][0]
 
   def of_image(image):

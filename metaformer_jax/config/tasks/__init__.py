@@ -6,11 +6,18 @@ its task; what all tasks share is in `schema`.
 
 from collections.abc import Mapping
 
-from metaformer_jax.config.tasks import base, classification, segmentation
+from metaformer_jax.config.tasks import (
+  base,
+  classification,
+  detection,
+  segmentation,
+)
 
 Measure, Task, Own = base.Measure, base.Task, base.Own
 Classification = classification.Classification
 Segmentation = segmentation.Segmentation
+Detection = detection.Detection
 
 TASKS: Mapping[str, type[Task]] = {
-    "classification": Classification, "segmentation": Segmentation}
+    "classification": Classification, "segmentation": Segmentation,
+    "detection": Detection}

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from metaformer_jax import errors, imports
-from metaformer_jax.config import schema
+from metaformer_jax.config import schema, tasks
 from metaformer_jax.data.sources import (
   arrays,
   base,
+  coco,
   folders,
   label_maps,
   prepared,
@@ -26,30 +27,34 @@ class _Kind(NamedTuple):
 
   Attributes:
     check: `check(cfg, files, train)` yields a line per mistake.
-    labels: what a label belongs to: an "image" or a "pixel".
+    labels: what a label belongs to: an "image", a "pixel" or an "object"; of
+      some kinds of data sets, either of two.
   """
 
   check: Callable[[schema.Experiment, bool, bool], Iterator[str]]
-  labels: str
+  labels: tuple[str, ...]
 
 
 _KINDS = {
-    "ade20k": _Kind(label_maps.check, "pixel"),
-    "array_record": _Kind(prepared.check, "pixel"),
-    "digits": _Kind(arrays.check_digits, "image"),
-    "folder": _Kind(folders.check, "image"),
-    "idx": _Kind(arrays.check_idx, "image"),
-    "label_maps": _Kind(label_maps.check, "pixel"),
-    "scenes": _Kind(scenes.check, "pixel"),
-    "tfds": _Kind(tfds.check, "image"),
+    "ade20k": _Kind(label_maps.check, ("pixel",)),
+    "array_record": _Kind(prepared.check, ("pixel", "object")),
+    "coco": _Kind(coco.check, ("object",)),
+    "digits": _Kind(arrays.check_digits, ("image",)),
+    "folder": _Kind(folders.check, ("image",)),
+    "idx": _Kind(arrays.check_idx, ("image",)),
+    "label_maps": _Kind(label_maps.check, ("pixel",)),
+    "scenes": _Kind(scenes.check, ("pixel", "object")),
+    "tfds": _Kind(tfds.check, ("image",)),
 }
 
 # What the tasks need a label of.
-_NEEDS = {"classification": "image", "segmentation": "pixel"}
+_NEEDS = {"classification": "image", "segmentation": "pixel",
+          "detection": "object"}
 
 
 def create(data: schema.Data, split: str, numbered: bool = False,
-           names: Sequence[str] | None = None) -> base.Source:
+           names: Sequence[str] | None = None,
+           task: tasks.Task | None = None) -> base.Source:
   """Opens the "train" or the "eval" split that the config names.
 
   Args:
@@ -58,6 +63,7 @@ def create(data: schema.Data, split: str, numbered: bool = False,
     numbered: source folder: the names of the class folders are the classes.
     names: of the classes, which number the data's classes; None: as the data
       numbers them. Data without names is numbered as it is.
+    task: its section; scenes have what it needs a label of, by default pixels.
 
   Raises:
     ConfigError: the data is missing, or cannot be read; says which part.
@@ -68,6 +74,8 @@ def create(data: schema.Data, split: str, numbered: bool = False,
       source = label_maps.create(data, train)
     case "array_record":
       source = prepared.create(data, train)
+    case "coco":
+      source = coco.create(data, train)
     case "digits":
       return arrays.digits(train)
     case "folder":
@@ -75,31 +83,43 @@ def create(data: schema.Data, split: str, numbered: bool = False,
     case "idx":
       return arrays.idx(data.path, train)
     case "scenes":
-      source = scenes.create(data, train)
+      source = scenes.create(data, train, _needs(task) == "object")
     case "tfds":
       source = tfds.create(data.name, data.path,
                            data.train_split if train else data.eval_split,
                            train)
     case _:
-      source = _create_own(data, split)
+      source = _create_own(data, split, task)
   return base.renumbered(source, names) if names else source
 
 
-def _create_own(data: schema.Data, split: str) -> base.Source:
+def _needs(task: tasks.Task | None) -> str | None:
+  return _NEEDS.get(task.name) if task else None
+
+
+def _create_own(data: schema.Data, split: str,
+                task: tasks.Task | None) -> base.Source:
   source = imports.call(data.source, "a source, source(data, split)", data,
                         split)
-  missing = [name for name in ("__len__", "__getitem__", "n_classes")
-             if not hasattr(source, name)]
+  wanted = ["__len__", "__getitem__", "n_classes"]
+  if _needs(task) == "object":
+    wanted += ["class_names", "category_ids", "sizes", "has_objects",
+               "annotations"]
+  missing = [name for name in wanted if not hasattr(source, name)]
   if missing:
     raise errors.ConfigError(
         f"config.data.source: {data.source} gave a {type(source).__name__}, "
         f"which has no {', no '.join(missing)}; a source has a length, records "
-        '{"image", "label"} by index, and n_classes')
+        '{"image", "label"} by index, and n_classes; what one of objects has '
+        "is in metaformer_jax.data.sources.base")
   return source
 
 
-def classes(data: schema.Data) -> base.Classes:
+def classes(data: schema.Data,
+            task: tasks.Task | None = None) -> base.Classes:
   """The classes of the training split; images are not read.
+
+  The arguments are as for `create`.
 
   Raises:
     ConfigError: as `create`.
@@ -109,13 +129,15 @@ def classes(data: schema.Data) -> base.Classes:
       return folders.classes(data)
     case "ade20k" | "label_maps":
       return label_maps.classes(data)
+    case "coco":
+      return coco.classes(data)
     case "array_record":
       return prepared.classes(data)
     case "digits":
       return arrays.DIGITS
     case "scenes":
-      return scenes.CLASSES
-  source = create(data, "train")
+      return (arrays.DIGITS if _needs(task) == "object" else scenes.CLASSES)
+  source = create(data, "train", task=task)
   return base.Classes(source.n_classes, getattr(source, "class_names", None))
 
 
@@ -142,10 +164,11 @@ def check(cfg: schema.Experiment, files: bool,
   name = cfg.data.source
   if imports.is_path(name):
     return
-  kind, needed = _KINDS[name], _NEEDS.get(cfg.task.name)
-  if needed not in (None, kind.labels):
-    suitable = [n for n, k in _KINDS.items() if k.labels == needed]
-    yield (f"config.data.source: {name} has a label for each {kind.labels}, "
+  kind, needed = _KINDS[name], _needs(cfg.task)
+  if needed not in (None, *kind.labels):
+    suitable = [n for n, k in _KINDS.items() if needed in k.labels]
+    yield (f"config.data.source: {name} has a label for each "
+           f"{' or '.join(kind.labels)}, "
            f"but {cfg.task.name} needs one for each {needed}; valid: "
            f"{', '.join(suitable)}")
     return

@@ -8,6 +8,15 @@ it is pickled to worker processes.
 A record with a label map has "label" encoded as well, or as integers [H, W],
 and its source `sizes()`: heights and widths of the images by their headers,
 int32 [N, 2], 0 where a header cannot be read.
+
+A record with objects has "boxes": float32 [n, 4], left, top, right and bottom
+in pixels of the image; "labels": int32 [n]; "size": (height, width), which the
+boxes are meant for; and "segments", their outlines as COCO has them: polygons,
+an RLE or None. Its source has `class_names`; `category_ids`, the numbers of the
+classes in COCO files; `sizes()`; `has_objects()`, bool [N]; and
+`annotations()`, the data set as a COCO file has it, which the evaluation
+measures against: {"images", "annotations", "categories"}, its images in the
+order of the records.
 """
 
 import pathlib
@@ -78,13 +87,39 @@ class _RenumberedMaps(_Renumbered):
     return self._source.sizes()
 
 
+class _RenumberedObjects(_Renumbered):
+  """The same for a source of objects.
+
+  `category_ids` are None for the classes that the source does not have.
+  """
+
+  def __init__(self, source: Source, numbers: Sequence[int], n_classes: int):
+    super().__init__(source, numbers, n_classes)
+    self._numbers = np.array(numbers, np.int32)
+    ids = dict(zip(numbers, source.category_ids))
+    self.category_ids = tuple(ids.get(i) for i in range(n_classes))
+
+  def __getitem__(self, index: int) -> Record:
+    record = self._source[index]
+    return {**record, "labels": self._numbers[record["labels"]]}
+
+  def sizes(self) -> np.ndarray:
+    return self._source.sizes()
+
+  def has_objects(self) -> np.ndarray:
+    return self._source.has_objects()
+
+  def annotations(self) -> dict[str, Any]:
+    return self._source.annotations()
+
+
 class Grouped:
-  """A source whose records have the number of their group, as "group"."""
+  """A source whose records have their index and that of their group."""
 
   def __init__(self, source: Source, groups: Sequence[np.ndarray]):
-    """Takes the indices of each group's examples; each has one group."""
+    """Takes the indices of each group's examples; -1 is the group of others."""
     self._source = source
-    self._numbers = np.empty(len(source), np.int32)
+    self._numbers = np.full(len(source), -1, np.int32)
     for number, group in enumerate(groups):
       self._numbers[group] = number
 
@@ -92,7 +127,8 @@ class Grouped:
     return len(self._source)
 
   def __getitem__(self, index: int) -> Record:
-    return {**self._source[index], "group": int(self._numbers[index])}
+    return {**self._source[index], "index": index,
+            "group": int(self._numbers[index])}
 
 
 def renumbered(source: Source, names: Sequence[str]) -> Source:
@@ -106,7 +142,8 @@ def renumbered(source: Source, names: Sequence[str]) -> Source:
     return source
   check_names(own, names, "the data")
   numbers = {name: i for i, name in enumerate(names)}
-  kind = _RenumberedMaps if hasattr(source, "sizes") else _Renumbered
+  kind = (_RenumberedObjects if hasattr(source, "annotations") else
+          _RenumberedMaps if hasattr(source, "sizes") else _Renumbered)
   return kind(source, [numbers[name] for name in own], len(names))
 
 

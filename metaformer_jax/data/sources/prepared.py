@@ -4,13 +4,17 @@ A folder has for each split an index, train.json, and the ArrayRecord files
 train-00000-of-00016.array_record, ... that it names. A record is a map in
 MessagePack, for example {"image": bytes, "label": bytes, "path": bytes}. The
 files are read from any place, of which many small files would be slow.
+
+Of objects, the boxes are in train.safetensors (`objects.save`), so that images
+can be chosen, and detections measured, without reading the records; these have
+the images and the outlines.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -19,12 +23,15 @@ import numpy as np
 
 from metaformer_jax import errors
 from metaformer_jax.config import json_data, schema
-from metaformer_jax.data.sources import base, folders
+from metaformer_jax.data.sources import base, folders, objects
 
 _VERSION = 1
 
 # Each record alone, as it is read by index. Images are compressed already.
 _OPTIONS = "group_size:1,uncompressed"
+
+# What a record is, by the task that needs it.
+_RECORDS = {"segmentation": "label_maps", "detection": "objects"}
 
 # Of an index: ten million images.
 _MAX_INDEX_BYTES = 2**28
@@ -37,7 +44,7 @@ class Index:
   """What train.json says of a split.
 
   Attributes:
-    records: what a record is: "label_maps".
+    records: what a record is: "label_maps" or "objects".
     shards: the number of records of each file.
     class_names: by class; None if they have no names.
     reduce_zero_label: 0 in label maps is what has no class.
@@ -66,9 +73,15 @@ def _shard_path(folder: pathlib.Path, split: str, i: int, n: int) -> str:
   return os.fspath(folder / f"{split}-{i:05}-of-{n:05}.array_record")
 
 
+def _table_path(folder: pathlib.Path, split: str) -> pathlib.Path:
+  """The file of the boxes."""
+  return folder / f"{split}.safetensors"
+
+
 def write(folder: pathlib.Path, split: str,
           shards: Iterable[Iterable[tuple[Mapping[str, Any], Any]]],
-          n_shards: int, description: Mapping[str, Any]) -> Index:
+          n_shards: int, description: Mapping[str, Any],
+          table: Callable[[], bytes] | None = None) -> Index:
   """Writes a split into a folder; the same records give the same bytes.
 
   Args:
@@ -77,6 +90,7 @@ def write(folder: pathlib.Path, split: str,
     shards: for each file (record, size of its image), ...
     n_shards: how many files there are.
     description: the other attributes of the index.
+    table: of objects: gives `objects.save`, when all records are written.
 
   Raises:
     OSError, RuntimeError: a file cannot be written.
@@ -95,13 +109,20 @@ def write(folder: pathlib.Path, split: str,
     writer.close()
     with open(path, "rb+") as file:
       os.fsync(file.fileno())
+  if table:
+    _write_file(_table_path(folder, split), table())
   index = Index(shards=counts, sizes=sizes, **description)
   # Last: a split without an index is not a split.
-  with open(folder / f"{split}.json", "w", encoding="utf-8") as file:
-    json.dump(dataclasses.asdict(index), file, separators=(",", ":"))
+  _write_file(folder / f"{split}.json", json.dumps(
+      dataclasses.asdict(index), separators=(",", ":")).encode())
+  return index
+
+
+def _write_file(path: pathlib.Path, content: bytes) -> None:
+  with open(path, "wb") as file:
+    file.write(content)
     file.flush()
     os.fsync(file.fileno())
-  return index
 
 
 def check_shard(path: str, n_examples: int) -> None:
@@ -120,15 +141,11 @@ def check_shard(path: str, n_examples: int) -> None:
         f"{path}: holds {found} examples, not {n_examples}; {_AGAIN}")
 
 
-class Prepared:
-  """A split of a prepared data set, with the records that it was made of."""
+class _Records:
+  """The records of a split, with their paths as texts."""
 
   def __init__(self, folder: pathlib.Path, split: str, index: Index):
     """Takes an index; raises ConfigError if a file is not as it says."""
-    names = index.class_names
-    self.n_classes = len(names) if names else None
-    self.class_names = names and tuple(names)
-    self._sizes = np.array(index.sizes, np.int32).reshape(-1, 2)
     self._paths = [_shard_path(folder, split, i, len(index.shards))
                    for i in range(len(index.shards))]
     self._counts = index.shards
@@ -136,10 +153,7 @@ class Prepared:
     with futures.ThreadPoolExecutor() as pool:
       list(pool.map(check_shard, self._paths, self._counts))
 
-  def __len__(self) -> int:
-    return len(self._sizes)
-
-  def __getitem__(self, index: int) -> base.Record:
+  def __getitem__(self, index: int) -> dict[str, Any]:
     if self._records is None:
       from array_record.python import array_record_data_source as lib  # noqa: PLC0415  Linux.
 
@@ -149,9 +163,40 @@ class Prepared:
     record = msgpack.unpackb(self._records[index])
     return {**record, "path": os.fsdecode(record["path"])}
 
+
+class Prepared:
+  """A split of label maps, with the records that it was made of."""
+
+  def __init__(self, records: _Records, index: Index):
+    names = index.class_names
+    self.n_classes = len(names) if names else None
+    self.class_names = names and tuple(names)
+    self._sizes = np.array(index.sizes, np.int32).reshape(-1, 2)
+    self._records = records
+
+  def __len__(self) -> int:
+    return len(self._sizes)
+
+  def __getitem__(self, index: int) -> base.Record:
+    return self._records[index]
+
   def sizes(self) -> np.ndarray:
     """Heights and widths of the images: int32 [N, 2]."""
     return self._sizes
+
+
+class PreparedObjects(objects.Source):
+  """A split of objects, with the records that it was made of."""
+
+  def __init__(self, records: _Records, *args: Any):
+    """Takes the arguments of `objects.Source` as well."""
+    super().__init__(*args)
+    self._records = records
+
+  def __getitem__(self, index: int) -> base.Record:
+    record = self._records[index]
+    return {**record, "segments": json.loads(record["segments"]),
+            **self.objects.record(index)}
 
 
 def _split(data: schema.Data, train: bool) -> str:
@@ -195,7 +240,7 @@ def _check_types(index: Index) -> None:
 
   names = index.class_names
   good = {
-      "records": index.records == "label_maps",
+      "records": index.records in _RECORDS.values(),
       "shards": counts(index.shards, 0) and len(index.shards) > 0,
       "class_names": names is None or (
           isinstance(names, list) and all(type(v) is str for v in names)),
@@ -210,14 +255,28 @@ def _check_types(index: Index) -> None:
                      f"{sum(index.shards)} images")
 
 
-def create(data: schema.Data, train: bool) -> Prepared:
+def create(data: schema.Data, train: bool) -> Prepared | PreparedObjects:
   """Opens the training or the evaluation split.
 
   Raises:
     ConfigError: the index or a file of it is missing or damaged.
   """
-  return Prepared(pathlib.Path(data.path).expanduser(),
-                  *_read_index(data, train))
+  folder = pathlib.Path(data.path).expanduser()
+  split, index = _read_index(data, train)
+  records = _Records(folder, split, index)
+  if index.records == "label_maps":
+    return Prepared(records, index)
+  path = _table_path(folder, split)
+  try:
+    found, ids = objects.load(path)
+    if found.sizes.tolist() != index.sizes:
+      raise ValueError("it has images of other sizes than the index")
+    if len(ids) != len(index.class_names or ()):
+      raise ValueError(f"it has {len(ids)} classes, and the index others")
+  except (OSError, ValueError) as e:
+    raise errors.ConfigError(f"config.data.path: {path}: cannot be used: "
+                             f"{errors.one_line(e)}; {_AGAIN}") from e
+  return PreparedObjects(records, found, index.class_names, ids)
 
 
 def classes(data: schema.Data) -> base.Classes:
@@ -248,6 +307,11 @@ def check(cfg: schema.Experiment, files: bool,
 
 
 def _check_inside(cfg: schema.Experiment, train: bool) -> Iterator[str]:
+  wanted, found = _RECORDS.get(cfg.task.name), _read_index(cfg.data, train)[1]
+  if wanted not in (None, found.records):
+    yield (f"config.data.path: {cfg.data.path} has {found.records}, but "
+           f"{cfg.task.name} needs {wanted}")
+    return
   if train:
     create(cfg.data, train=True)
     n = classes(cfg.data).n

@@ -1,4 +1,7 @@
-"""Composed scenes: handwritten digits on photographs, with exact label maps.
+"""Composed scenes: handwritten digits on photographs, with exact labels.
+
+Scenes have a label map, or boxes of the digits, which then are on larger
+pictures and may cover a part of each other.
 
 The digits are scikit-learn's, the photographs the two that it carries. Training
 and test scenes share neither digits nor pixels: they take the digits of
@@ -10,18 +13,21 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from metaformer_jax import errors
 from metaformer_jax.config import schema
-from metaformer_jax.data.sources import arrays, base
+from metaformer_jax.data.sources import arrays, base, objects, outlines
 
 CLASSES = base.Classes(11, ("background", *arrays.DIGITS.names))
 
 # Height and width: landscape, portrait and square.
 _SIZES = ((48, 64), (64, 48), (56, 56))
+
+_OBJECT_SIZES = ((96, 128), (128, 96), (96, 96))
 
 # Scenes of each split, drawn from (number of the split, index).
 _SPLITS = {"train": (0, 4000), "test": (1, 200)}
@@ -30,6 +36,11 @@ _SPLIT = re.compile(r"(train|test)(?:\[:([1-9]\d{0,5})\])?")
 
 # Sides of a digit, pixels.
 _SMALLEST, _LARGEST = 20, 36
+_SMALLEST_OBJECT, _LARGEST_OBJECT = 28, 64
+
+# Digits of a scene with boxes, and the part of each that stays visible.
+_MOST = 5
+_VISIBLE = 0.8
 
 # Places that are tried for a digit.
 _TRIES = 20
@@ -77,8 +88,120 @@ class Scenes:
     return {"image": image.round().astype(np.uint8), "label": label}
 
 
-def _size(rng: np.random.Generator) -> tuple[int, int]:
-  return _SIZES[rng.integers(len(_SIZES))]
+def _size(rng: np.random.Generator,
+          sizes: tuple[tuple[int, int], ...] = _SIZES) -> tuple[int, int]:
+  return sizes[rng.integers(len(sizes))]
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectScenes:
+  """The first n scenes with boxes of a split; each is drawn when it is read.
+
+  The digits of a scene cover each other in the order in which they are drawn;
+  four fifths of each stay visible. A box is the smallest one around the pixels
+  of which its digit covers at least half, and no later digit does.
+
+  Attributes:
+    split: "train" or "test".
+    n: number of scenes.
+  """
+
+  split: str
+  n: int
+
+  n_classes, class_names = arrays.DIGITS
+  category_ids = tuple(range(arrays.DIGITS.n))
+
+  def __len__(self) -> int:
+    return self.n
+
+  def _rng(self, index: int) -> np.random.Generator:
+    number, _ = _SPLITS[self.split]
+    return np.random.default_rng((len(_SPLITS) + number, index))
+
+  def sizes(self) -> np.ndarray:
+    """Height and width of each scene, int32 [N, 2]."""
+    return np.array([_size(self._rng(i), _OBJECT_SIZES)
+                     for i in range(self.n)], np.int32)
+
+  def has_objects(self) -> np.ndarray:
+    """bool [N]: all have."""
+    return np.ones(self.n, bool)
+
+  def __getitem__(self, index: int) -> base.Record:
+    if not 0 <= index < self.n:
+      raise IndexError(f"scene {index} of {self.n}")
+    rng = self._rng(index)
+    size = _size(rng, _OBJECT_SIZES)
+    digits, photographs = _parts(self.split)
+    image = _background(photographs[rng.integers(len(photographs))], size, rng)
+    masks, labels = np.zeros((0, *size), bool), []
+    least = np.zeros(0)  # Visible pixels of each digit.
+    for _ in range(rng.integers(1, _MOST, endpoint=True)):
+      digit = digits[int(rng.integers(len(digits)))]
+      added = _paste_over(image, masks, least, digit, rng)
+      if added is not None:
+        masks = added
+        labels.append(digit["label"])
+        least = np.append(least, _VISIBLE * masks[-1].sum())
+    return {"image": image.round().astype(np.uint8), "size": size,
+            "boxes": np.array([_box(mask) for mask in masks], np.float32),
+            "labels": np.array(labels, np.int32),
+            "segments": [outlines.rle(mask) for mask in masks]}
+
+  def annotations(self) -> dict[str, list[dict[str, Any]]]:
+    """A COCO data set, whose images are those of the records, in order."""
+    records = [self[i] for i in range(self.n)]
+    boxes = np.concatenate([r["boxes"] for r in records]).astype(np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    areas = [sum(s["counts"][1::2]) for r in records for s in r["segments"]]
+    no = np.zeros(len(boxes), bool)
+    return objects.Objects(
+        np.arange(1, self.n + 1), self.sizes(),
+        np.cumsum([0, *(len(r["labels"]) for r in records)]), boxes,
+        np.concatenate([r["labels"] for r in records]), np.array(areas, float),
+        no, no).annotations(self.category_ids, self.class_names)
+
+
+def _box(mask: np.ndarray) -> list[int]:
+  """Left, top, right and bottom of a mask, bool [H, W]."""
+  rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+  return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+
+
+def _paste_over(image: np.ndarray, masks: np.ndarray, least: np.ndarray,
+                digit: base.Record,
+                rng: np.random.Generator) -> np.ndarray | None:
+  """Draws a digit on an image and its digits.
+
+  Args:
+    image: float32 [H, W, 3], drawn on.
+    masks: bool [n, H, W], the visible pixels of the digits.
+    least: [n], how many of them must stay visible.
+    digit: to be drawn.
+    rng: of the draws.
+
+  Returns:
+    The new masks, [n + 1, H, W]; None if no place is found where enough of
+    the others stays visible, and nothing is drawn.
+  """
+  side = int(rng.integers(_SMALLEST_OBJECT, _LARGEST_OBJECT, endpoint=True))
+  cover = _cover(digit, side)
+  mask, n_visible = cover[..., 0] >= 0.5, masks.sum((1, 2))
+  for _ in range(_TRIES):
+    y, x = (int(rng.integers(whole - side, endpoint=True))
+            for whole in image.shape[:2])
+    where = np.s_[y:y + side, x:x + side]
+    n_hidden = (masks[:, *where] & mask).sum((1, 2))
+    if (n_visible - n_hidden >= least).all():
+      break
+  else:
+    return None
+  colour = rng.uniform(*_BRIGHT, 3).astype(np.float32)
+  image[where] += cover * (colour - image[where])
+  own = np.zeros((1, *image.shape[:2]), bool)
+  own[0][where] = mask
+  return np.concatenate([masks & ~own, own])
 
 
 @functools.cache
@@ -98,7 +221,8 @@ def _background(photograph: Image.Image, size: tuple[int, int],
                 rng: np.random.Generator) -> np.ndarray:
   """A random part of a photograph, resized and dimmed: float32 [*size, 3]."""
   height, width = size
-  scale = rng.uniform(1, 4)
+  scale = rng.uniform(1, min(4, photograph.width / width,
+                             photograph.height / height))
   w, h = scale * width, scale * height
   left = rng.uniform(0, photograph.width - w)
   top = rng.uniform(0, photograph.height - h)
@@ -115,8 +239,7 @@ def _paste(image: np.ndarray, label: np.ndarray, digit: base.Record,
   overlap; one for which no place is found is left out.
   """
   side = int(rng.integers(_SMALLEST, _LARGEST, endpoint=True))
-  cover = np.asarray(Image.fromarray(digit["image"]).resize(
-      (side, side), Image.Resampling.BICUBIC), np.float32)[..., None] / 255
+  cover = _cover(digit, side)
   for _ in range(_TRIES):
     y = rng.integers(label.shape[0] - side, endpoint=True)
     x = rng.integers(label.shape[1] - side, endpoint=True)
@@ -130,8 +253,20 @@ def _paste(image: np.ndarray, label: np.ndarray, digit: base.Record,
   label[where][cover[..., 0] >= 0.5] = digit["label"] + 1
 
 
-def create(data: schema.Data, train: bool) -> Scenes:
+def _cover(digit: base.Record, side: int) -> np.ndarray:
+  """How much of each pixel a digit covers: float32 [side, side, 1]."""
+  return np.asarray(Image.fromarray(digit["image"]).resize(
+      (side, side), Image.Resampling.BICUBIC), np.float32)[..., None] / 255
+
+
+def create(data: schema.Data, train: bool,
+           with_boxes: bool = False) -> Scenes | ObjectScenes:
   """Opens a split: "train" and "test" by default, or "train[:32]".
+
+  Args:
+    data: its `train_split` and `eval_split`.
+    train: the training split; else the evaluation split.
+    with_boxes: scenes with boxes, not with label maps.
 
   Raises:
     ConfigError: there is no such split.
@@ -146,14 +281,16 @@ def create(data: schema.Data, train: bool) -> Scenes:
         f"config.data.{key}: {value!r} is not a split of scenes; valid: "
         'train, test, and their first scenes, as "train[:32]"')
   split, n = match[1], _SPLITS[match[1]][1]
-  return Scenes(split, min(n, int(match[2])) if match[2] else n)
+  kind = ObjectScenes if with_boxes else Scenes
+  return kind(split, min(n, int(match[2])) if match[2] else n)
 
 
 def check(cfg: schema.Experiment, files: bool,
           train: bool = True) -> Iterator[str]:
   """Yields a line per mistake in an experiment on scenes."""
   del files, train  # Nothing is on disk.
-  yield from base.check_classes(cfg, CLASSES.n)
+  n = arrays.DIGITS.n if cfg.task.name == "detection" else CLASSES.n
+  yield from base.check_classes(cfg, n)
   for split in (True, False):
     try:
       create(cfg.data, split)

@@ -1,0 +1,210 @@
+"""The objects of many images as a few arrays, whatever they were read from.
+
+COCO has 860,001 objects in 118,287 images: as dicts they would take a gigabyte
+in each process that reads them.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from metaformer_jax.data.sources import base
+
+# Training leaves out images of which a side is shorter (mmdetection).
+SHORTEST = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Objects:
+  """Objects of N images, A in all: those of image i are starts[i:i + 2].
+
+  Attributes:
+    image_ids: int64 [N], the numbers of the images in COCO files.
+    sizes: int32 [N, 2], heights and widths.
+    starts: int64 [N + 1].
+    boxes: float64 [A, 4], left, top, width and height, in pixels.
+    labels: int32 [A].
+    areas: float64 [A], in pixels, of the objects and not of their boxes.
+    crowd: bool [A], whether it is a group of objects.
+    ignored: bool [A], whether training ignores it.
+  """
+
+  image_ids: np.ndarray
+  sizes: np.ndarray
+  starts: np.ndarray
+  boxes: np.ndarray
+  labels: np.ndarray
+  areas: np.ndarray
+  crowd: np.ndarray
+  ignored: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.image_ids)
+
+  @functools.cached_property
+  def is_inside(self) -> np.ndarray:
+    """bool [A]: whether a box has a part of its image."""
+    height, width = np.repeat(self.sizes, np.diff(self.starts), axis=0).T
+    left, top, w, h = self.boxes.T
+    return ((np.minimum(left + w, width) - np.maximum(left, 0) > 0)
+            & (np.minimum(top + h, height) - np.maximum(top, 0) > 0))
+
+  @functools.cached_property
+  def is_large(self) -> np.ndarray:
+    """bool [A]: whether an object has an area, and its box a whole pixel."""
+    return (self.areas > 0) & (self.boxes[:, 2:] >= 1).all(1)
+
+  @functools.cached_property
+  def is_trained(self) -> np.ndarray:
+    """bool [A]: the objects of training.
+
+    As in mmdetection 2.19, CocoDataset._parse_ann_info.
+    """
+    return self.is_inside & self.is_large & ~self.crowd & ~self.ignored
+
+  def has_objects(self) -> np.ndarray:
+    """bool [N]: which images have any object, also one not trained on.
+
+    As in mmdetection 2.19, CocoDataset._filter_imgs.
+    """
+    return np.diff(self.starts) > 0
+
+  def rows(self, index: int) -> np.ndarray:
+    """The objects of an image that training has, as indices of the arrays."""
+    start, stop = self.starts[index:index + 2]
+    return start + np.flatnonzero(self.is_trained[start:stop])
+
+  def record(self, index: int) -> dict[str, Any]:
+    """"boxes", "labels" and "size" of a record (`base`)."""
+    rows = self.rows(index)
+    boxes = self.boxes[rows]
+    boxes[:, 2:] += boxes[:, :2]
+    return {"boxes": boxes.astype(np.float32), "labels": self.labels[rows],
+            "size": tuple(self.sizes[index].tolist())}
+
+  def rows_of(self, images: np.ndarray) -> np.ndarray:
+    """All objects of some images, one after another, as int64 indices."""
+    counts = np.diff(self.starts)[images]
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(
+        self.starts[:-1][images] - before, counts)
+
+  def subset(self, images: np.ndarray) -> "Objects":
+    """The objects of some of the images, in their order."""
+    starts = np.cumsum([0, *np.diff(self.starts)[images]])
+    rows = self.rows_of(images)
+    return Objects(self.image_ids[images], self.sizes[images], starts, *(
+        getattr(self, name)[rows] for name in PER_OBJECT))
+
+  def annotations(self, category_ids: Sequence[int],
+                  names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The objects as a COCO data set, without outlines, for its evaluation.
+
+    Args:
+      category_ids, names: of the classes, by label.
+    """
+    sizes, images = self.sizes.tolist(), self.image_ids.tolist()
+    of = np.repeat(self.image_ids, np.diff(self.starts)).tolist()
+    categories = np.array(category_ids)[self.labels].tolist()
+    columns = zip(of, categories, self.boxes.tolist(), self.areas.tolist(),
+                  self.crowd.astype(int).tolist())
+    # Numbered from 1: pycocotools takes a match with number 0 for none.
+    return {
+        "images": [{"id": i, "height": height, "width": width}
+                   for i, (height, width) in zip(images, sizes)],
+        "annotations": [
+            {"id": number, "image_id": image, "category_id": category,
+             "bbox": box, "area": area, "iscrowd": crowd}
+            for number, (image, category, box, area, crowd) in enumerate(
+                columns, 1)],
+        "categories": [{"id": i, "name": name}
+                       for i, name in zip(category_ids, names)]}
+
+
+PER_OBJECT = ("boxes", "labels", "areas", "crowd", "ignored")
+
+# Types, and numbers of axes, of the arrays of a file.
+_TYPES = {"image_ids": (np.int64, 1), "sizes": (np.int32, 2),
+          "starts": (np.int64, 1), "boxes": (np.float64, 2),
+          "labels": (np.int32, 1), "areas": (np.float64, 1), "crowd": (bool, 1),
+          "ignored": (bool, 1), "category_ids": (np.int64, 1)}
+
+
+def save(found: Objects, category_ids: Sequence[int]) -> bytes:
+  """The content of a file that `load` reads: safetensors of all arrays."""
+  arrays = {name: getattr(found, name) for name in _TYPES
+            if name != "category_ids"}
+  arrays["category_ids"] = category_ids
+  return safetensors.numpy.save(
+      {name: np.ascontiguousarray(array, _TYPES[name][0])
+       for name, array in arrays.items()})
+
+
+def load(path: str | os.PathLike[str]) -> tuple[Objects, tuple[int, ...]]:
+  """The objects in a file, and the numbers of their classes.
+
+  Raises:
+    OSError, ValueError: it is missing, damaged, or not of `save`.
+  """
+  try:
+    arrays = safetensors.numpy.load_file(path)
+  except safetensors.SafetensorError as e:
+    raise ValueError(str(e)) from e
+  if arrays.keys() != _TYPES.keys() or any(
+      (array.dtype, array.ndim) != _TYPES[name]
+      for name, array in arrays.items()):
+    raise ValueError("it has other arrays than a table of objects")
+  ids = arrays.pop("category_ids")
+  found = Objects(**arrays)
+  n_images, n = len(found.image_ids), len(found.boxes)
+  starts, labels = found.starts, found.labels
+  good = (
+      found.sizes.shape == (n_images, 2) and (found.sizes > 0).all()
+      and found.boxes.shape == (n, 4) and np.isfinite(found.boxes).all()
+      and all(len(getattr(found, name)) == n for name in PER_OBJECT)
+      and len(starts) == n_images + 1 and starts[0] == 0 and starts[-1] == n
+      and (np.diff(starts) >= 0).all()
+      and ((labels >= 0) & (labels < len(ids))).all())
+  if not good:
+    raise ValueError("its arrays do not fit together")
+  return found, tuple(ids.tolist())
+
+
+class Source:
+  """What sources of objects have in common; `__getitem__` is theirs.
+
+  Attributes:
+    objects: of all images.
+    n_classes, class_names: of the labels.
+    category_ids: the numbers of the classes in COCO files, by label.
+  """
+
+  def __init__(self, objects: Objects, names: Sequence[str],
+               category_ids: Sequence[int]):
+    self.objects = objects
+    self.class_names, self.category_ids = tuple(names), tuple(category_ids)
+    self.n_classes = len(self.class_names)
+
+  def __len__(self) -> int:
+    return len(self.objects)
+
+  def __getitem__(self, index: int) -> base.Record:
+    raise NotImplementedError
+
+  def sizes(self) -> np.ndarray:
+    """Heights and widths of the images: int32 [N, 2]."""
+    return self.objects.sizes
+
+  def has_objects(self) -> np.ndarray:
+    """As `Objects.has_objects`."""
+    return self.objects.has_objects()
+
+  def annotations(self) -> dict[str, list[dict[str, Any]]]:
+    """A COCO data set, whose images are those of the records, in order."""
+    return self.objects.annotations(self.category_ids, self.class_names)

@@ -1,0 +1,63 @@
+"""Non-maximum suppression."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from metaformer_jax.ops import boxes as box_ops
+
+# Replaces a union of 0 only: other boxes may be smaller than any pixel.
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+def nms(boxes: jax.Array, scores: jax.Array, labels: jax.Array,
+        is_valid: jax.Array, threshold: float,
+        n_max: int) -> tuple[jax.Array, jax.Array]:
+  """The best boxes, none of which covers a better one of its class.
+
+  A box is left out if its IoU with a better one that is kept is above the
+  threshold. The result is torchvision's `nms` of each class, merged by score.
+  mmcv's `batched_nms` moves the classes apart by adding to coordinates, and
+  differs where that rounds.
+
+  The boxes are found one after the other, with N values in memory at a time,
+  not N x N: in n_max steps of O(N) each.
+
+  Args:
+    boxes: float32 [N, 4], in pixels.
+    scores: float32 [N], finite; of equal ones, the first is better.
+    labels: integers [N], classes.
+    is_valid: bool [N]; the others are neither kept nor cover any.
+    threshold: IoU.
+    n_max: how many boxes are kept at most.
+
+  Returns:
+    int32 [n_max], indices by descending score, 0 after the last box; and bool
+    [n_max], which of them are boxes.
+  """
+  threshold = _at_most(threshold)
+  index = jnp.arange(len(boxes), dtype=jnp.int32)
+
+  def select(left, _):
+    best = left.argmax().astype(jnp.int32)
+    box, label, found = boxes[best], labels[best], left[best] > -jnp.inf
+    overlap = box_ops.iou(box[None], boxes, min_union=_TINY)[0]
+    covered = (overlap > threshold) & (labels == label) | (index == best)
+    return (jnp.where(covered, -jnp.inf, left),
+            (jnp.where(found, best, 0), found))
+
+  left = jnp.where(is_valid, scores, -jnp.inf)
+  return lax.scan(select, left, length=n_max)[1]
+
+
+def _at_most(threshold: float) -> np.float32:
+  """The largest float32 that is not above the threshold.
+
+  An IoU in float32 is above this one if, and only if, it is above the exact
+  threshold, which torchvision compares it with.
+  """
+  nearest = np.float32(threshold)
+  if float(nearest) > threshold:
+    nearest = np.nextafter(nearest, np.float32(-np.inf))
+  return nearest

@@ -1,0 +1,217 @@
+"""Object detection: boxes with a class and a score."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from PIL import Image
+
+from metaformer_jax import errors
+from metaformer_jax.config import checks, derived, typed
+from metaformer_jax.config.schema import Experiment
+from metaformer_jax.config.tasks.detection import ALIGNED
+from metaformer_jax.data import images, loader, sources
+from metaformer_jax.data.transforms import detection as transforms
+from metaformer_jax.evaluation import coco_ap
+from metaformer_jax.heads import detector
+from metaformer_jax.ops import anchors, dense_detection, resize
+from metaformer_jax.tasks import (
+  base,
+  classes,
+  dense,
+  drawing,
+  objects,
+  own_models,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Detection:
+  """RetinaNet's losses; COCO's average precision.
+
+  Batches are {"image": uint8 [B, H, W, 3], on one of the section's `canvases`;
+  "size": int32 [B, 2], height and width of each image, which begins at the top
+  left; "replaced": bool [B]}. In training they have "boxes": float32 [B, G, 4],
+  in pixels of the canvas, "labels": int32 [B, G], -1 where there is no object,
+  and "overflow": int32 [B], the objects that are left out. In evaluation they
+  have "original_size": int32 [B, 2], "index": int32 [B] and "mask": bool [B].
+  """
+
+  cfg: Experiment
+
+  rng_names = ("dropout", "drop_path")
+
+  @functools.cached_property
+  def model(self) -> nn.Module:
+    return detector.create(dense.backbone(self.cfg), self.cfg.task,
+                           feature_norm=dense.feature_norm(self.cfg))
+
+  @property
+  def family(self) -> str:
+    """Of the conversion rules for all weights: by detector and backbone."""
+    return f"{self.cfg.task.head}/{self.pretrained.family}"
+
+  @property
+  def pretrained(self) -> base.Backbone:
+    return dense.pretrained(self.cfg, _INIT_SIZE)
+
+  def init_inputs(self) -> tuple[jax.Array, jax.Array]:
+    return dense.init_inputs(self.cfg, _INIT_SIZE)
+
+  def train_batches(self, batch_size: int):
+    task, struct = self.cfg.task, jax.ShapeDtypeStruct
+    return [{
+        "image": struct((batch_size, *canvas, 3), jnp.uint8),
+        "size": struct((batch_size, 2), jnp.int32),
+        "boxes": struct((batch_size, task.max_boxes, 4), jnp.float32),
+        "labels": struct((batch_size, task.max_boxes), jnp.int32),
+        "overflow": struct((batch_size,), jnp.int32),
+        "replaced": struct((batch_size,), jnp.bool_),
+    } for canvas in task.canvases]
+
+  def outputs(self, variables, batch, **kwargs) -> Any:
+    """What the model gives for the images of a batch, before any detection.
+
+    Their sides are first rounded up, with pixels of value 0 after the
+    normalisation, as mmdetection's Pad does; only what is beyond is masked.
+    """
+    sizes = batch["size"]
+    x = dense.normalized(self.cfg, batch["image"], sizes)
+    mask = resize.mask(-(-sizes // ALIGNED) * ALIGNED, *x.shape[1:3])
+    return self.model.apply(variables, x, mask=mask, **kwargs)
+
+  def _anchors(self, shape: tuple[int, int]) -> list[np.ndarray]:
+    """Anchors of each level, float32 [n, 4], for images of this shape."""
+    task = self.cfg.task
+    return [anchors.grid(
+        tuple(-(-side // stride) for side in shape), stride,
+        anchors.base(stride, task.anchor_scale, task.anchor_octaves,
+                     task.anchor_ratios))
+            for stride in detector.Detector.strides]
+
+  def loss(self, variables, batch, rngs, train):
+    task = self.cfg.task
+    outputs, updates = self.outputs(variables, batch, train=train, rngs=rngs,
+                                   mutable=["batch_stats"])
+    metrics = dense_detection.loss(
+        outputs["logits"], outputs["deltas"],
+        self._anchors(batch["image"].shape[1:3]), outputs["mask"],
+        batch["boxes"], batch["labels"], positive_iou=task.positive_iou,
+        negative_iou=task.negative_iou, alpha=task.focal_alpha,
+        gamma=task.focal_gamma, loss_group=task.loss_group)
+    loss = metrics["class_loss"] + metrics["box_loss"]
+    # Objects that are left out, of an image in the mean.
+    metrics |= {"loss": loss, "overflow": batch["overflow"].mean()}
+    state = {k: v for k, v in variables.items() if k != "params"}
+    return loss, metrics, {**state, **updates}
+
+  def predict(self, variables, batch):
+    return self.detections(self.outputs(variables, batch), batch)
+
+  def detections(self, outputs, batch):
+    """Detections by descending score, in pixels of the original images.
+
+    Returns:
+      {"boxes": float32 [B, K, 4], "scores": float32 [B, K], "labels": int32
+      [B, K], "valid": bool [B, K]}.
+    """
+    task = self.cfg.task
+    detect = functools.partial(
+        dense_detection.detect, anchors=self._anchors(
+            batch["image"].shape[1:3]), candidates=task.candidates,
+        score_threshold=task.score_threshold, nms_iou=task.nms_iou,
+        max_detections=task.max_detections)
+    found = jax.vmap(lambda logits, deltas, mask, size: detect(
+        logits, deltas, is_anchor=mask, size=size))(
+            outputs["logits"], outputs["deltas"], outputs["mask"],
+            batch["size"])
+    factors = batch["original_size"] / batch["size"]
+    return found | {"boxes": found["boxes"] * jnp.tile(
+        jnp.flip(factors, -1), 2)[:, None]}
+
+  def _source(self, split: str) -> Any:
+    """The data set of a split, with its objects numbered by our classes."""
+    return sources.create(self.cfg.data, split,
+                          names=self.cfg.task.class_names, task=self.cfg.task)
+
+  def make_data(self, split: str) -> loader.Loader:
+    cfg, source = self.cfg, self._source(split)
+    classes.check_number(source.n_classes, cfg, split)
+    make = (transforms.TrainTransform if split == "train"
+            else transforms.EvalTransform)
+    transform = make(cfg.data, cfg.task)
+    return loader.create(
+        cfg, split, source, transform, n_devices=jax.device_count(),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        groups=transform.groups(source))
+
+  def make_evaluators(self) -> dict[str, base.Evaluator]:
+    def ground_truth():
+      source = self._source("eval")
+      return coco_ap.GroundTruth(source.annotations(), source.category_ids)
+
+    return {"detection": coco_ap.AveragePrecision(ground_truth, self._names())}
+
+  def preprocess(self, image: bytes | np.ndarray) -> dict[str, np.ndarray]:
+    return transforms.EvalTransform(self.cfg.data, self.cfg.task).preprocess(
+        image)
+
+  def postprocess(self, outputs: Mapping[str, np.ndarray],
+                  example: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """As `objects.find`: the detections on one image, the best ones first."""
+    return objects.find(outputs, example["original_size"], self.class_names)
+
+  @property
+  def class_names(self) -> tuple[str, ...] | None:
+    return self.cfg.task.class_names
+
+  def _names(self) -> list[str]:
+    """Names of the classes, or their numbers."""
+    return list(self.class_names or map(str, range(self.cfg.task.num_classes)))
+
+  def describe(self, found: Mapping[str, Any], top: int) -> base.Rows:
+    return objects.describe(found, top)
+
+  def annotations(self, found: Mapping[str, Any]) -> dict[str, base.Rows]:
+    return objects.annotations(found, self._names(), self.cfg.task.category_ids)
+
+  def pictures(self, found: Mapping[str, Any], image: bytes | np.ndarray,
+               ) -> dict[str, Image.Image]:
+    """"overlay": the boxes on the image, with names and scores."""
+    picture = images.decode(image, self.cfg.data.max_pixels)
+    return {"overlay": drawing.boxes(
+        np.asarray(picture), found["boxes"], found["classes"], found["scores"],
+        self._names())}
+
+
+# With cells at every level, and soon traced.
+_INIT_SIZE = (128, 128)
+
+
+def create(cfg: Experiment,
+           files: bool = True) -> tuple[Experiment, base.Task]:
+  """As `tasks.create`."""
+  cfg = derived.fill(cfg)
+  own_models.check(cfg)
+  cfg = classes.fill(cfg, files)
+  if cfg.task.category_ids is None and files:
+    cfg = dataclasses.replace(cfg, task=dataclasses.replace(
+        cfg.task, category_ids=_category_ids(cfg)))
+  typed.refuse(checks.check(cfg, files=False))  # The settings with n outputs.
+  return cfg, Detection(cfg)
+
+
+def _category_ids(cfg: Experiment) -> tuple[int, ...] | None:
+  """The numbers of the classes in the training data's files, if it has all."""
+  try:
+    ids = sources.create(cfg.data, "train", names=cfg.task.class_names,
+                         task=cfg.task).category_ids
+  except errors.ConfigError:
+    return None  # `make_data` reports it, where data is needed.
+  return None if None in ids else tuple(map(int, ids))
