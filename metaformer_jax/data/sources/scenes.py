@@ -39,8 +39,8 @@ _SMALLEST, _LARGEST = 20, 36
 _SMALLEST_OBJECT, _LARGEST_OBJECT = 28, 64
 
 # Digits of a scene with boxes, and the part of each that stays visible.
-_MOST = 5
-_VISIBLE = 0.8
+_MOST = 4
+_VISIBLE = 0.9
 
 # Places that are tried for a digit.
 _TRIES = 20
@@ -98,7 +98,7 @@ class ObjectScenes:
   """The first n scenes with boxes of a split; each is drawn when it is read.
 
   The digits of a scene cover each other in the order in which they are drawn;
-  four fifths of each stay visible. A box is the smallest one around the pixels
+  nine tenths of each stay visible. A box is the smallest one around the pixels
   of which its digit covers at least half, and no later digit does.
 
   Attributes:
