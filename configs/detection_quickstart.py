@@ -34,7 +34,7 @@ def get_config():
   config.optim.min_lr = 0.0
   config.optim.warmup_epochs = 0.5
   config.train.batch_size = 16
-  config.train.epochs = 8.0
+  config.train.epochs = 6.0
   config.eval.batch_size = 40
   config.eval.every_epochs = 2.0
   config.checkpoint.every_steps = 500
