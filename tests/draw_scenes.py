@@ -1,9 +1,11 @@
-"""Draws what a run of the segmentation quickstart predicts:
+"""Draws what a run of the quickstart of segmentation or detection predicts:
 
     python tests/draw_scenes.py runs/scenes docs/scenes.png
+    python tests/draw_scenes.py runs/objects docs/objects.png
 
-In columns, the first test scenes; in rows the image, its label map, and the
-prediction. Each pixel is enlarged three times.
+In columns, the first test scenes; in rows the image, what is on it, and the
+prediction: label maps, or boxes with scores of at least a half. Each pixel is
+enlarged three times.
 """
 
 import sys
@@ -12,28 +14,51 @@ import numpy as np
 from PIL import Image
 
 import metaformer_jax
-from metaformer_jax.data.sources import scenes
+from metaformer_jax.config import tasks
+from metaformer_jax.data import sources
 from metaformer_jax.tasks import drawing
 
-N_SCENES, SIDE, ENLARGED = 10, 68, 3
+N_SCENES, ENLARGED, GAP, LEAST_SCORE = 8, 3, 12, 0.5
+
+
+def enlarged(picture: np.ndarray) -> np.ndarray:
+  return picture.repeat(ENLARGED, 0).repeat(ENLARGED, 1)
+
+
+def label_maps(record, found) -> list[np.ndarray]:
+  palette = drawing.palette()
+  return [enlarged(palette[labels])
+          for labels in (record["label"], found["label_map"])]
+
+
+def boxes(record, found, names) -> list[np.ndarray]:
+  kept = found["scores"] >= LEAST_SCORE
+  true = record["boxes"], record["labels"], np.ones(len(record["labels"]))
+  predicted = (found[key][kept] for key in ("boxes", "classes", "scores"))
+  return [np.asarray(drawing.boxes(enlarged(record["image"]), ENLARGED * place,
+                                   labels, scores, names))
+          for place, labels, scores in (true, predicted)]
 
 
 def main(workdir: str, output: str) -> None:
   loaded = metaformer_jax.load(workdir)
-  source = scenes.Scenes("test", N_SCENES)
-  sheet = np.full((3 * SIDE, N_SCENES * SIDE, 3), 255, np.uint8)
+  task = loaded.cfg.task
+  source = sources.create(loaded.cfg.data, "eval", task=task)
+  columns = []
   for i in range(N_SCENES):
     record = source[i]
-    found = loaded.predict(record["image"])[0]["label_map"]
-    rows = (record["image"], drawing.palette()[record["label"]],
-            drawing.palette()[found])
+    found, = loaded.predict(record["image"])
+    drawn = (boxes(record, found, task.class_names)
+             if isinstance(task, tasks.Detection) else
+             label_maps(record, found))
+    columns.append([enlarged(record["image"]), *drawn])
+  side = GAP + max(max(rows[0].shape[:2]) for rows in columns)
+  sheet = np.full((3 * side, N_SCENES * side, 3), 255, np.uint8)
+  for i, rows in enumerate(columns):
     for j, picture in enumerate(rows):
       height, width, _ = picture.shape
-      top, left = j * SIDE, i * SIDE
-      sheet[top:top + height, left:left + width] = picture
-  Image.fromarray(sheet).resize(
-      (ENLARGED * sheet.shape[1], ENLARGED * sheet.shape[0]),
-      Image.Resampling.NEAREST).save(output, optimize=True)
+      sheet[j * side:j * side + height, i * side:i * side + width] = picture
+  Image.fromarray(sheet).save(output, optimize=True)
 
 
 if __name__ == "__main__":
