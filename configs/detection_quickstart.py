@@ -22,7 +22,8 @@ def get_config():
   config.task.fpn_dim = 64
   config.task.head_dim = 64
   config.task.head_depth = 2
-  config.task.anchor_scale = 3.0  # Digits are small.
+  config.task.anchor_scale = 3.0  # Digits are small, and higher than wide.
+  config.task.anchor_ratios = (1.0, 1.7, 3.0)
   config.task.flip = 0.0  # They have a left and a right.
   config.task.max_boxes = 8
   config.task.candidates = 100
