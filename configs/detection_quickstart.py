@@ -30,10 +30,11 @@ def get_config():
   config.data.source = "scenes"
   config.data.mean = (0.5, 0.5, 0.5)
   config.data.std = (0.25, 0.25, 0.25)
-  config.optim.base_lr = 0.128  # 0.002 for a batch of 16.
+  config.optim.base_lr = 0.064  # 0.001 for a batch of 16.
+  config.optim.clip_norm = 5.0
   config.optim.schedule = "cosine"
   config.optim.min_lr = 0.0
-  config.optim.warmup_epochs = 0.5
+  config.optim.warmup_epochs = 1.0
   config.train.batch_size = 16
   config.train.epochs = 6.0
   config.eval.batch_size = 40
