@@ -9,6 +9,7 @@ import json
 import math
 
 import ade_tree
+import coco_tree
 import ml_collections
 import pytest
 import shipped
@@ -30,6 +31,7 @@ def data(tmp_path_factory):
   root = tmp_path_factory.mktemp("data")
   source_files.write_empty(root)
   ade_tree.make(root, n_train=1, n_val=1)
+  coco_tree.make(root, n_train=1, n_val=1)
   (root / "empty").mkdir()
   return root
 
@@ -41,6 +43,9 @@ def _load(argument, data):
     config["data"]["path"] = str(data)
   if config["data"]["source"] == "ade20k":
     config["init"] = None  # That of ResNet is a file.
+  if config["data"]["source"] == "coco":
+    config["data"]["path"] = str(data / "coco")
+    config["task"] |= {"class_names": None, "category_ids": None}
   config["task"]["num_classes"] = None  # The folder has one class.
   return config
 
@@ -331,27 +336,27 @@ def test_default_best_metric_is_the_first_of_the_task():
 
 
 @dataclasses.dataclass(frozen=True)
-class Boxes(tasks.Task):
+class Points(tasks.Task):
   """The section of a second task."""
 
   MEASURES = (tasks.Measure("map", True),)
 
-  name: str = options.option("boxes", "what is learned")
-  max_boxes: int = options.option(100, "per image", low=1)
+  name: str = options.option("points", "what is learned")
+  max_points: int = options.option(100, "per image", low=1)
 
 
 def test_key_of_another_task_says_whose_it_is(monkeypatch):
-  monkeypatch.setattr(tasks, "TASKS", {**tasks.TASKS, "boxes": Boxes})
-  boxes = {**DIGITS, "task.name": "boxes"}
-  for changes, owner in (({**boxes, "task.mixup": 0.1}, "classification"),
-                         ({**DIGITS, "task.max_boxes": 3}, "boxes")):
+  monkeypatch.setattr(tasks, "TASKS", {**tasks.TASKS, "points": Points})
+  points = {**DIGITS, "task.name": "points"}
+  for changes, owner in (({**points, "task.mixup": 0.1}, "classification"),
+                         ({**DIGITS, "task.max_points": 3}, "points")):
     *_, key = changes
     chosen = changes.get("task.name", "classification")
     assert _refusal(_tree(changes, "")) == (
         f"config.{key}: is a key of the task {owner}, but config.task.name is "
         f"{chosen}")
-  assert "config.task.max_boxes: 0 is below the least, 1" in _refusal(
-      _tree({**boxes, "task.max_boxes": 0}, ""))
-  cfg = config_lib.resolve(_tree({**boxes, "task.max_boxes": 3}, ""))
-  assert cfg.task == Boxes(max_boxes=3) and cfg.best_measure.name == "map"
-  assert {"task.mixup", "task.max_boxes"} <= {*typed.keys()}
+  assert "config.task.max_points: 0 is below the least, 1" in _refusal(
+      _tree({**points, "task.max_points": 0}, ""))
+  cfg = config_lib.resolve(_tree({**points, "task.max_points": 3}, ""))
+  assert cfg.task == Points(max_points=3) and cfg.best_measure.name == "map"
+  assert {"task.mixup", "task.max_points"} <= {*typed.keys()}
