@@ -142,6 +142,7 @@ def test_evaluation_of_the_run(home, run):
                              [found[name] for name in MEASURES], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_the_classes_are_in_the_table(run):
   head, *rows = tool("evaluate", f"--workdir={run}", "--per_class",
                      "--csv").splitlines()
@@ -149,6 +150,7 @@ def test_the_classes_are_in_the_table(run):
   assert [row.split(",")[1] for row in rows] == list(coco_tree.CLASS_NAMES)
 
 
+@pytest.mark.slow
 def test_names_of_mmdetection_and_back(home, run):
   file = home / "run.safetensors"
   tool("convert", f"--input={run}", "--layout=mmdet", f"--output={file}")

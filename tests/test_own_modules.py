@@ -233,6 +233,7 @@ def test_a_module_that_fails_is_one_line(module):
     experiment(module)
 
 
+@pytest.mark.slow
 def test_all_processes_need_the_module(module, tmp_path):
   """One of two has no such module; then, another one."""
   config = tmp_path / "config.py"

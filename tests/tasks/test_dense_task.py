@@ -57,6 +57,7 @@ def start(tmp_path_factory):
   return run(workdir, base_lr=1e-30, min_lr=0.0)[1]
 
 
+@pytest.mark.slow
 def test_it_learns_from_two_canvases(tmp_path):
   settings = {"steps": 60, "base_lr": 2.56, "ema_decay": 0.5}
   summary, _ = run(tmp_path / "a", **settings)
