@@ -182,6 +182,7 @@ def test_a_run_starts_from_all_of_another(run, other_classes):
   assert all(np.array_equal(found[name], want[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_predictions_as_pictures_and_json(home, run):
   folder = home / "coco" / "val2017"
   lines = tool("predict", f"--weights={run}", folder, "--json",

@@ -124,6 +124,7 @@ def test_evaluation_of_the_run(home, run):
   assert np.mean(ious) == pytest.approx(found["miou"])
 
 
+@pytest.mark.slow
 def test_names_of_mmsegmentation_and_back(home, run):
   file = home / "run.safetensors"
   tool("convert", f"--input={run}", "--layout=mmseg", f"--output={file}")

@@ -121,10 +121,8 @@ def trains(argument, imagenet, folder):
   assert abs(summary["loss"] / chance - 1) < 0.5
 
 
-# Each optimizer, each loss, a fine-tuning, each decoder of label maps;
-# -m configs trains the others.
-CHOSEN = ("configs/fashion_mnist.py", "configs/convformer.py:b36_384",
-          "configs/resnet.py:18", "configs/ade20k_semantic_fpn.py:pvt_tiny",
+# A classifier and a decoder of label maps; -m configs trains the others.
+CHOSEN = ("configs/convformer.py:b36_384",
           "configs/ade20k_upernet.py:caformer_s18")
 
 

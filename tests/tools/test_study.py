@@ -167,6 +167,8 @@ def test_every_shipped_family_is_a_study(path):
           ("data.path", "gs://bucket")]
   if "ade20k" in path.stem:
     data = [("data.source", "scenes"), ("task.num_classes", 11)]
+  if "coco" in path.stem:
+    data = [("data.source", "scenes"), ("task.num_classes", 10)]
   for variant, (*_, published) in found["VARIANTS"].items():
     assert published is None or 0 < published < 100
     cfg = study.experiment(found, variant, 3, [*data, ("init", None)])
