@@ -161,7 +161,7 @@ class AveragePrecision:
     return self._measured
 
   def _objects(self, image_ids: Sequence[Any]) -> list[list[dict[str, Any]]]:
-    """The objects of each class, in images that are numbered anew.
+    """The objects of each class, with their images renumbered from 0.
 
     pycocotools takes an object with the id 0 for none, and ids may be of any
     type.

@@ -13,6 +13,7 @@ and nothing is written, unless --skip_bad leaves it out. The folder gets its
 name when it is complete; its bytes depend on the data and --shards only.
 """
 
+import abc
 import argparse
 import itertools
 import json
@@ -48,7 +49,7 @@ _AT_ONCE = 64
 _NAMED = 10
 
 
-class _Split:
+class _Split(abc.ABC):
   """A split that is being written; subclasses know its kind of records.
 
   Attributes:
@@ -62,17 +63,17 @@ class _Split:
     self.kept: list[int] = []
     self.n_bad = 0
 
+  @abc.abstractmethod
   def description(self) -> dict[str, Any]:
     """The attributes of the index, as for `prepared.write`."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def packed(self, record: base.Record) -> tuple[dict[str, Any], Any]:
     """What is written of a record, and the size of its image.
 
     Raises:
       Exception: the record cannot be used.
     """
-    raise NotImplementedError
 
   table: Callable[[], bytes] | None = None  # As for `prepared.write`.
 

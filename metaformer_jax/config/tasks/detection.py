@@ -57,7 +57,8 @@ class Detection(base.Task):
       high=64)
 
   anchor_scale: float = option(
-      4.0, "side of a level's smallest square anchor, in strides", above=0)
+      4.0, "side of the smallest square anchor of each level, as a multiple of "
+      "the level's stride", above=0)
   anchor_octaves: int = option(
       3, "scales of anchors from one level to the next", low=1, high=16)
   anchor_ratios: tuple[float, ...] = option(

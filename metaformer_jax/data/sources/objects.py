@@ -14,8 +14,6 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from metaformer_jax.data.sources import base
-
 # Training leaves out images of which a side is shorter (mmdetection).
 SHORTEST = 32
 
@@ -177,7 +175,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Objects, tuple[int, ...]]:
 
 
 class Source:
-  """What sources of objects have in common; `__getitem__` is theirs.
+  """What sources of objects have in common, without `__getitem__`.
 
   Attributes:
     objects: of all images.
@@ -193,9 +191,6 @@ class Source:
 
   def __len__(self) -> int:
     return len(self.objects)
-
-  def __getitem__(self, index: int) -> base.Record:
-    raise NotImplementedError
 
   def sizes(self) -> np.ndarray:
     """Heights and widths of the images: int32 [N, 2]."""

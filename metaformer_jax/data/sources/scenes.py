@@ -98,8 +98,8 @@ class ObjectScenes:
   """The first n scenes with boxes of a split; each is drawn when it is read.
 
   The digits of a scene cover each other in the order in which they are drawn;
-  nine tenths of each stay visible. A box is the smallest one around the pixels
-  of which its digit covers at least half, and no later digit does.
+  at least 90% of each stays visible. A pixel belongs to the last digit that
+  covers at least half of it; a box is the bounding box of its digit's pixels.
 
   Attributes:
     split: "train" or "test".

@@ -70,7 +70,7 @@ def _up(size: Size, multiple: int) -> Size:
 
 def needed(height: int, width: int, task: tasks.Segmentation,
            multiple: int = STRIDE) -> Canvas:
-  """The smallest canvas of an image; its sides are multiples of `multiple`."""
+  """The canvas of one image, with sides rounded up to `multiple`."""
   return Canvas(tuple(_up(size, multiple) for _, size in
                       network_sizes(height, width, task)),
                 _up((height, width), multiple))
