@@ -35,7 +35,7 @@ def example(height: int, width: int, batch: int):
   image = rng.integers(0, 256, (batch, height, width, 3), np.uint8)
   low = rng.uniform(0, 0.6, (batch, N_BOXES, 2))
   high = low + rng.uniform(0.1, 0.4, low.shape)
-  boxes = np.concatenate([low, high], -1) * [width, height] * 2
+  boxes = np.concatenate([low, high], -1) * np.tile([width, height], 2)
   labels = rng.integers(0, N_CLASSES, (batch, N_BOXES))
   return image, boxes.astype(np.float32), labels
 
@@ -80,7 +80,7 @@ def ours(height: int, width: int, batch: int, repeats: int):
   kernel = head["class_out"]["kernel"]
   head["class_out"] = {
       "kernel": 0.05 * jax.random.normal(jax.random.key(1), kernel.shape),
-      "bias": head["class_out"]["bias"] * 0 - 4}
+      "bias": head["class_out"]["bias"] * 0 - 2.5}
   params["head"] = head
   state = {k: v for k, v in variables.items() if k != "params"}
   frozen = freeze.find(("backbone/stem/*", "backbone/stage1/*"), params,
@@ -126,7 +126,7 @@ def theirs(height: int, width: int, batch: int, repeats: int):
       trainable_backbone_layers=3)
   logits = model.head.classification_head.cls_logits
   torch.nn.init.normal_(logits.weight, std=0.05)
-  torch.nn.init.constant_(logits.bias, -4)
+  torch.nn.init.constant_(logits.bias, -2.5)
   image, boxes, labels = example(height, width, batch)
   images = list(torch.tensor(image).permute(0, 3, 1, 2).float() / 255)
   targets = [{"boxes": torch.tensor(b), "labels": torch.tensor(c)}
