@@ -123,7 +123,7 @@ def theirs(height: int, width: int, batch: int, repeats: int):
   model = detection.retinanet_resnet50_fpn(
       weights=None, weights_backbone=None, num_classes=N_CLASSES,
       min_size=min(height, width), max_size=max(height, width),
-      trainable_backbone_layers=3)
+      trainable_backbone_layers=3, detections_per_img=100)
   logits = model.head.classification_head.cls_logits
   torch.nn.init.normal_(logits.weight, std=0.05)
   torch.nn.init.constant_(logits.bias, -2.5)
