@@ -60,7 +60,7 @@ def _preprocessed(cfg: Experiment, data: dict[str, Any],
                   task: dict[str, Any]) -> Experiment:
   """Fills in the values of the two sections that are None."""
   return dataclasses.replace(cfg, data=_filled(cfg.data, data),
-                             task=_filled(cfg.task, task))
+                             task=_filled(cfg.task, task).filled())
 
 
 def _filled(section: Any, values: dict[str, Any]) -> Any:

@@ -51,6 +51,11 @@ class Task:
     """Classes that the model tells apart; None for a task without classes."""
     return None
 
+  def filled(self) -> "Task":
+    """With what follows from the section's other values for some left at None.
+    """
+    return self
+
   def check(self, cfg: "Experiment", files: bool) -> Iterator[str]:
     """Yields a line per mistake that spans keys, or that is on disk.
 
