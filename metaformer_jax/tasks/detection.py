@@ -14,37 +14,37 @@ from PIL import Image
 from metaformer_jax import errors
 from metaformer_jax.config import checks, derived, typed
 from metaformer_jax.config.schema import Experiment
-from metaformer_jax.config.tasks.detection import ALIGNED
 from metaformer_jax.data import images, loader, sources
 from metaformer_jax.data.transforms import detection as transforms
 from metaformer_jax.evaluation import coco_ap
 from metaformer_jax.heads import detector
-from metaformer_jax.ops import anchors, dense_detection, resize
 from metaformer_jax.tasks import (
   base,
   classes,
   dense,
   drawing,
   objects,
+  one_stage,
   own_models,
+  two_stage,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-  """RetinaNet's losses; COCO's average precision.
+  """The losses of RetinaNet or of an R-CNN; COCO's average precision.
 
   Batches are {"image": uint8 [B, H, W, 3], on one of the section's `canvases`;
   "size": int32 [B, 2], height and width of each image, which begins at the top
   left; "replaced": bool [B]}. In training they have "boxes": float32 [B, G, 4],
   in pixels of the canvas, "labels": int32 [B, G], -1 where there is no object,
-  and "overflow": int32 [B], the objects that are left out. In evaluation they
-  have "original_size": int32 [B, 2], "index": int32 [B] and "mask": bool [B].
+  "overflow": int32 [B], the objects that are left out, and with masks "masks":
+  uint8 [B, G, M, M] and "frames": float32 [B, G, 4] (`data.transforms.masks`).
+  In evaluation they have "original_size": int32 [B, 2], "index": int32 [B] and
+  "mask": bool [B].
   """
 
   cfg: Experiment
-
-  rng_names = ("dropout", "drop_path")
 
   @functools.cached_property
   def model(self) -> nn.Module:
@@ -65,71 +65,47 @@ class Detection:
 
   def train_batches(self, batch_size: int):
     task, struct = self.cfg.task, jax.ShapeDtypeStruct
+    boxes, side = (batch_size, task.max_boxes), task.object_mask_size
+    masks = {"masks": struct((*boxes, side, side), jnp.uint8),
+             "frames": struct((*boxes, 4), jnp.float32)}
     return [{
         "image": struct((batch_size, *canvas, 3), jnp.uint8),
         "size": struct((batch_size, 2), jnp.int32),
-        "boxes": struct((batch_size, task.max_boxes, 4), jnp.float32),
-        "labels": struct((batch_size, task.max_boxes), jnp.int32),
+        "boxes": struct((*boxes, 4), jnp.float32),
+        "labels": struct(boxes, jnp.int32),
         "overflow": struct((batch_size,), jnp.int32),
         "replaced": struct((batch_size,), jnp.bool_),
+        **(masks if task.has_masks else {}),
     } for canvas in task.canvases]
 
-  def outputs(self, variables, batch, **kwargs) -> Any:
-    """What the model gives for the images of a batch, before any detection.
+  @functools.cached_property
+  def detector(self) -> one_stage.OneStage | two_stage.TwoStage:
+    """The loss and the detections of the head."""
+    kind = two_stage.TwoStage if self.cfg.task.is_rcnn else one_stage.OneStage
+    return kind(self.cfg, self.model)
 
-    Their sides are first rounded up, with pixels of value 0 after the
-    normalisation, as mmdetection's Pad does; only what is beyond is masked.
-    """
-    sizes = batch["size"]
-    x = dense.normalized(self.cfg, batch["image"], sizes)
-    mask = resize.mask(-(-sizes // ALIGNED) * ALIGNED, *x.shape[1:3])
-    return self.model.apply(variables, x, mask=mask, **kwargs)
-
-  def _anchors(self, shape: tuple[int, int]) -> list[np.ndarray]:
-    """Anchors of each level, float32 [n, 4], for images of this shape."""
-    task = self.cfg.task
-    return [anchors.grid(
-        tuple(-(-side // stride) for side in shape), stride,
-        anchors.base(stride, task.anchor_scale, task.anchor_octaves,
-                     task.anchor_ratios))
-            for stride in detector.Detector.strides]
+  @property
+  def rng_names(self) -> tuple[str, ...]:
+    return self.detector.rng_names
 
   def loss(self, variables, batch, rngs, train):
-    task = self.cfg.task
-    outputs, updates = self.outputs(variables, batch, train=train, rngs=rngs,
-                                   mutable=["batch_stats"])
-    metrics = dense_detection.loss(
-        outputs["logits"], outputs["deltas"],
-        self._anchors(batch["image"].shape[1:3]), outputs["mask"],
-        batch["boxes"], batch["labels"], positive_iou=task.positive_iou,
-        negative_iou=task.negative_iou, alpha=task.focal_alpha,
-        gamma=task.focal_gamma, loss_group=task.loss_group)
-    loss = metrics["class_loss"] + metrics["box_loss"]
+    losses, updates = self.detector.loss(variables, batch, rngs, train)
+    loss = sum(losses.values())
     # Objects that are left out, of an image in the mean.
-    metrics |= {"loss": loss, "overflow": batch["overflow"].mean()}
+    metrics = losses | {"loss": loss, "overflow": batch["overflow"].mean()}
     state = {k: v for k, v in variables.items() if k != "params"}
     return loss, metrics, {**state, **updates}
 
   def predict(self, variables, batch):
-    return self.detections(self.outputs(variables, batch), batch)
-
-  def detections(self, outputs, batch):
     """Detections by descending score, in pixels of the original images.
 
     Returns:
       {"boxes": float32 [B, K, 4], "scores": float32 [B, K], "labels": int32
-      [B, K], "valid": bool [B, K]}.
+      [B, K], "valid": bool [B, K]}, and with masks "masks": float32 [B, K, 28,
+      28], the probability that a cell of the box, divided into that many, is of
+      the object.
     """
-    task = self.cfg.task
-    detect = functools.partial(
-        dense_detection.detect, anchors=self._anchors(
-            batch["image"].shape[1:3]), candidates=task.candidates,
-        score_threshold=task.score_threshold, nms_iou=task.nms_iou,
-        max_detections=task.max_detections)
-    found = jax.vmap(lambda logits, deltas, mask, size: detect(
-        logits, deltas, is_anchor=mask, size=size))(
-            outputs["logits"], outputs["deltas"], outputs["mask"],
-            batch["size"])
+    found = self.detector.predict(variables, batch)
     factors = batch["original_size"] / batch["size"]
     return found | {"boxes": found["boxes"] * jnp.tile(
         jnp.flip(factors, -1), 2)[:, None]}
