@@ -1,15 +1,14 @@
 """A backbone, a pyramid and a head of boxes: object detection."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
-from metaformer_jax.heads import features, fpn, retinanet
-from metaformer_jax.models import layers, norms
+from metaformer_jax.heads import features, fpn, rcnn, retinanet
+from metaformer_jax.models import layers
 
 
 class Detector(nn.Module):
@@ -56,24 +55,20 @@ class Detector(nn.Module):
       bool [B, n], the anchors at places inside the image, or None. Logits and
       deltas are undefined where the mask is false.
     """
-    strides = self.strides[:len(self.strides) - self.pyramid.n_extra]
-    with (norms.running_statistics() if self.frozen_batch_norm
-          else contextlib.nullcontext()):
-      levels = features.compute(self.backbone, images, mask, train)
-    levels = features.at_strides(
-        features.normalize(features.nearest(levels, strides),
-                           self.feature_norm, train), strides)
+    levels = features.prepared(
+        self.backbone, images, mask, train,
+        strides=self.strides[:len(self.strides) - self.pyramid.n_extra],
+        norm=self.feature_norm, frozen_batch_norm=self.frozen_batch_norm)
     maps, masks = self.pyramid(*([getattr(level, key) for level in levels]
                                  for key in ("map", "mask")))
     logits, deltas = self.head(maps, masks)
     return {"logits": logits, "deltas": deltas,
-            "mask": None if mask is None else tuple(
-                jnp.repeat(m.reshape(len(m), -1), self.head.n_anchors, axis=1)
-                for m in masks)}
+            "mask": None if mask is None else features.of_anchors(
+                masks, self.head.n_anchors)}
 
 
 def create(backbone: nn.Module, task: Any, *,
-           feature_norm: str | None = None) -> Detector:
+           feature_norm: str | None = None) -> Detector | rcnn.RCNN:
   """The model that a task section describes.
 
   Args:
@@ -84,14 +79,31 @@ def create(backbone: nn.Module, task: Any, *,
   Raises:
     ValueError: the head or the norm is unknown.
   """
-  dtype = getattr(backbone, "dtype", None)
-  head = layers.lookup({"retinanet": retinanet.RetinaNet}, "head", task.head)
-  return Detector(
-      backbone=backbone,
-      pyramid=fpn.Pyramid(task.fpn_dim, n_extra=2, dtype=dtype),
-      head=head(
-          task.num_classes, dim=task.head_dim, depth=task.head_depth,
-          n_anchors=task.anchor_octaves * len(task.anchor_ratios),
-          dtype=dtype),
+  make = layers.lookup({"retinanet": _retinanet, "faster_rcnn": _rcnn,
+                        "mask_rcnn": _rcnn}, "head", task.head)
+  return make(
+      task, task.anchor_octaves * len(task.anchor_ratios),
+      getattr(backbone, "dtype", None), backbone=backbone,
       feature_norm=features.norm(feature_norm, backbone),
       frozen_batch_norm=task.frozen_batch_norm)
+
+
+def _retinanet(task: Any, n_anchors: int, dtype: DTypeLike | None,
+               **common: Any) -> Detector:
+  return Detector(
+      pyramid=fpn.Pyramid(task.fpn_dim, n_extra=2, dtype=dtype),
+      head=retinanet.RetinaNet(task.num_classes, n_anchors, task.head_dim,
+                               task.head_depth, dtype),
+      **common)
+
+
+def _rcnn(task: Any, n_anchors: int, dtype: DTypeLike | None,
+          **common: Any) -> rcnn.RCNN:
+  n, dim = task.num_classes, task.head_dim
+  return rcnn.RCNN(
+      pyramid=fpn.Pyramid(task.fpn_dim, dtype=dtype),
+      rpn=rcnn.RPN(n_anchors, dim, dtype),
+      box_head=rcnn.BoxHead(n, task.box_dim, dtype),
+      mask_head=(rcnn.MaskHead(n, dim, task.head_depth, dtype)
+                 if task.head == "mask_rcnn" else None),
+      **common)

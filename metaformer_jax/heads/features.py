@@ -3,12 +3,14 @@
 No part names a backbone: all they need is `features`, {"stage1": map, ...}.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from metaformer_jax.models import layers, norms
@@ -91,6 +93,32 @@ def at_strides(levels: Sequence[Level], strides: Sequence[int]) -> list[Level]:
   if [level.stride for level in levels] == list(strides):
     return list(levels)
   return [_resized(_nearest(levels, stride), stride) for stride in strides]
+
+
+def prepared(backbone: nn.Module, images: jax.Array, mask: jax.Array | None,
+             train: bool, *, strides: Sequence[int],
+             norm: Callable[..., nn.Module] | None,
+             frozen_batch_norm: bool) -> list[Level]:
+  """The outputs for a detector: a normalised level for each stride.
+
+  Args:
+    backbone, images, mask, train: as of `compute`.
+    strides: as of `at_strides`.
+    norm: as of `normalize`.
+    frozen_batch_norm: the backbone's BatchNorm uses its running statistics, in
+      training as well.
+  """
+  with (norms.running_statistics() if frozen_batch_norm
+        else contextlib.nullcontext()):
+    levels = compute(backbone, images, mask, train)
+  return at_strides(normalize(nearest(levels, strides), norm, train), strides)
+
+
+def of_anchors(masks: Sequence[jax.Array],
+               n_anchors: int) -> tuple[jax.Array, ...]:
+  """By level, [B, h, w] -> [B, h w n_anchors]: the mask of each anchor."""
+  return tuple(jnp.repeat(mask.reshape(len(mask), -1), n_anchors, axis=1)
+               for mask in masks)
 
 
 def _nearest(levels: Sequence[Level], stride: int) -> Level:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from metaformer_jax.ops import boxes as box_ops
-from metaformer_jax.ops import matching
+from metaformer_jax.ops import groups, matching
 from metaformer_jax.ops import nms as nms_ops
 
 # By level.
@@ -73,7 +73,7 @@ def loss(logits: Levels, deltas: Levels, anchors: Levels,
   """
   if is_anchor is None:
     is_anchor = [jnp.ones(x.shape[:2], bool) for x in logits]
-  is_box = (labels >= 0) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
+  is_box = matching.is_object(boxes, labels)
   matches = jax.vmap(
       functools.partial(matching.max_iou, positive=positive_iou,
                         negative=negative_iou), (0, 0, None, 0))(
@@ -88,11 +88,8 @@ def loss(logits: Levels, deltas: Levels, anchors: Levels,
     classes, sides = _sums(*level, boxes, labels, alpha, gamma)
     class_sum, box_sum = class_sum + classes, box_sum + sides
 
-  group = loss_group or len(boxes)
-  class_loss, box_loss, n_positive = (
-      x.reshape(-1, group).sum(1) for x in (class_sum, box_sum, n_positive))
-  return {"class_loss": (class_loss / n_positive).mean(),
-          "box_loss": (box_loss / n_positive).mean()}
+  return {"class_loss": groups.mean(class_sum, n_positive, loss_group),
+          "box_loss": groups.mean(box_sum, n_positive, loss_group)}
 
 
 # The gradient computes it again: otherwise several arrays of the logits' size
@@ -140,9 +137,7 @@ def detect(logits: Levels, deltas: Levels, anchors: Levels,
     max_detections: K.
 
   Returns:
-    By descending score: "boxes", float32 [K, 4], in pixels; "scores", float32
-    [K]; "labels", int32 [K]; "valid", bool [K], which of them are detections.
-    The others have zeros, and label -1.
+    As `nms.detections`.
   """
   if is_anchor is None:
     is_anchor = [jnp.ones(len(x), bool) for x in logits]
@@ -153,11 +148,8 @@ def detect(logits: Levels, deltas: Levels, anchors: Levels,
     boxes = box_ops.decode(jnp.asarray(anchor)[index], delta[index], size)
     found.append((boxes, scores, labels))
   boxes, scores, labels = map(jnp.concatenate, zip(*found))
-  kept, valid = nms_ops.nms(boxes, scores, labels, scores > score_threshold,
+  return nms_ops.detections(boxes, scores, labels, scores > score_threshold,
                             nms_iou, max_detections)
-  return {"boxes": jnp.where(valid[:, None], boxes[kept], 0),
-          "scores": jnp.where(valid, scores[kept], 0),
-          "labels": jnp.where(valid, labels[kept], -1), "valid": valid}
 
 
 def best_pairs(logits: jax.Array, is_anchor: jax.Array,

@@ -51,6 +51,53 @@ def nms(boxes: jax.Array, scores: jax.Array, labels: jax.Array,
   return lax.scan(select, left, length=n_max)[1]
 
 
+def detections(boxes: jax.Array, scores: jax.Array, labels: jax.Array,
+               is_valid: jax.Array, threshold: float,
+               n_max: int) -> dict[str, jax.Array]:
+  """What `nms` keeps, by descending score.
+
+  Returns:
+    "boxes", float32 [K, 4], in pixels; "scores", float32 [K]; "labels", int32
+    [K]; "valid", bool [K], which of them are detections. The others have zeros,
+    and label -1. K is n_max.
+  """
+  index, valid = nms(boxes, scores, labels, is_valid, threshold, n_max)
+  return {"boxes": jnp.where(valid[:, None], boxes[index], 0),
+          "scores": jnp.where(valid, scores[index], 0),
+          "labels": jnp.where(valid, labels[index], -1), "valid": valid}
+
+
+def kept(boxes: jax.Array, is_valid: jax.Array,
+         threshold: float) -> jax.Array:
+  """Which boxes no better one that is kept covers; the best ones come first.
+
+  The same as `nms` with one class and no limit. Which boxes are kept is the one
+  solution of: a box is kept if, and only if, no kept one before it covers it.
+  It is found by applying this rule to a first guess until nothing changes,
+  which takes as many turns as the longest chain of boxes that decide on each
+  other: a few, where `nms` takes one for each box that is kept.
+
+  Args:
+    boxes: float32 [N, 4], in pixels, by descending score.
+    is_valid: bool [N]; the others are neither kept nor cover any.
+    threshold: IoU.
+
+  Returns:
+    bool [N].
+  """
+  index = jnp.arange(len(boxes))
+  covers = box_ops.iou(boxes, boxes, min_union=_TINY) > _at_most(threshold)
+  covers &= index[:, None] < index[None]
+
+  def again(state):
+    old, _ = state
+    new = is_valid & ~(covers & old[:, None]).any(0)
+    return new, (new != old).any()
+
+  return lax.while_loop(lambda state: state[1], again,
+                        (is_valid, jnp.array(True)))[0]
+
+
 def _at_most(threshold: float) -> np.float32:
   """The largest float32 that is not above the threshold.
 
