@@ -1,4 +1,4 @@
-r"""RetinaNet on COCO (arXiv 2111.11418, table 2), the 1x schedule.
+r"""RetinaNet on COCO (arXiv 2111.11418, table 3), the 1x schedule.
 
     python -m metaformer_jax.main \
         --config=configs/coco_retinanet.py:poolformer_s12 \

@@ -15,6 +15,7 @@ import numpy as np
 import parity_cases
 
 NUM_CLASSES, FPN_DIM, HEAD_DIM, HEAD_DEPTH, BATCH = 3, 16, 12, 2, 2
+BOX_DIM = 20  # R-CNN.
 
 # Multiples of 32, to which mmdetection pads; both orientations, and levels with
 # an odd number of places.
@@ -34,7 +35,7 @@ LABELS = (np.array([2, 0, 1, 1]), np.zeros(0, int))
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """RetinaNet on a backbone; `head_cases.Case` describes the attributes."""
+  """A detector on a backbone; `head_cases.Case` describes the attributes."""
 
   model: str
   overrides: Mapping[str, Any]
@@ -43,10 +44,11 @@ class Case:
   image_size: int = 64
   n_blocks: int | None = None
   frozen_batch_norm: bool = False
+  head: str = "retinanet"
 
   @property
   def name(self) -> str:
-    return f"{self.model}-retinanet"
+    return f"{self.model}-{self.head}"
 
   @property
   def dims(self) -> tuple[int, ...]:

@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 _HEAD = re.compile(
     r"params/(head|head_dist|head/fc2|(head|auxiliary)/classifier/conv"
-    r"|head/class_out)/(kernel|bias)")
+    r"|head/class_out|box_head/(class|box)_out|mask_head/mask_out)"
+    r"/(kernel|bias)")
 _HEADS = re.compile(r"params/head(_dist)?/.*")
 _STEM = re.compile(
     r"params/(stage1/downsample/conv|stage1/patch_embed/conv|stem/conv"

@@ -1,7 +1,7 @@
 """The names of mmdetection's weights, for a head over a family's backbone.
 
-Such a model is a family of its own, as "retinanet/poolformer", whose only
-layout is "mmdet".
+Such a model is a family of its own, as "retinanet/poolformer", with the layout
+"mmdet"; `torchvision` has another one to read.
 """
 
 from metaformer_jax.convert import openmmlab
@@ -19,4 +19,27 @@ _RETINANET = (
     Rule("head/box_out", "bbox_head.retina_reg", "conv"),
 )
 
-RULES = openmmlab.families({"retinanet": _RETINANET}, "mmdet")
+_FASTER_RCNN = (
+    *openmmlab.PYRAMID,
+    # dense_heads/rpn_head.py.
+    Rule("rpn/conv", "rpn_head.rpn_conv", "conv"),
+    Rule("rpn/class_out", "rpn_head.rpn_cls", "conv"),
+    Rule("rpn/box_out", "rpn_head.rpn_reg", "conv"),
+    # roi_heads/bbox_heads/convfc_bbox_head.py.
+    Rule("box_head/fc1", "roi_head.bbox_head.shared_fcs.0", "flattened"),
+    Rule("box_head/fc2", "roi_head.bbox_head.shared_fcs.1", "dense"),
+    Rule("box_head/class_out", "roi_head.bbox_head.fc_cls", "dense"),
+    Rule("box_head/box_out", "roi_head.bbox_head.fc_reg", "dense"),
+)
+
+_MASK_RCNN = (
+    *_FASTER_RCNN,
+    # roi_heads/mask_heads/fcn_mask_head.py.
+    Rule("mask_head/conv{i}", "roi_head.mask_head.convs.{i0}.conv", "conv"),
+    Rule("mask_head/deconv", "roi_head.mask_head.upsample", "conv"),
+    Rule("mask_head/mask_out", "roi_head.mask_head.conv_logits", "conv"),
+)
+
+RULES = openmmlab.families(
+    {"retinanet": _RETINANET, "faster_rcnn": _FASTER_RCNN,
+     "mask_rcnn": _MASK_RCNN}, "mmdet")

@@ -18,7 +18,7 @@ import numpy as np
 from flax import traverse_util
 
 from metaformer_jax import errors
-from metaformer_jax.convert import detection, rules, segmentation
+from metaformer_jax.convert import detection, rules, segmentation, torchvision
 
 Tensors = Mapping[str, np.ndarray]
 # (flat name, array, shape of the target) -> adapted array, or None to omit it.
@@ -43,6 +43,11 @@ LAYINGS: dict[str, Laying] = {
                    lambda x: x.transpose(3, 2, 0, 1)),
     "oi": Laying(_matrix, lambda x: x.T),
     "oi11": Laying(_matrix, lambda x: x.T[:, :, None, None]),
+    "oc77": Laying(
+        lambda x: x.reshape(len(x), -1, 7, 7).transpose(2, 3, 1, 0).reshape(
+            -1, len(x)),
+        lambda x: x.reshape(7, 7, -1, x.shape[1]).transpose(3, 2, 0, 1).reshape(
+            x.shape[1], -1)),
     "1chw": Laying(lambda x: x.squeeze(0).transpose(1, 2, 0),
                    lambda x: x.transpose(2, 0, 1)[None]),
     "11c": Laying(lambda x: x.reshape(-1), lambda x: x[None, None]),
@@ -199,6 +204,8 @@ def to_flax(family: str | None, tensors: Tensors, target: Mapping[str, Any],
   if layout.startswith("huggingface"):
     tensors = {key: tensor for key, tensor in tensors.items()
                if not rules.UNUSED.fullmatch(key)}
+  elif layout == "torchvision":
+    tensors = torchvision.arranged(tensors, target)
   unnamed = target.keys() - where
   if unnamed:
     raise errors.WeightsError(
@@ -263,7 +270,8 @@ def _rules(family: str | None) -> Mapping[str, Any]:
 
 
 def _readable(family: str | None) -> Mapping[str, Any]:
-  return {**_rules(family), **rules.READ_ONLY.get(family, {})}
+  read_only = rules.READ_ONLY | torchvision.READ_ONLY
+  return {**_rules(family), **read_only.get(family, {})}
 
 
 def check_layout(family: str | None, layout: str) -> None:

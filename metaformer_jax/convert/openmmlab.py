@@ -15,24 +15,29 @@ PYRAMID = (
 )
 
 
-def _within(rule: Rule) -> Rule:
-  """A rule of a whole model, for the same model as the backbone."""
+def within(rule: Rule, prefix: str = "backbone.") -> Rule:
+  """A rule of a whole model, for the same model as the backbone.
+
+  Args:
+    rule: of the whole model.
+    prefix: of the backbone's keys.
+  """
   keys = (rule.key,) if isinstance(rule.key, str) else rule.key
   negation = "not " if (rule.where or "").startswith("not ") else ""
   where = rule.where and (
       f"{negation}backbone/{rule.where.removeprefix(negation)}")
   return rule._replace(path=f"backbone/{rule.path}", where=where,
-                       key=tuple(f"backbone.{key}" for key in keys))
+                       key=tuple(f"{prefix}{key}" for key in keys))
 
 
 _BACKBONES = {
     # Norms of the outputs have the indices of the stages in `network`.
     "poolformer": (
-        *map(_within, rules.RULES["poolformer"]["official"]),
+        *map(within, rules.RULES["poolformer"]["official"]),
         *(Rule(f"norm{i}", f"backbone.norm{2 * (i - 1)}", "norm")
           for i in range(1, 5))),
-    "pvt": tuple(map(_within, rules.RULES["pvt"]["official"])),
-    "resnet": tuple(map(_within, rules.OPENMMLAB_RESNET)),
+    "pvt": tuple(map(within, rules.RULES["pvt"]["official"])),
+    "resnet": tuple(map(within, rules.OPENMMLAB_RESNET)),
 }
 
 

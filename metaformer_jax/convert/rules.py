@@ -34,6 +34,8 @@ KINDS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "dense": (("kernel", "weight", "oi"), ("bias", "bias", "same")),
     # A Dense here, a 1 x 1 convolution in PyTorch.
     "pointwise": (("kernel", "weight", "oi11"), ("bias", "bias", "same")),
+    # A Dense of flattened maps of 7 x 7.
+    "flattened": (("kernel", "weight", "oc77"), ("bias", "bias", "same")),
     "norm": (("scale", "weight", "same"), ("bias", "bias", "same"),
              ("mean", "running_mean", "same"), ("var", "running_var", "same"),
              ("n_batches", "num_batches_tracked", "count")),

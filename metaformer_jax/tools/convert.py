@@ -214,7 +214,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   parser = cli.Parser(__doc__, "convert")
   parser.add_argument("--model", help="a name of metaformer_jax.list_models(), "
                       "for an input that does not record it; with a decoder, "
-                      "semantic_fpn/NAME, upernet/NAME or retinanet/NAME")
+                      "semantic_fpn/NAME, upernet/NAME, retinanet/NAME, "
+                      "faster_rcnn/NAME or mask_rcnn/NAME")
   parser.add_argument("--allow_import", default="", help="modules of your own "
                       "that the input may name, separated by commas")
   parser.add_argument("--input", required=True,
@@ -224,7 +225,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "a new folder")
   parser.add_argument(
       "--layout", default="official", help="of the output: official, timm, "
-      "huggingface, mmseg, or flax for our own names; not every model has each")
+      "huggingface, mmseg, mmdet, or flax for our own names; not every model "
+      "has each")
   parser.add_argument(
       "--num_classes", type=int, help="if the input has another number, the "
       "last layer is re-initialised")

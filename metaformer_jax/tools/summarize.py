@@ -53,7 +53,7 @@ Written by `python -m metaformer_jax.tools.summarize --configs=configs --output=
 
     python -m metaformer_jax.main --config=configs/caformer.py:s18 --config.data.path=/path/to/imagenet
 
-- Top-1, mIoU and box AP (percent) are published, by the source beside them, and were not measured here. Measured numbers are in [results.md](results.md).
+- Top-1, mIoU, box and mask AP (percent) are published, by the source beside them, and were not measured here. Measured numbers are in [results.md](results.md).
 - The peak learning rate is that of the batch size in the table; with another `--config.train.batch_size` it scales in proportion. Epochs: training + cool-down.
 - The batches of ImageNet are for a TPU pod slice or several GPUs. `--config.train.accumulate=8` computes one in eight parts, to fit it on fewer devices.
 - `--config.init` replaces the initial weights.
@@ -65,8 +65,9 @@ _RECIPE_COLUMNS = (
     "peak rate", "drop path", "initial weights", "published", "notes")
 
 
-# Names of the tasks' first measures, as papers write them.
-_MEASURES = {"top1": "top-1", "miou": "mIoU", "box_ap": "box AP"}
+# Names of the measures that are published, as papers write them.
+_MEASURES = {"top1": "top-1", "miou": "mIoU", "box_ap": "box AP",
+             "mask_ap": "mask AP"}
 
 
 def _table(columns: tuple[str, ...], cells: Iterator[list[str]],
@@ -113,9 +114,9 @@ def recipes(folder: pathlib.Path) -> Iterator[str]:
   """The lines of the page of all config files in a folder and its subfolders.
 
   Files without variants share the first table. A family's section begins with
-  its docstring; its file defines VARIANTS, {name: (..., published result or
-  None)}, and optionally SOURCE, of the results, and NOTES, {pattern of names:
-  text}.
+  its docstring; its file defines VARIANTS, {name: (..., published result, a
+  tuple of several, or None)}, and optionally SOURCE, of the results, and NOTES,
+  {pattern of names: text}.
 
   Raises:
     ConfigError: a file cannot be run, or an experiment is not valid.
@@ -165,8 +166,11 @@ def _recipe_row(path: str, argument: str, found: dict[str, Any], config,
   is_published = _settings(cfg) == {"num_classes": spec.num_classes}
   result = variant.get("published", spec.top1 if is_published else None)
   if result is not None:
-    measure = _MEASURES[cfg.task.MEASURES[0].name]
-    result = f"{result:.1f} {measure} ({found.get('SOURCE', spec.source)})"
+    results = result if isinstance(result, tuple) else (result,)
+    names = [_MEASURES[m.name] for m in cfg.task.MEASURES
+             if m.name in _MEASURES]
+    result = ", ".join(f"{x:.1f} {name}" for x, name in zip(results, names))
+    result += f" ({found.get('SOURCE', spec.source)})"
   elif "docs/results.md" in found["__doc__"]:
     result = "[measured](results.md)"
   optim, train = cfg.optim, cfg.train

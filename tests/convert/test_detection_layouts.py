@@ -1,6 +1,6 @@
-"""mmdetection's names; tests/heads/test_golden_detection.py has more."""
+"""mmdetection's names; tests/heads/test_golden_*.py have more."""
 
-import pathlib
+import dataclasses
 
 import detector_cases
 import detectors
@@ -8,27 +8,45 @@ import jax
 import numpy as np
 import parity_cases
 import pytest
+import rcnn_cases
 import torch_format
 
 from metaformer_jax import errors
 from metaformer_jax.convert import adapt, detection, files, layouts
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "detection"
-NAME = "poolformer_s12-retinanet"
+NAME, MASKS = "poolformer_s12-retinanet", "poolformer_s12-mask_rcnn"
 
 
 def tensors_of(name):
   return detector_cases.weights(parity_cases.Golden.load(
-      GOLDEN / f"{name}.npz").state_shapes)
+      detectors.GOLDEN / f"{name}.npz").state_shapes)
 
 
-def test_no_rule_of_the_head_is_dead(monkeypatch):
-  _, family, target = detectors.build(detector_cases.CASES[NAME])
+@pytest.mark.parametrize("case", [
+    detector_cases.CASES[NAME], rcnn_cases.CASES[MASKS]], ids=lambda c: c.name)
+def test_no_rule_of_the_head_is_dead(case, monkeypatch):
+  _, family, target = detectors.build(case)
   names = layouts.flatten(target)
   for rule in detection.RULES[family]["mmdet"]:
     if not rule.path.startswith(("backbone", "norm")):
       monkeypatch.setitem(detection.RULES, family, {"mmdet": (rule,)})
       assert layouts.entries(family, "mmdet", names), rule
+
+
+def test_faster_rcnn_is_mask_rcnn_without_masks():
+  tensors = tensors_of(MASKS)
+  case = dataclasses.replace(rcnn_cases.CASES[MASKS], head="faster_rcnn")
+  _, family, target = detectors.build(case)
+  with pytest.raises(errors.WeightsError, match=(
+      r"roi_head\.mask_head\.conv_logits\.bias has no place; .*"
+      r"roi_head\.mask_head\.upsample\.weight has no place$")):
+    layouts.to_flax(family, tensors, target)
+  tensors = {key: x for key, x in tensors.items() if "mask_head" not in key}
+  found = layouts.to_flax(family, tensors, target)
+  _, family, target = detectors.build(rcnn_cases.CASES[MASKS])
+  want = layouts.flatten(layouts.to_flax(family, tensors_of(MASKS), target))
+  for key, x in layouts.flatten(found).items():
+    assert np.array_equal(x, want[key]), key
 
 
 def test_a_checkpoint_of_mmcv_is_read(tmp_path):
@@ -61,19 +79,28 @@ def test_what_does_not_fit_is_listed():
     layouts.to_flax(family, tensors, target)
 
 
-def test_other_classes_re_initialise_the_last_layer():
-  _, family, target = detectors.build(detector_cases.CASES[NAME])
+@pytest.mark.parametrize("case,layers", [
+    (detector_cases.CASES[NAME], ["head/class_out"]),
+    (rcnn_cases.CASES[MASKS], ["box_head/class_out", "box_head/box_out",
+                               "mask_head/mask_out"])], ids=["anchors", "rcnn"])
+def test_other_classes_re_initialise_the_last_layers(case, layers):
+  _, family, target = detectors.build(case)
+  last = {f"params/{layer}/{leaf}" for layer in layers
+          for leaf in ("kernel", "bias")}
+
+  def with_more(key, leaf):
+    if key not in last:
+      return leaf
+    return jax.ShapeDtypeStruct((*leaf.shape[:-1], 45), leaf.dtype)
+
   flat = layouts.flatten(target)
-  last = {f"params/head/class_out/{leaf}" for leaf in ("kernel", "bias")}
-  more = layouts.unflatten({
-      key: jax.ShapeDtypeStruct((*leaf.shape[:-1], 9 * 5), leaf.dtype)
-      if key in last else leaf for key, leaf in flat.items()})
+  more = layouts.unflatten({k: with_more(k, v) for k, v in flat.items()})
 
   def to_shape(name, value, shape):
     return adapt.to_shape(name, value, shape, image_size=(64, 64),
                           new_head=True)
 
-  found = layouts.to_flax(family, tensors_of(NAME), more, to_shape)
+  found = layouts.to_flax(family, tensors_of(case.name), more, to_shape)
   assert flat.keys() - layouts.flatten(found) == last
 
 

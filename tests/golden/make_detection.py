@@ -51,9 +51,10 @@ def import_mmdet():
   return mmdet.models
 
 
-def register(models, poolformer, pvt):
+def register(models, poolformer, pvt, *, first_norm=False):
   """Adds the official backbones to mmdetection's, in place of its PVT."""
-  os.environ["FORK_LAST3"] = "1"  # No norm of the first output.
+  if not first_norm:
+    os.environ["FORK_LAST3"] = "1"  # No norm of the first output.
   make.alias_old_timm()
   path = pathlib.Path(pvt, "detection/pvt.py")
   spec = importlib.util.spec_from_file_location("official_pvt", path)
@@ -97,20 +98,25 @@ def config(backbone, dims, *, num_classes=80, fpn_dim=256, head_dim=256,
           "max_per_img": max_detections}})
 
 
-def build(case, models):
+def settings(case):
+  """The arguments of `config`."""
   cases = detector_cases
-  model = models.build_detector(config(
-      case.theirs, case.dims, num_classes=cases.NUM_CLASSES,
-      fpn_dim=cases.FPN_DIM, head_dim=cases.HEAD_DIM,
-      head_depth=cases.HEAD_DEPTH, candidates=cases.CANDIDATES,
-      max_detections=cases.MAX_DETECTIONS))
+  return {"backbone": case.theirs, "dims": case.dims,
+          "num_classes": cases.NUM_CLASSES, "fpn_dim": cases.FPN_DIM,
+          "head_dim": cases.HEAD_DIM, "head_depth": cases.HEAD_DEPTH,
+          "candidates": cases.CANDIDATES,
+          "max_detections": cases.MAX_DETECTIONS}
+
+
+def build(case, model_config, models):
+  model = models.build_detector(model_config)
   if case.n_blocks:
     for parent, name in make.stacks(model.backbone):
       setattr(parent, name, torch.nn.Sequential(
           *list(getattr(parent, name))[:case.n_blocks]))
-  state = cases.weights(
+  drawn = detector_cases.weights(
       {k: tuple(v.shape) for k, v in model.state_dict().items()})
-  model.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})
+  model.load_state_dict({k: torch.from_numpy(v) for k, v in drawn.items()})
   return model
 
 
@@ -145,15 +151,19 @@ def detections(model, size):
   return np.concatenate([boxes.numpy(), labels.numpy()[:, None]], 1)
 
 
+def state(model):
+  """As `parity_cases.Golden.state`."""
+  trained = {k for k, p in model.named_parameters() if p.requires_grad}
+  return [(k, tuple(v.shape), str(v.dtype).removeprefix("torch."), k in trained)
+          for k, v in model.state_dict().items()]
+
+
 def golden(model):
   cases = detector_cases
   model.eval()
   logits = {size: outputs(model, size) for size in cases.SIZES}
   found = {size: {} for size in logits}
   found[cases.SIZES[-1]]["detections"] = detections(model, cases.SIZES[-1])
-  state = [(k, tuple(v.shape), str(v.dtype).removeprefix("torch."),
-            k in {k for k, p in model.named_parameters() if p.requires_grad})
-           for k, v in model.state_dict().items()]
   model.train()
   size = cases.SIZES[0]
   losses = model.forward_train(
@@ -166,7 +176,7 @@ def golden(model):
       meta={"torch": torch.__version__, "numpy": np.__version__,
             "n_params": sum(p.numel() for p in model.parameters()),
             "losses": {k: v.item() for k, v in losses.items()}},
-      state=state, logits=logits, features=found,
+      state=state(model), logits=logits, features=found,
       shapes={size: {k: v.shape for k, v in of_size.items()}
               for size, of_size in found.items()},
       # Of the position of PVT's class token, which is unused, there is none.
@@ -185,8 +195,8 @@ def save(model, path):
       "hook_msgs": {}})
 
 
-def count(models):
-  """Prints the parameters of the published models."""
+def count(make):
+  """Prints the parameters of the published models, which `make` makes."""
   dims = (64, 128, 320, 512)
   rows = {}
   for name, layers in (("s12", [2, 2, 6, 2]), ("s24", [4, 4, 12, 4]),
@@ -204,37 +214,47 @@ def count(models):
         "embed_dims": list(dims), "num_heads": [1, 2, 5, 8],
         "mlp_ratios": [8, 8, 4, 4], "qkv_bias": True, "depths": depths}
   for name, (dims, backbone) in rows.items():
-    model = models.build_detector(config(backbone, dims))
+    model = make(backbone, dims)
     everything, trained = (
         sum(p.numel() for p in model.parameters() if p.requires_grad or frozen)
         for frozen in (True, False))
     print(name, everything, trained, flush=True)
 
 
-def main():
+def parse(doc):
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+      description=doc, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument("--poolformer", required=True, help="the clone")
   parser.add_argument("--pvt", required=True, help="the clone")
   parser.add_argument("--out", help="write golden files to this folder")
   parser.add_argument("--save", help="write weights to this folder")
   parser.add_argument("--count", action="store_true")
-  args = parser.parse_args()
+  return parser.parse_args()
+
+
+def write(args, cases, make_model, make_golden):
+  """Writes what the arguments ask for of each case."""
   torch.set_num_threads(1)
-  models = import_mmdet()
-  register(models, args.poolformer, args.pvt)
   for folder in filter(None, (args.out, args.save)):
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-  for case in detector_cases.CASES.values():
-    model = build(case, models)
+  for case in cases:
+    model = make_model(case)
     if args.out:
-      result = golden(model)
+      result = make_golden(model)
       result.save(pathlib.Path(args.out, f"{case.name}.npz"))
       print(case.name, result.meta, flush=True)
     if args.save:
       save(model, pathlib.Path(args.save, f"{case.name}.pth"))
+
+
+def main():
+  args = parse(__doc__)
+  models = import_mmdet()
+  register(models, args.poolformer, args.pvt)
+  write(args, detector_cases.CASES.values(),
+        lambda case: build(case, config(**settings(case)), models), golden)
   if args.count:
-    count(models)
+    count(lambda *row: models.build_detector(config(*row)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ drawn by name on both sides.
 """
 
 import functools
-import pathlib
 
 import detector_cases
 import detectors
@@ -19,8 +18,7 @@ import pytest
 from metaformer_jax.convert import layouts
 from metaformer_jax.ops import dense_detection
 
-CANVASES = ((96, 128), (128, 96))  # Larger than all images.
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "detection"
+CANVASES = detectors.CANVASES
 MAX_BOXES = 6
 
 
@@ -32,17 +30,7 @@ def cases(*default):
 
 
 def load(name):
-  """The file, the model, its family and its variables."""
-  golden = parity_cases.Golden.load(GOLDEN / f"{name}.npz")
-  model, family, target = detectors.build(detector_cases.CASES[name])
-  tensors = detector_cases.weights(golden.state_shapes)
-  variables = layouts.to_flax(family, tensors, target)
-  back = layouts.to_torch(family, variables, "mmdet")
-  assert back.keys() == tensors.keys()
-  assert all(np.array_equal(back[key], tensors[key]) for key in back)
-  n_params = sum(x.size for x in jax.tree.leaves(variables["params"]))
-  assert n_params == golden.meta["n_params"]
-  return golden, model, family, variables
+  return detectors.load(detector_cases.CASES[name])
 
 
 @pytest.mark.parametrize("name,canvas", [
@@ -53,14 +41,9 @@ def load(name):
 def test_outputs_on_a_canvas(name, canvas):
   """Images of different sizes in one batch, on a canvas of noise."""
   golden, model, _, variables = load(name)
-  sizes = detector_cases.SIZES
-  images = np.full((len(sizes), *canvas, 3), 1e3, np.float32)
-  mask = np.zeros(images.shape[:3], bool)
-  for i, size in enumerate(sizes):
-    place = np.s_[i, :size[0], :size[1]]
-    images[place], mask[place] = detector_cases.images(size)[i], True
+  images, mask = detectors.on_canvas(canvas)
   found = jax.jit(model.apply)(variables, images, mask)
-  for i, size in enumerate(sizes):
+  for i, size in enumerate(detector_cases.SIZES):
     of_image = detectors.example(found, i)
     got = np.concatenate([
         np.concatenate(detectors.alone(of_image[key], size, canvas))

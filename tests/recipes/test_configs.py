@@ -75,8 +75,9 @@ def shrink(config):
     config.task.fpn_dim = config.task.head_dim = config.task.auxiliary_dim = 8
   elif config.task.name == "detection":
     config.task.scale = (128, 96)
-    config.task.fpn_dim = config.task.head_dim = 8
-    config.task.candidates = 20
+    config.task.fpn_dim = config.task.head_dim = config.task.box_dim = 8
+    config.task.candidates = config.task.train_candidates = 20
+    config.task.proposals = config.task.roi_samples = 16
   else:
     config.task.image_size = 32
   config.data.workers = 0

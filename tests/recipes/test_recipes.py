@@ -18,7 +18,8 @@ from metaformer_jax.training import schedules
 TABLE = {"s18": (1,), "s18_384": (2,), "m36": (3,)}
 # Their variants are no classifiers of the table, as they are.
 OTHERS = ("ablations", "study_fashion_mnist", "ade20k_semantic_fpn",
-          "ade20k_upernet", "coco_retinanet")
+          "ade20k_upernet", "coco_retinanet", "coco_faster_rcnn",
+          "coco_mask_rcnn")
 FAMILIES = {path.stem: shipped.names_of(path) for path in shipped.FILES
             if "VARIANTS" in shipped.names_of(path)}
 
@@ -96,22 +97,27 @@ def test_segmentation_recipes_are_the_official_ones():
     assert cfg.model.name == variant
 
 
+@pytest.mark.parametrize("head", ("retinanet", "faster_rcnn", "mask_rcnn"))
 @pytest.mark.parametrize("name", (
     "poolformer_s12", "resnet50", "pvt_tiny", "pvt_large", "caformer_s18"))
-def test_detection_recipes_are_the_official_ones(name):
+def test_detection_recipes_are_the_official_ones(name, head):
   """The values that mmdetection's config files have, and its rates."""
-  cfg = config_lib.resolve(detection.retinanet(name), files=False)
-  optim, resnet = cfg.optim, name == "resnet50"
+  cfg = config_lib.resolve(detection.HEADS[head](name), files=False)
+  optim, resnet, rcnn = cfg.optim, name == "resnet50", head != "retinanet"
   n_warmup, weight_decay, drop_path = {
       "caformer_s18": (1000, 0.05, 0.2), "pvt_tiny": (500, 1e-4, 0.1),
   }.get(name, (500, 1e-4, 0.0))
+  batch, peak = 16, 0.01 if resnet else 1e-4
+  if rcnn and name != "caformer_s18":
+    batch, peak = (8, peak * 2 / 1.4) if name == "pvt_large" else (16, peak * 2)
+  assert cfg.task.head == head
   assert optim.name == ("sgd" if resnet else "adamw")
   assert (optim.weight_decay, optim.clip_norm) == (weight_decay, None)
   assert optim.decay_all == (name != "caformer_s18")
   assert (cfg.model.drop_path_rate or 0) == drop_path
   assert cfg.task.frozen_batch_norm == bool(cfg.train.freeze) == resnet
-  assert (cfg.train.batch_size, cfg.task.loss_group) == (16, 2)
-  peak, per_epoch = 0.01 if resnet else 1e-4, 117_266 / 16
+  assert (cfg.train.batch_size, cfg.task.loss_group) == (batch, batch // 8)
+  per_epoch = 117_266 / batch
   rate = schedules.create(cfg, round(12 * per_epoch), per_epoch)
   for i in (0, 1, 250, n_warmup - 1, n_warmup, 58_633 - 1, 58_633, 80_621 - 1,
             80_621, 87_949):
@@ -121,10 +127,10 @@ def test_detection_recipes_are_the_official_ones(name):
     assert float(rate(i)) == pytest.approx(want, rel=1e-5), i
 
 
-def test_published_detector():
-  cfg = inference.published("retinanet/resnet18")
-  assert (cfg.task.head, cfg.model.name, cfg.init) == (
-      "retinanet", "resnet18", None)
+@pytest.mark.parametrize("head", ("retinanet", "faster_rcnn", "mask_rcnn"))
+def test_published_detector(head):
+  cfg = inference.published(f"{head}/resnet18")
+  assert (cfg.task.head, cfg.model.name, cfg.init) == (head, "resnet18", None)
   assert cfg.task.class_names[80 - 1] == "toothbrush"
   assert cfg.task.category_ids[80 - 1] == 90 and cfg.data.mean is not None
 
