@@ -19,7 +19,8 @@ from metaformer_jax.data import loader, sources
 from metaformer_jax.data.transforms import detection
 from metaformer_jax.tools import prepare
 
-TASK = tasks.Detection(scale=(96, 60), num_classes=3, max_boxes=8)
+TASK = tasks.Detection(head="mask_rcnn", scale=(96, 60), num_classes=3,
+                       max_boxes=8, object_mask_size=20)
 
 
 def run(path, output, *args):
@@ -82,8 +83,8 @@ def test_the_folder_depends_on_the_data_only(tree, prepared, tmp_path):
   names = sorted(os.listdir(prepared.path))
   assert names == sorted(os.listdir(again.path)) == sorted(
       f"{split}{end}" for split in ("train", "val") for end in (
-          ".json", ".safetensors", *(f"-0000{i}-of-00003.array_record"
-                                     for i in range(3))))
+          ".json", ".safetensors", ".outlines.safetensors",
+          *(f"-0000{i}-of-00003.array_record" for i in range(3))))
   for name in names:
     one, other = (pathlib.Path(d.path, name).read_bytes()
                   for d in (prepared, again))
