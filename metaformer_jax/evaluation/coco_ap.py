@@ -1,14 +1,19 @@
-"""Average precision of boxes, as COCO defines it, computed by pycocotools."""
+"""Average precision of boxes and masks, as COCO defines it, by pycocotools."""
 
 import contextlib
+import functools
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from pycocotools import coco, cocoeval
+from pycocotools import mask as pymask
+
+Paste = Callable[[np.ndarray, np.ndarray, Sequence[int]], np.ndarray]
 
 # Decimals of coordinates in files, in pixels.
 _DECIMALS = 3
@@ -19,7 +24,8 @@ class GroundTruth(NamedTuple):
 
   Attributes:
     data_set: a COCO data set, {"images", "annotations", "categories"}, in which
-      image i is that of record i.
+      image i is that of record i. For masks, annotations have "segmentation",
+      an RLE as `rle` gives it; those without one are not in mask AP.
     category_ids: its number of each of the model's classes; None for a class
       that it lacks.
   """
@@ -35,15 +41,17 @@ class _Detections(NamedTuple):
     boxes: float32 [n, 4], x1, y1, x2 and y2 in pixels of the original image.
     scores: float32 [n].
     labels: int32 [n], the classes.
+    masks: the RLEs as `rle` gives them; None without masks.
   """
 
   boxes: np.ndarray
   scores: np.ndarray
   labels: np.ndarray
+  masks: Sequence[dict[str, Any]] | None = None
 
 
 _NOTHING = _Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32),
-                       np.zeros(0, np.int32))
+                       np.zeros(0, np.int32), [])
 
 
 class AveragePrecision:
@@ -56,16 +64,22 @@ class AveragePrecision:
   together with their objects. Source: pycocotools, cocoeval.py.
 
   Each class is measured alone, on the images with an object or a detection of
-  it: the result is the same, and takes less time and memory.
+  it: the result is the same, and takes less time and memory. Masks are kept as
+  RLEs, of half a kilobyte each: 250 MB for 5,000 images with 100 detections.
   """
 
   def __init__(self, ground_truth: Callable[[], GroundTruth],
-               names: Sequence[str]):
+               names: Sequence[str], paste: Paste | None = None):
     """An evaluator of a model with the classes `names`.
 
-    `ground_truth` is called once, when the objects are first needed.
+    Args:
+      ground_truth: called once, when the objects are first needed.
+      names: of the classes.
+      paste: (probabilities, float32 [n, M, M], boxes, float32 [n, 4] in pixels
+        of the image, its (height, width)) -> masks, bool [n, height, width].
+        None: only boxes are measured.
     """
-    self._read, self._names = ground_truth, names
+    self._read, self._names, self._paste = ground_truth, names, paste
     self._truth = None
     self.reset()
 
@@ -80,44 +94,58 @@ class AveragePrecision:
     Args:
       outputs: "boxes", float32 [B, K, 4], in pixels of the original images;
         "scores", float32 [B, K], descending; "labels", int32 [B, K]; "valid",
-        bool [B, K]. A detection that is not finite does not count.
+        bool [B, K]; for masks "masks", float32 [B, K, M, M], probabilities
+        inside of the boxes. A detection that is not finite does not count.
       batch: "index", int32 [B], of the records; "mask", bool [B], false for
-        what is not an example.
+        what is not an example; for masks "original_size", int32 [B, 2].
     """
-    boxes, scores = outputs["boxes"], outputs["scores"]
-    finite = jnp.isfinite(boxes).all(-1) & jnp.isfinite(scores)
-    return {"boxes": boxes, "scores": scores, "labels": outputs["labels"],
-            "valid": outputs["valid"] & finite,
-            "index": jnp.where(batch["mask"], batch["index"], -1)}
+    names = ("boxes", "scores", *(["masks"] if self._paste else ()))
+    finite = [jnp.isfinite(outputs[name]).reshape(
+        *outputs["valid"].shape, -1).all(-1) for name in names]
+    found = {name: outputs[name] for name in (*names, "labels")}
+    if self._paste:
+      found["size"] = batch["original_size"]
+    return found | {
+        "valid": functools.reduce(jnp.logical_and, finite, outputs["valid"]),
+        "index": jnp.where(batch["mask"], batch["index"], -1)}
 
   def update(self, statistics: Mapping[str, np.ndarray]) -> None:
     self._measured = None
     for i, index in enumerate(statistics["index"].tolist()):
       if index >= 0 and index not in self._found:
         valid = statistics["valid"][i]
-        self._found[index] = _Detections(
-            *(statistics[name][i][valid] for name in _Detections._fields))
+        found = _Detections(*(statistics[name][i][valid] for name in (
+            "boxes", "scores", "labels")))
+        if self._paste:
+          found = found._replace(masks=list(map(rle, self._paste(
+              statistics["masks"][i][valid], found.boxes,
+              statistics["size"][i]))))
+        self._found[index] = found
 
   def result(self) -> dict[str, float]:
     """The measures; NaN where no object counts."""
-    precision, _ = self._measure()
-    return {"box_ap": _mean(precision[..., 0]),
-            "box_ap50": _mean(precision[:, 0, :, 0]),
-            "box_ap75": _mean(precision[:, 5, :, 0]),
-            "box_ap_small": _mean(precision[..., 1]),
-            "box_ap_medium": _mean(precision[..., 2]),
-            "box_ap_large": _mean(precision[..., 3]),
-            "n_examples": len(self._found)}
+    found = {}
+    for kind, precision in self._measure()[0].items():
+      found |= {f"{kind}_ap": _mean(precision[..., 0]),
+                f"{kind}_ap50": _mean(precision[:, 0, :, 0]),
+                f"{kind}_ap75": _mean(precision[:, 5, :, 0]),
+                f"{kind}_ap_small": _mean(precision[..., 1]),
+                f"{kind}_ap_medium": _mean(precision[..., 2]),
+                f"{kind}_ap_large": _mean(precision[..., 3])}
+    return found | {"n_examples": len(self._found)}
 
   def table(self) -> list[dict[str, Any]]:
     """AP of each class, None where no object counts; and its objects."""
     precision, counts = self._measure()
     rows = []
     for label, name in enumerate(self._names):
-      of_class = precision[label, :, :, 0]
-      rows.append({"class": label, "name": name, "ap": _defined(of_class),
-                   "ap50": _defined(of_class[0]),
-                   "ap75": _defined(of_class[5]), "objects": counts[label]})
+      row = {"class": label, "name": name}
+      for kind, of_all in precision.items():
+        start, of_class = "mask_" * (kind == "mask"), of_all[label, :, :, 0]
+        row |= {f"{start}ap": _defined(of_class),
+                f"{start}ap50": _defined(of_class[0]),
+                f"{start}ap75": _defined(of_class[5])}
+      rows.append({**row, "objects": counts[label]})
     return rows
 
   def predictions(self) -> list[dict[str, Any]]:
@@ -136,29 +164,40 @@ class AveragePrecision:
       self._truth = self._read()
     return self._truth
 
-  def _measure(self) -> tuple[np.ndarray, list[int]]:
+  def _measure(self) -> tuple[dict[str, np.ndarray], list[int]]:
     """Precision and number of objects of each class; as long as it holds.
 
     Returns:
-      Float64 [C, T, R, A] by class, IoU, recall and area, -1 where no object
-      counts; and the objects that are no crowds.
+      "box" and "mask": float64 [C, T, R, A] by class, IoU, recall and area, -1
+      where no object counts; and the objects that are no crowds.
     """
     if self._measured is None:
       images = self._ground_truth().data_set["images"]
       # pycocotools goes through images by id, which orders equal scores.
       records = sorted(self._found, key=lambda index: images[index]["id"])
       objects = self._objects([images[index]["id"] for index in records])
-      found = [self._found[index] for index in records]
-      numbers = np.repeat(np.arange(len(found)), [len(x[0]) for x in found])
-      boxes, scores, labels = map(np.concatenate, zip(_NOTHING, *found))
-      precision = []
-      for label, of_class in enumerate(objects):
-        chosen = labels == label
-        precision.append(_precision(of_class, _annotations(
-            numbers[chosen], boxes[chosen], scores[chosen])))
-      self._measured = np.stack(precision), [
+      kinds = {"box": "bbox"} | ({"mask": "segm"} if self._paste else {})
+      precision = [[_precision(*pair, kind) for kind in kinds.values()]
+                   for pair in zip(objects, self._detections(records))]
+      self._measured = dict(zip(kinds, np.stack(precision, 1))), [
           sum(not x["iscrowd"] for x in of_class) for of_class in objects]
     return self._measured
+
+  def _detections(self,
+                  records: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
+    """The detections of each class, on images numbered as the records are."""
+    found = [self._found[index] for index in records]
+    numbers = np.repeat(np.arange(len(found)), [len(x.scores) for x in found])
+    boxes, scores, labels = (
+        np.concatenate(values) for values in list(zip(_NOTHING, *found))[:3])
+    masks = list(itertools.chain(*(x.masks or () for x in found)))
+    for label in range(len(self._names)):
+      chosen = np.flatnonzero(labels == label)
+      columns = zip(chosen.tolist(), numbers[chosen].tolist(),
+                    _xywh(boxes[chosen]).tolist(), scores[chosen].tolist())
+      yield [{"image_id": number, "bbox": box, "area": box[2] * box[3],
+              "score": score, "segmentation": masks[i] if masks else None}
+             for i, number, box, score in columns]
 
   def _objects(self, image_ids: Sequence[Any]) -> list[list[dict[str, Any]]]:
     """The objects of each class, with their images renumbered from 0.
@@ -183,11 +222,34 @@ class AveragePrecision:
       objects[labels[x["category_id"]]].append({
           "image_id": numbers[x["image_id"]], "bbox": x["bbox"],
           "area": x.get("area", width * height),
-          "iscrowd": x.get("iscrowd", 0)})
+          "iscrowd": x.get("iscrowd", 0),
+          "segmentation": x.get("segmentation")})
     return objects
 
 
+def rle(mask: np.ndarray) -> dict[str, Any]:
+  """The RLE of a mask, bool [H, W], in the form of COCO's files.
+
+  Returns:
+    {"size": [height, width], "counts": text}.
+  """
+  height, width = mask.shape
+  columns = np.flatnonzero(mask.any(0))
+  first, last = (columns[0], columns[-1] + 1) if len(columns) else (0, 0)
+  # Column by column; most of them are empty.
+  values = mask[:, first:last].T.ravel()
+  edges = [0, *(first * height + np.flatnonzero(
+      np.diff(values, prepend=False, append=False)))]
+  if edges[-1] < height * width:
+    edges.append(height * width)
+  found = pymask.frPyObjects({
+      "size": [height, width], "counts": np.diff(edges).tolist()}, height,
+      width)
+  return {"size": [height, width], "counts": found["counts"].decode()}
+
+
 def results(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray,
+            masks: Sequence[Mapping[str, Any]] | None,
             category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
   """Detections of an image in the form of COCO's files.
 
@@ -195,19 +257,23 @@ def results(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray,
     boxes: float32 [n, 4], x1, y1, x2 and y2.
     scores: float32 [n].
     labels: int [n].
+    masks: RLEs; None without masks.
     category_ids: of the labels; for those beyond them it is None.
 
   Returns:
     {"category_id", "bbox": [x, y, width, height], "score"} of each, with plain
     numbers: coordinates are rounded to a thousandth of a pixel, scores have the
-    digits that tell float32 values apart.
+    digits that tell float32 values apart. With masks, also "segmentation".
   """
   category_ids = dict(enumerate(category_ids))
+  shapes = itertools.repeat({}) if masks is None else (
+      {"segmentation": dict(mask)} for mask in masks)
   return [{"category_id": category_ids.get(label), "bbox": box,
-           "score": float(str(score))}
-          for box, score, label in zip(
+           "score": float(str(score)), **shape}
+          for box, score, label, shape in zip(
               _xywh(boxes).round(_DECIMALS).tolist(),
-              np.asarray(scores, np.float32), np.asarray(labels).tolist())]
+              np.asarray(scores, np.float32), np.asarray(labels).tolist(),
+              shapes)]
 
 
 def _xywh(boxes: np.ndarray) -> np.ndarray:
@@ -216,25 +282,22 @@ def _xywh(boxes: np.ndarray) -> np.ndarray:
   return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
 
 
-def _annotations(numbers: np.ndarray, boxes: np.ndarray,
-                 scores: np.ndarray) -> list[dict[str, Any]]:
-  """Detections of a class as pycocotools takes them."""
-  return [{"image_id": number, "bbox": box, "area": box[2] * box[3],
-           "score": score}
-          for number, box, score in zip(
-              numbers.tolist(), _xywh(boxes).tolist(), scores.tolist())]
-
-
-def _precision(objects: list[dict[str, Any]],
-               detections: list[dict[str, Any]]) -> np.ndarray:
+def _precision(objects: list[dict[str, Any]], detections: list[dict[str, Any]],
+               kind: str) -> np.ndarray:
   """The precision of one class, float64 [T, R, A]; -1 where no object counts.
 
-  The annotations get numbers.
+  Of masks ("segm"), those without one do not count, and the area of a detection
+  is that of its mask.
   """
+  if kind == "segm":
+    objects = [x for x in objects if x["segmentation"]]
+    areas = pymask.area([x["segmentation"] for x in detections]) if (
+        detections) else []
+    detections = [{**x, "area": area} for x, area in zip(detections, areas)]
   images = {x["image_id"] for x in (*objects, *detections)}
   with contextlib.redirect_stdout(io.StringIO()):  # It prints its progress.
     measured = cocoeval.COCOeval(_index(images, objects),
-                                 _index(images, detections), "bbox")
+                                 _index(images, detections), kind)
     measured.params.maxDets = [100]
     measured.evaluate()
     measured.accumulate()
@@ -246,7 +309,9 @@ def _index(images: Iterable[int],
   """Annotations of a single category as pycocotools' own index."""
   indexed = coco.COCO()
   indexed.dataset = {
-      "images": [{"id": i} for i in images], "categories": [{"id": 1}],
+      # Sizes are asked for with masks, but those of their RLEs are used.
+      "images": [{"id": i, "height": None, "width": None} for i in images],
+      "categories": [{"id": 1}],
       "annotations": [{**x, "id": i, "category_id": 1}
                       for i, x in enumerate(annotations, 1)]}
   indexed.createIndex()

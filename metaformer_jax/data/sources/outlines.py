@@ -199,6 +199,8 @@ def encode(segment: Segment, size: Sequence[int]) -> dict[str, Any]:
     found = pymask.frPyObjects({"size": [height, width],
                                 "counts": _runs(segment, size)}, height, width)
   else:
+    if not isinstance(segment, list | tuple) or not segment:
+      raise ValueError("has neither polygons nor an RLE")
     found = pymask.merge(pymask.frPyObjects(
         [_polygon(polygon) for polygon in segment], height, width))
   return {"size": [height, width], "counts": found["counts"].decode()}
@@ -220,7 +222,10 @@ def decode(segment: Segment, size: Sequence[int]) -> np.ndarray:
 
 def _polygon(values: Sequence[float]) -> list[float]:
   """The coordinates of a polygon; ValueError if it cannot be used."""
-  points = np.asarray(values, np.float64)
+  try:
+    points = np.asarray(values, np.float64)
+  except (OverflowError, TypeError) as e:
+    raise ValueError("has a polygon of other things than numbers") from e
   if points.ndim != 1 or len(points) < _SHORTEST or len(points) % 2:
     raise ValueError(f"has a polygon of the shape {points.shape}; one has x "
                      "and y of at least three points in turn")
