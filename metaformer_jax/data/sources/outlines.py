@@ -245,8 +245,8 @@ def _runs(segment: Mapping[str, Any], size: Sequence[int]) -> list[int]:
   runs, own = rle_counts(segment.get("counts")), segment.get("size")
   if (not isinstance(own, Sequence) or list(own) != list(size)
       or sum(runs) != size[0] * size[1]):
-    raise ValueError(f"is of {sum(runs)} pixels, but its size is "
-                     f"{conversion.shown(own)}")
+    raise ValueError(f"is of {conversion.shown(sum(runs))} pixels, but its "
+                     f"size is {conversion.shown(own)}")
   return runs
 
 
