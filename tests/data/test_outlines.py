@@ -77,8 +77,9 @@ def test_rles_of_every_form():
         assert outlines.encode(segment, SIZE)["counts"] == text
 
 
-VALUES = (None, True, -1, 0, 0.5, 1e7, -1e7, 2**31, 2**63, 10**400, 1e308,
-          float("nan"), float("inf"), "", "1", b"~", [], [[]], {}, [1, 2])
+VALUES = (None, True, -1, 0, 0.5, 7, 20.25, -40, 1e3, 1e5, 1e7, -1e7, 2**31,
+          2**63, 10**400, 1e308, float("nan"), float("inf"), "", "1", b"~", [],
+          [[]], {}, [1, 2])
 
 
 def damaged(rng, segment):
@@ -125,7 +126,7 @@ def test_a_damaged_outline_is_refused_or_drawn():
     np.testing.assert_array_equal(mask, filled(outlines.rle_counts(text)))
     if isinstance(segment, list):
       assert text == drawn(segment)
-  assert 0.3 * n < n_bad < 0.95 * n
+  assert 0.3 * n < n_bad < n - 50
 
 
 def test_limits():
