@@ -98,11 +98,6 @@ def _needs(task: tasks.Task | None) -> str | None:
   return _NEEDS.get(task.name) if task else None
 
 
-def has_masks(task: tasks.Task | None) -> bool:
-  """Whether a task needs the outlines of objects."""
-  return getattr(task, "has_masks", False)
-
-
 def _has_masks(task: tasks.Task | None) -> bool:
   return task is not None and task.has_masks
 

@@ -54,8 +54,9 @@ class Coco(objects.Source):
     files, found, segments = index.files, index.objects, index.outlines
     if chosen is not None:
       files = files[chosen]
-      segments = segments and outlines.Chosen(
-          segments.segments, segments.rows[found.rows_of(chosen)])
+      if segments is not None:
+        segments = outlines.Chosen(segments.segments,
+                                   segments.rows[found.rows_of(chosen)])
       found = found.subset(chosen)
     outlined = None if segments is None else segments.exist()
     super().__init__(found, index.class_names, index.category_ids, outlined,

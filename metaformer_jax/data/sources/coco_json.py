@@ -128,7 +128,7 @@ def _index(images: "_Images", categories: "_Categories",
       np.array(annotations.crowd, bool)[rows],
       np.array(annotations.ignored, bool)[rows])
   notes, segments = _notes(found, rows), None
-  if annotations.outlines:
+  if annotations.outlines is not None:
     segments, unusable = annotations.outlines.build(sizes[of_image])
     notes += unusable
     segments = outlines.Chosen(segments, rows)
@@ -237,7 +237,7 @@ class _Annotations:
     self.areas.append(box[2] * box[3] if area is None else _area(area))
     self.crowd.append(_flag(item, "iscrowd"))
     self.ignored.append(_flag(item, "ignore"))
-    if self.outlines:
+    if self.outlines is not None:
       self.outlines.add(item.get("segmentation"))
 
 

@@ -6,6 +6,7 @@ in each process that reads them.
 
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -120,7 +121,7 @@ class Objects:
     categories = np.array(category_ids)[self.labels].tolist()
     columns = zip(of, categories, self.boxes.tolist(), self.areas.tolist(),
                   self.crowd.astype(int).tolist())
-    shapes = ({} for _ in self.boxes) if segments is None else (
+    shapes = itertools.repeat({}) if segments is None else (
         {"segmentation": segment} for segment in segments)
     # Numbered from 1: pycocotools takes a match with number 0 for none.
     return {
