@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from pycocotools import coco, cocoeval
 from pycocotools import mask as pymask
 
-Paste = Callable[[np.ndarray, np.ndarray, Sequence[int]], np.ndarray]
+from metaformer_jax.evaluation import masks
 
 # Decimals of coordinates in files, in pixels.
 _DECIMALS = 3
@@ -25,7 +26,7 @@ class GroundTruth(NamedTuple):
   Attributes:
     data_set: a COCO data set, {"images", "annotations", "categories"}, in which
       image i is that of record i. For masks, annotations have "segmentation",
-      an RLE as `rle` gives it; those without one are not in mask AP.
+      an RLE as `masks.rle` gives it; those without one are not in mask AP.
     category_ids: its number of each of the model's classes; None for a class
       that it lacks.
   """
@@ -41,7 +42,7 @@ class _Detections(NamedTuple):
     boxes: float32 [n, 4], x1, y1, x2 and y2 in pixels of the original image.
     scores: float32 [n].
     labels: int32 [n], the classes.
-    masks: the RLEs as `rle` gives them; None without masks.
+    masks: their RLEs, as `masks.rle` gives them; None without masks.
   """
 
   boxes: np.ndarray
@@ -50,8 +51,10 @@ class _Detections(NamedTuple):
   masks: Sequence[dict[str, Any]] | None = None
 
 
+_ARRAYS = ("boxes", "scores", "labels")
+
 _NOTHING = _Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32),
-                       np.zeros(0, np.int32), [])
+                       np.zeros(0, np.int32))
 
 
 class AveragePrecision:
@@ -69,17 +72,18 @@ class AveragePrecision:
   """
 
   def __init__(self, ground_truth: Callable[[], GroundTruth],
-               names: Sequence[str], paste: Paste | None = None):
+               names: Sequence[str], mask_threshold: float | None = None):
     """An evaluator of a model with the classes `names`.
 
     Args:
       ground_truth: called once, when the objects are first needed.
       names: of the classes.
-      paste: (probabilities, float32 [n, M, M], boxes, float32 [n, 4] in pixels
-        of the image, its (height, width)) -> masks, bool [n, height, width].
-        None: only boxes are measured.
+      mask_threshold: pixels of an object have at least this probability; None:
+        only boxes are measured.
     """
-    self._read, self._names, self._paste = ground_truth, names, paste
+    self._read, self._names = ground_truth, names
+    self._threshold = mask_threshold
+    self._has_masks = mask_threshold is not None
     self._truth = None
     self.reset()
 
@@ -99,11 +103,11 @@ class AveragePrecision:
       batch: "index", int32 [B], of the records; "mask", bool [B], false for
         what is not an example; for masks "original_size", int32 [B, 2].
     """
-    names = ("boxes", "scores", *(["masks"] if self._paste else ()))
+    names = ("boxes", "scores", *(["masks"] if self._has_masks else ()))
     finite = [jnp.isfinite(outputs[name]).reshape(
         *outputs["valid"].shape, -1).all(-1) for name in names]
     found = {name: outputs[name] for name in (*names, "labels")}
-    if self._paste:
+    if self._has_masks:
       found["size"] = batch["original_size"]
     return found | {
         "valid": functools.reduce(jnp.logical_and, finite, outputs["valid"]),
@@ -111,16 +115,21 @@ class AveragePrecision:
 
   def update(self, statistics: Mapping[str, np.ndarray]) -> None:
     self._measured = None
-    for i, index in enumerate(statistics["index"].tolist()):
-      if index >= 0 and index not in self._found:
-        valid = statistics["valid"][i]
-        found = _Detections(*(statistics[name][i][valid] for name in (
-            "boxes", "scores", "labels")))
-        if self._paste:
-          found = found._replace(masks=list(map(rle, self._paste(
-              statistics["masks"][i][valid], found.boxes,
-              statistics["size"][i]))))
-        self._found[index] = found
+    rows = {index: i for i, index in enumerate(statistics["index"].tolist())
+            if index >= 0 and index not in self._found}
+    images = ({name: x[i] for name, x in statistics.items()}
+              for i in rows.values())
+    with futures.ThreadPoolExecutor() as pool:  # To paste masks.
+      self._found |= dict(zip(rows, pool.map(self._detected, images)))
+
+  def _detected(self, image: Mapping[str, np.ndarray]) -> _Detections:
+    """What `statistics` has of an image."""
+    valid = image["valid"]
+    found = _Detections(*(image[name][valid] for name in _ARRAYS))
+    if not self._has_masks:
+      return found
+    return found._replace(masks=[masks.rle(mask) for mask in masks.paste(
+        image["masks"][valid], found.boxes, image["size"], self._threshold)])
 
   def result(self) -> dict[str, float]:
     """The measures; NaN where no object counts."""
@@ -176,7 +185,7 @@ class AveragePrecision:
       # pycocotools goes through images by id, which orders equal scores.
       records = sorted(self._found, key=lambda index: images[index]["id"])
       objects = self._objects([images[index]["id"] for index in records])
-      kinds = {"box": "bbox"} | ({"mask": "segm"} if self._paste else {})
+      kinds = {"box": "bbox"} | ({"mask": "segm"} if self._has_masks else {})
       precision = [[_precision(*pair, kind) for kind in kinds.values()]
                    for pair in zip(objects, self._detections(records))]
       self._measured = dict(zip(kinds, np.stack(precision, 1))), [
@@ -189,14 +198,15 @@ class AveragePrecision:
     found = [self._found[index] for index in records]
     numbers = np.repeat(np.arange(len(found)), [len(x.scores) for x in found])
     boxes, scores, labels = (
-        np.concatenate(values) for values in list(zip(_NOTHING, *found))[:3])
-    masks = list(itertools.chain(*(x.masks or () for x in found)))
+        np.concatenate([getattr(x, name) for x in (_NOTHING, *found)])
+        for name in _ARRAYS)
+    rles = list(itertools.chain(*(x.masks or () for x in found)))
     for label in range(len(self._names)):
       chosen = np.flatnonzero(labels == label)
       columns = zip(chosen.tolist(), numbers[chosen].tolist(),
                     _xywh(boxes[chosen]).tolist(), scores[chosen].tolist())
       yield [{"image_id": number, "bbox": box, "area": box[2] * box[3],
-              "score": score, "segmentation": masks[i] if masks else None}
+              "score": score, "segmentation": rles[i] if rles else None}
              for i, number, box, score in columns]
 
   def _objects(self, image_ids: Sequence[Any]) -> list[list[dict[str, Any]]]:
@@ -227,29 +237,8 @@ class AveragePrecision:
     return objects
 
 
-def rle(mask: np.ndarray) -> dict[str, Any]:
-  """The RLE of a mask, bool [H, W], in the form of COCO's files.
-
-  Returns:
-    {"size": [height, width], "counts": text}.
-  """
-  height, width = mask.shape
-  columns = np.flatnonzero(mask.any(0))
-  first, last = (columns[0], columns[-1] + 1) if len(columns) else (0, 0)
-  # Column by column; most of them are empty.
-  values = mask[:, first:last].T.ravel()
-  edges = [0, *(first * height + np.flatnonzero(
-      np.diff(values, prepend=False, append=False)))]
-  if edges[-1] < height * width:
-    edges.append(height * width)
-  found = pymask.frPyObjects({
-      "size": [height, width], "counts": np.diff(edges).tolist()}, height,
-      width)
-  return {"size": [height, width], "counts": found["counts"].decode()}
-
-
 def results(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray,
-            masks: Sequence[Mapping[str, Any]] | None,
+            rles: Sequence[Mapping[str, Any]] | None,
             category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
   """Detections of an image in the form of COCO's files.
 
@@ -257,7 +246,7 @@ def results(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray,
     boxes: float32 [n, 4], x1, y1, x2 and y2.
     scores: float32 [n].
     labels: int [n].
-    masks: RLEs; None without masks.
+    rles: of the masks; None without masks.
     category_ids: of the labels; for those beyond them it is None.
 
   Returns:
@@ -266,8 +255,8 @@ def results(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray,
     digits that tell float32 values apart. With masks, also "segmentation".
   """
   category_ids = dict(enumerate(category_ids))
-  shapes = itertools.repeat({}) if masks is None else (
-      {"segmentation": dict(mask)} for mask in masks)
+  shapes = itertools.repeat({}) if rles is None else (
+      {"segmentation": dict(rle)} for rle in rles)
   return [{"category_id": category_ids.get(label), "bbox": box,
            "score": float(str(score)), **shape}
           for box, score, label, shape in zip(

@@ -102,36 +102,32 @@ def test_scenes_have_the_masks_of_their_digits():
 # Found objects.
 
 
-def paste(probabilities, boxes, size):
-  masks = np.zeros((len(boxes), *size), bool)
-  for mask, (x1, y1, x2, y2) in zip(masks, boxes.astype(int)):
-    mask[y1:y2, x1:x2] = True
-  return masks & (probabilities[:, :1, :1] >= 0.5)
-
-
 def outputs():
   return {"boxes": np.array([[1, 2, 7, 9], [0, 0, 5, 5.5], [3, 3, 9, 9]],
                             np.float32),
           "scores": np.array([0.9, 0.8, 0.7], np.float32),
           "labels": np.array([1, 0, 1]), "valid": np.array([True, False, True]),
-          "masks": np.array([0.9, 0.9, 0.1], np.float32)[:, None, None]}
+          "masks": np.array([[[0.9]], [[0.9]], [[0.1]]], np.float32)}
 
 
 def test_found_masks_are_of_the_image():
-  found = objects.find(outputs(), (20, 30), "ab", paste)
-  assert found["masks"].shape == (2, 20, 30) and found["masks"].dtype == bool
-  assert found["masks"].sum((1, 2)).tolist() == [42, 0]
+  found = objects.find(outputs(), (20, 30), "ab", 0.4)
+  masks = np.array(found["masks"])
+  assert masks.shape == (2, 20, 30) and masks.dtype == bool
+  # A single cell: most of the first object's box, nothing of the other's.
+  assert masks[0, 3:8, 2:6].all() and not masks[1].any()
+  assert masks[0].sum() <= 42 and len(found["masks"]) == 2
   assert "masks" not in objects.find(outputs(), (20, 30), "ab")
 
 
 def test_found_masks_are_written_as_rles():
-  found = objects.find(outputs(), (20, 30), "ab", paste)
+  found = objects.find(outputs(), (20, 30), "ab", 0.4)
   data_set = objects.annotations(found, "ab", (3, 8))
   data_set = json.loads(json.dumps(data_set, allow_nan=False))
   first, second = data_set["annotations"]
   assert first["segmentation"]["size"] == [20, 30]
-  assert pymask.area(first["segmentation"]) == first["area"] == 42
-  assert pymask.toBbox(first["segmentation"]).tolist() == first["bbox"]
+  assert pymask.area(first["segmentation"]) == first["area"] == (
+      found["masks"][0].sum())
   assert second["area"] == 0 and second["bbox"] == [3, 3, 6, 6]
   boxes = objects.annotations(objects.find(outputs(), (20, 30), "ab"), "ab",
                               (3, 8))
