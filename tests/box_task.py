@@ -1,4 +1,4 @@
-"""A small task of detection, of one's own: a red or a green rectangle.
+"""A small task of detection, of one's own: red and green rectangles, as masks.
 
 The detector is exact and has nothing to learn; its loss is that of a line.
 """
@@ -49,9 +49,11 @@ def data_set(n):
       annotations.append({
           "id": len(annotations), "image_id": 100 - i, "iscrowd": 0,
           "category_id": IDS[label], "bbox": [x1, y1, x2 - x1, y2 - y1],
-          "area": (x2 - x1) * (y2 - y1)})
+          "area": (x2 - x1) * (y2 - y1),
+          "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]]})
   return {"info": {}, "annotations": annotations,
-          "images": [{"id": 100 - i} for i in range(n)],
+          "images": [{"id": 100 - i, "height": SIZE[0], "width": SIZE[1]}
+                     for i in range(n)],
           "categories": [{"id": i, "name": x} for i, x in zip(IDS, NAMES)]}
 
 
@@ -62,7 +64,17 @@ class Pictures(line_task.Points):
     for first in (0, 8):
       index = np.arange(first, first + 8)
       yield {"image": np.stack([picture(i)[0] for i in index]),
-             "index": index.astype(np.int32), "mask": index < self.n_examples}
+             "index": index.astype(np.int32), "mask": index < self.n_examples,
+             "original_size": np.tile(np.int32(SIZE), (8, 1))}
+
+
+class Source:
+  """What the evaluation needs of a data set."""
+
+  category_ids = IDS
+
+  def annotations(self):
+    return data_set(Pictures.n_examples)
 
 
 class BoxTask(line_task.LineTask):
@@ -85,21 +97,23 @@ class BoxTask(line_task.LineTask):
       outputs.append({
           "boxes": jnp.stack([x1, y1, x2, y2], -1).astype(jnp.float32),
           "scores": jnp.full(len(x1), 0.9 - 0.2 * label),
-          "labels": jnp.full(len(x1), label), "valid": bright.any((1, 2))})
+          "labels": jnp.full(len(x1), label), "valid": bright.any((1, 2)),
+          # Whole boxes, but for parts of pixels at their corners.
+          "masks": jnp.ones((len(x1), 28, 28))})
     return jax.tree.map(lambda *x: jnp.stack(x, 1), *outputs)
 
   def make_data(self, split):
     return Pictures()
 
   def make_evaluators(self):
-    truth = coco_ap.GroundTruth(data_set(Pictures.n_examples), IDS)
-    return {"detection": coco_ap.AveragePrecision(lambda: truth, NAMES)}
+    return {"detection": coco_ap.AveragePrecision(
+        lambda: objects.ground_truth(Source(), True), NAMES, 0.5)}
 
   def preprocess(self, image):
     return {"image": np.asarray(images.decode(image))}
 
   def postprocess(self, outputs, example):
-    return objects.find(outputs, example["image"].shape[:2], NAMES)
+    return objects.find(outputs, example["image"].shape[:2], NAMES, 0.5)
 
   def describe(self, found, top):
     return objects.describe(found, top)
@@ -108,6 +122,6 @@ class BoxTask(line_task.LineTask):
     return objects.annotations(found, NAMES, IDS)
 
   def pictures(self, found, image):
-    return {"overlay": drawing.boxes(
-        np.asarray(images.decode(image)), found["boxes"], found["classes"],
-        found["scores"], NAMES)}
+    return {"overlay": drawing.masks(
+        np.asarray(images.decode(image)), found["masks"], found["boxes"],
+        found["classes"], found["scores"], NAMES)}

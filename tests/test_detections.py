@@ -10,6 +10,7 @@ import pytest
 import small_runs
 from PIL import Image
 from pycocotools import coco, cocoeval
+from pycocotools import mask as pymask
 
 from metaformer_jax import tasks
 from metaformer_jax.config import default, resolve
@@ -75,7 +76,10 @@ def test_predictions_are_a_coco_data_set(run, photos, tmp_path, monkeypatch,
          "score": pytest.approx(row["score"]), "x1": x, "y1": y,
          "x2": x + width, "y2": y + height}
         for row in rows for x, y, width, height in [row["bbox"]]]
-    assert all(row["area"] == np.prod(row["bbox"][2:]) for row in rows)
+    for row in rows:
+      assert row["area"] == pymask.area(row["segmentation"]) == (
+          np.prod(row["bbox"][2:]))
+      assert pymask.toBbox(row["segmentation"]).tolist() == row["bbox"]
     if "empty" not in image["file_name"]:
       _, expected = box_task.picture(int(image["file_name"][2]))
       assert [(x["class"], x["x1"], x["y1"], x["x2"], x["y2"])
@@ -121,16 +125,20 @@ def test_the_splits_predictions_for_pycocotools(run, tmp_path):
           {**x, "id": x["id"] + 1}
           for x in box_task.data_set(N)["annotations"]]}))
   truth = coco.COCO(str(tmp_path / "truth.json"))
-  measured = cocoeval.COCOeval(truth, truth.loadRes(str(written)), "bbox")
-  measured.evaluate()
-  measured.accumulate()
-  measured.summarize()
-  assert measured.stats[0] == pytest.approx(1)
-  results = json.loads(written.read_text())
-  assert len(results) == len(truth.anns) == sum(
-      int(row["objects"]) for row in rows)
-  assert {tuple(row) for row in results} == {
-      ("image_id", "category_id", "bbox", "score")}
+  for file, kind, keys in (
+      (written, "bbox", ("image_id", "category_id", "bbox", "score")),
+      (tmp_path / "results.masks.json", "segm",
+       ("image_id", "category_id", "score", "segmentation"))):
+    measured = cocoeval.COCOeval(truth, truth.loadRes(str(file)), kind)
+    measured.evaluate()
+    measured.accumulate()
+    measured.summarize()
+    assert measured.stats[0] == pytest.approx(1)
+    results = json.loads(file.read_text())
+    assert len(results) == len(truth.anns) == sum(
+        int(row["objects"]) for row in rows)
+    assert {tuple(row) for row in results} == {keys}
+  assert [float(row["mask_ap"]) for row in rows] == [pytest.approx(1)] * 2
 
 
 @pytest.mark.parametrize("argv,words", [

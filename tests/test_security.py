@@ -33,7 +33,7 @@ LOADERS = {
     "config": lambda path: config_lib.resolve(
         saved.read_json(pathlib.Path(path))),
     "step": lambda path: manifest.verify(pathlib.Path(path)),
-    "coco": lambda path: coco_json.read(pathlib.Path(path)),
+    "coco": lambda path: coco_json.read(pathlib.Path(path), with_outlines=True),
     "picture": lambda path: images.decode(pathlib.Path(path).read_bytes()),
 }
 # Malicious but harmless: a name is never used as a path, and of two tensors

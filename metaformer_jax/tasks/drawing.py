@@ -1,4 +1,4 @@
-"""Label maps and boxes as pictures."""
+"""Label maps, boxes and masks as pictures."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,9 @@ from metaformer_jax import errors
 
 # Of an overlay: the part of a pixel's colour that is its class's.
 _OPACITY = 0.55
+
+# The same of a mask, whose object is to be seen.
+_FILLED = 0.4
 
 # Of an image with boxes: the part that labels may cover, besides the best one.
 _COVERED = 0.2
@@ -137,20 +140,92 @@ def boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray,
   """
   picture = Image.fromarray(image)
   draw = ImageDraw.Draw(picture)
-  side = min(picture.size)
-  font = ImageFont.load_default(max(side / 35, 10))
-  pixels = np.clip(np.round(boxes), 0, picture.size * 2).astype(int)
-  colours = list(map(tuple, colours_of(labels).tolist()))
+  for i in np.argsort(-np.asarray(scores), kind="stable")[::-1]:
+    _outline(draw, _inside(_pixels(boxes[i], picture.size), picture.size),
+             tuple(colours_of(labels[i]).tolist()), _line(picture.size))
+  _label(picture, boxes, labels, scores, names)
+  return picture
+
+
+def masks(image: np.ndarray, masks: Sequence[np.ndarray], boxes: np.ndarray,
+          labels: np.ndarray, scores: np.ndarray,
+          names: Sequence[str]) -> Image.Image:
+  """Masks in the colours of their classes, with outlines, names and scores.
+
+  The masks of better objects are drawn over others. Labels are those of
+  `boxes`, of which nothing else is drawn.
+
+  Args:
+    image: uint8 [H, W, 3].
+    masks: bool [n, H, W].
+    boxes: float [n, 4], x1, y1, x2 and y2 in pixels.
+    labels: int [n], the classes.
+    scores: float [n].
+    names: of the classes.
+
+  Returns:
+    RGB, of the image's size.
+  """
+  drawn = image.copy()
+  for i in np.argsort(-np.asarray(scores), kind="stable")[::-1]:
+    _fill(drawn, masks[i], colours_of(labels[i]), _line(image.shape[:2]))
+  picture = Image.fromarray(drawn)
+  _label(picture, boxes, labels, scores, names)
+  return picture
+
+
+def _fill(image: np.ndarray, mask: np.ndarray, colour: np.ndarray,
+          line: int) -> None:
+  """Mixes a colour into a mask's pixels; its edge has the colour itself.
+
+  Along the edge there is a thinner line, black or white, as with boxes.
+  """
+  rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+  if not len(rows):
+    return
+  part = np.s_[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+  image, mask = image[part], mask[part]
+  mixed = (1 - _FILLED) * image[mask] + _FILLED * colour
+  image[mask] = mixed.round().astype(np.uint8)
+  inner = _eroded(mask, line)
+  image[mask & ~inner] = colour
+  contrast = 255 * (_legible(tuple(colour.tolist())) == "white")
+  image[inner & ~_eroded(inner, max(1, line // 2))] = contrast
+
+
+def _eroded(mask: np.ndarray, n: int) -> np.ndarray:
+  """A mask without the pixels that have n steps or fewer to its outside."""
+  for _ in range(n):
+    padded = np.pad(mask, 1)
+    mask = (mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2]
+            & padded[1:-1, 2:])
+  return mask
+
+
+def _line(size: tuple[int, int]) -> int:
+  """The width of edges on an image."""
+  return max(1, round(min(size) / 200))
+
+
+def _pixels(box: np.ndarray, size: tuple[int, int]) -> list[int]:
+  """A box in whole pixels, inside of an image of (width, height)."""
+  return np.clip(np.round(box), 0, size * 2).astype(int).tolist()
+
+
+def _label(picture: Image.Image, boxes: np.ndarray, labels: np.ndarray,
+           scores: np.ndarray, names: Sequence[str]) -> None:
+  """Writes names and scores beside boxes; the arguments are those of `boxes`.
+  """
+  draw = ImageDraw.Draw(picture)
+  font = ImageFont.load_default(max(min(picture.size) / 35, 10))
   ranked = np.argsort(-np.asarray(scores), kind="stable")
-  for i in ranked[::-1]:
-    _outline(draw, _inside(pixels[i].tolist(), picture.size), colours[i],
-             max(1, round(side / 200)))
   plates, left = [], _COVERED * picture.width * picture.height
   for i in ranked:
     if left <= 0:
       break
     text = _text(names[labels[i]], scores[i], font, picture.width)
-    places = _plates(pixels[i], text, colours[i], font, picture.size)
+    places = _plates(_pixels(boxes[i], picture.size), text,
+                     tuple(colours_of(labels[i]).tolist()), font, picture.size)
     free = next((place for place in places
                  if not any(map(place.overlaps, plates))), None)
     if free:
@@ -158,7 +233,6 @@ def boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray,
       left -= free.width * free.height
   for plate in plates:
     _write(draw, plate, font)
-  return picture
 
 
 def _inside(box: Sequence[int], size: tuple[int, int]) -> tuple[int, ...]:
@@ -188,7 +262,7 @@ def _text(name: str, score: float, font: ImageFont.FreeTypeFont,
   return f"{name}{end} {score}"
 
 
-def _plates(box: np.ndarray, text: str, colour: tuple[int, int, int],
+def _plates(box: Sequence[int], text: str, colour: tuple[int, int, int],
             font: ImageFont.FreeTypeFont,
             size: tuple[int, int]) -> Iterator[_Plate]:
   """The label of a box at each place where it may be, the best one first.
@@ -197,7 +271,7 @@ def _plates(box: np.ndarray, text: str, colour: tuple[int, int, int],
   """
   width = math.ceil(font.getlength(text)) + 2 * _padding(font)
   height = sum(font.getmetrics()) + 2 * _padding(font)
-  x1, y1, x2, y2 = box.tolist()
+  x1, y1, x2, y2 = box
   for x in (x1, x2 - width):
     for y in (y1 - height, y1, y2, y2 - height):
       x = min(max(x, 0), size[0] - width)

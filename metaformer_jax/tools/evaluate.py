@@ -14,6 +14,8 @@ JSON (--json) or as comma-separated values (--csv). --per_class prints those of
 each class instead, if the task has them. --predictions=FILE also writes what is
 predicted: of detection COCO's results, [{"image_id", "category_id", "bbox",
 "score"}, ...], with the data's own numbers, for pycocotools and COCO's server.
+Masks are in a second file, NAME.masks.json for NAME.json, with "segmentation"
+in the place of "bbox": given both, pycocotools takes areas from the boxes.
 """
 
 import dataclasses
@@ -108,12 +110,19 @@ def _check_file() -> None:
 
 
 def _write_file(predictions: list[Row]) -> None:
+  """Writes boxes, and masks if there are any, into files of their own."""
   path = paths.local("--predictions", _PREDICTIONS.value)
-  try:
-    output.write_json(path, predictions)
-  except OSError as e:
-    raise errors.StorageError(
-        f"--predictions: {path} cannot be written: {e}") from e
+  files = {path: "segmentation"}
+  if any("segmentation" in row for row in predictions):
+    files[path.with_suffix(f".masks{path.suffix}")] = "bbox"
+  for path, other in files.items():
+    rows = [{key: value for key, value in row.items() if key != other}
+            for row in predictions]
+    try:
+      output.write_json(path, rows)
+    except OSError as e:
+      raise errors.StorageError(
+          f"--predictions: {path} cannot be written: {e}") from e
 
 
 def _classes(rows: list[Row]) -> list[Row]:

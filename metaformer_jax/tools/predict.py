@@ -11,7 +11,8 @@ included. Images that cannot be read are named, and passed over.
 
 --output writes what is found into a folder, and NAME.overlay.png, which shows
 it on the image. Of segmentation: NAME.labels.png, whose values are the classes.
-Of detection: detections.json, a COCO data set of all images.
+Of detection: detections.json, a COCO data set of all images, with masks as RLEs
+if the model has them.
 """
 
 import argparse

@@ -21,7 +21,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -36,6 +36,7 @@ from metaformer_jax.data.sources import (
   coco,
   label_maps,
   objects,
+  outline_files,
   prepared,
 )
 from metaformer_jax.data.transforms import detection, segmentation
@@ -75,7 +76,9 @@ class _Split(abc.ABC):
       Exception: the record cannot be used.
     """
 
-  table: Callable[[], bytes] | None = None  # As for `prepared.write`.
+  def others(self) -> dict[str, bytes]:
+    """Further files, as for `prepared.write`."""
+    return {}
 
   def shards(self, n: int) -> Iterator[Iterator[tuple[dict[str, Any], Any]]]:
     """The records of each of n files, with the sizes of their images."""
@@ -145,9 +148,14 @@ class _Objects(_Split):
     return {"image": record["image"],
             "segments": segments.encode()}, image.shape[:2]
 
-  def table(self) -> bytes:
-    return objects.save(self.source.objects.subset(np.array(self.kept, int)),
-                        self.source.category_ids)
+  def others(self) -> dict[str, bytes]:
+    kept = np.array(self.kept, int)
+    found = self.source.objects.subset(kept)
+    segments = (self.source.segments[row] for row in
+                self.source.objects.rows_of(kept))
+    sizes = np.repeat(found.sizes, np.diff(found.starts), axis=0)
+    return {prepared.TABLE: objects.save(found, self.source.category_ids),
+            prepared.OUTLINES: outline_files.save(segments, sizes)}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -166,7 +174,7 @@ def main(args: argparse.Namespace) -> None:
 
 def _check_inside(data: schema.Data) -> Iterator[str]:
   if data.source == "coco":
-    coco.classes(data)
+    coco.classes(data, with_outlines=True)
   else:
     yield from label_maps.check_split(data, "train_split",
                                       label_maps.splits(data).train)
@@ -205,13 +213,14 @@ def _write_all(output: pathlib.Path, data: schema.Data,
 def _write(folder: pathlib.Path, name: str, data: schema.Data,
            args: argparse.Namespace) -> None:
   """Writes a split; raises DataError if examples are bad and not skipped."""
-  source = sources.create(data, "train" if name == "train" else "eval")
+  source = sources.create(data, "train" if name == "train" else "eval",
+                          task=tasks.Detection(head="mask_rcnn"))
   split = _Objects(source, data) if data.source == "coco" else _LabelMaps(
       source, data,
       args.reduce_zero_label or sources.reduces_zero_label(data))
   n_shards = min(args.shards, len(source))
   index = prepared.write(folder, name, split.shards(n_shards), n_shards,
-                         split.description(), split.table)
+                         split.description(), split.others)
   n = len(index.sizes)
   if split.n_bad and not args.skip_bad:
     raise errors.DataError(

@@ -20,7 +20,7 @@ from metaformer_jax.tools import prepare
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] /
                  "golden/detection_transforms.npz")
-TASK = tasks.Detection()
+TASK = tasks.Detection(head="mask_rcnn")
 N_TRAIN, N_VAL = 12, 7
 
 
@@ -88,15 +88,17 @@ def test_boxes_labels_and_filtering_are_mmdetections(tree, prepared, source,
 
 
 def test_the_annotations_are_the_files(tree, prepared):
-  """In the eyes of pycocotools, but for their numbers and outlines."""
-  for split, folder in (("train", "train2017"), ("eval", "val2017")):
+  """In the eyes of pycocotools, but for their numbers."""
+  for split, folder in (("train", "train2017"), ("val", "val2017")):
     content = json.loads(
         (tree / f"annotations/instances_{folder}.json").read_text())
-    found = opened(tree, split).annotations()
-    assert found == opened(prepared, split, "array_record").annotations()
+    found = opened(tree, "eval", eval_split=folder).annotations()
+    assert found == opened(prepared, "eval", "array_record",
+                           eval_split=split).annotations()
     assert [i["id"] for i in found["images"]] == [
         i["id"] for i in content["images"]]
-    keys = ("image_id", "category_id", "bbox", "area", "iscrowd")
+    keys = ("image_id", "category_id", "bbox", "area", "iscrowd",
+            "segmentation")
     expected = {i["id"]: [] for i in content["images"]}
     for a in content["annotations"]:
       expected[a["image_id"]].append([a[key] for key in keys])
@@ -123,8 +125,8 @@ def test_outlines_follow_their_boxes(tree):
       np.testing.assert_allclose(
           (x.min(), y.min(), x.max(), y.max()), (left, top, right, bottom),
           atol=0.02)
-  crowds = coco_json.read(
-      tree / "annotations/instances_train2017.json").segments.rles
+  crowds = coco_json.read(tree / "annotations/instances_train2017.json",
+                          with_outlines=True).outlines.segments.rles
   assert len(crowds) == 3
 
 

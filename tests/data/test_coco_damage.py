@@ -16,12 +16,13 @@ from metaformer_jax.config import schema, tasks
 from metaformer_jax.data import sources
 from metaformer_jax.data.sources import coco_json, outlines
 
-TASK = tasks.Detection()
+# Which reads all of a file; other heads do not need outlines.
+TASK = tasks.Detection(head="mask_rcnn")
 
 
-def opened(path):
+def opened(path, head="mask_rcnn"):
   return sources.create(schema.Data(source="coco", path=str(path)), "train",
-                        task=TASK)
+                        task=tasks.Detection(head=head))
 
 
 TREE = {
@@ -31,7 +32,8 @@ TREE = {
         {"id": 5, "image_id": 1, "category_id": 7, "bbox": [1, 2, 10, 12],
          "area": 99.5, "iscrowd": 0,
          "segmentation": [[1, 2, 11, 2, 11, 14, 1, 14]]},
-        {"id": 6, "image_id": 3, "category_id": 2, "bbox": [0, 0, 5, 6]}],
+        {"id": 6, "image_id": 3, "category_id": 2, "bbox": [0, 0, 5, 6],
+         "segmentation": [[0, 0, 5, 0, 5, 6]]}],
     "categories": [{"id": 7, "name": "dog"}, {"id": 2, "name": "cat"}]}
 
 
@@ -181,8 +183,7 @@ def test_what_cannot_be_meant_is_one_line(root, name):
 
 @pytest.mark.parametrize("key, value", [
     ("area", ...), ("area", None), ("iscrowd", ...), ("iscrowd", True),
-    ("ignore", 0), ("segmentation", ...), ("segmentation", None),
-    ("segmentation", []), ("id", 5.0), ("more", {"x": [1]})])
+    ("ignore", 0), ("id", 5.0), ("more", {"x": [1]})])
 def test_what_other_tools_write_is_good(root, caplog, key, value):
   write(root, changed(A, 0, key, to=value))
   assert opened(root).objects.labels.tolist() == [0, 1]
@@ -233,9 +234,9 @@ UNUSABLE = {
     "too many": ({**RLE, "counts": [100, 2000]}, "is of 2100 pixels"),
     "below 0": ({**RLE, "counts": [1300, -100]}, "neither a list of lengths"),
     "no counts": ({"size": [40, 30]}, "neither a list"),
-    "no size": ({"counts": [1200]}, "its size is None"),
-    "size of texts": ({**RLE, "size": ["40", "30"]}, "its size is ['40'"),
-    "three sizes": ({**RLE, "size": [40, 30, 1]}, "its size is [40, 30, 1]"),
+    "no size": ({"counts": [1200]}, "has the size None"),
+    "size of texts": ({**RLE, "size": ["40", "30"]}, "has the size ['40'"),
+    "three sizes": ({**RLE, "size": [40, 30, 1]}, "has the size [40, 30, 1]"),
     "a text that ends": ({**RLE, "counts": "o"}, "ends within a length"),
     "a text of others": ({**RLE, "counts": "a~"}, "holds '~' in a wrong place"),
     "a long text": ({**RLE, "counts": "o" * 50}, "holds 'o' in a wrong place"),
@@ -244,12 +245,16 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_outlines_that_cannot_be_used_are_counted(root, caplog, name):
-  """The box can be learned without."""
+  """The box can be learned without; the mask cannot."""
   segment, part = UNUSABLE[name]
   write(root, changed(A, 0, "segmentation", to=segment))
   with caplog.at_level(logging.WARNING):
+    opened(root, "retinanet")
+    assert not caplog.messages
     source = opened(root)
-  line, = caplog.messages
+  line, other = caplog.messages
+  assert ("1 objects have no outline that can be used, the first in the image "
+          "1; training with masks leaves them out") in other
   assert "1 outlines cannot be used, and are left out; the first: " in line
   assert f"annotations[0] has {'an RLE' if 'RLE' in part else ''}" in line
   assert part in line
@@ -261,6 +266,24 @@ def test_a_good_polygon_stays_beside_one_that_is_left_out(root):
   write(root, changed(A, 0, "segmentation",
                       to=[[1, 1], [1, 2, 3, 4, 5, 6.5], [7] * 8]))
   assert opened(root)[1]["segments"] == [[[1, 2, 3, 4, 5, 6.5], [7] * 8]]
+
+
+@pytest.mark.parametrize("segment", [..., None, []])
+def test_objects_without_an_outline_are_counted(root, caplog, segment):
+  write(root, changed(A, 1, "segmentation", to=segment))
+  with caplog.at_level(logging.WARNING):
+    assert "segments" not in opened(root, "faster_rcnn")[0]
+    assert not caplog.messages
+    assert opened(root)[0]["segments"] == [None]
+  line, = caplog.messages
+  assert "no outline that can be used, the first in the image 3;" in line
+  write(root, {**TREE, A: [{**a, "segmentation": None} for a in TREE[A]]})
+  for head, n in (("mask_rcnn", 1), ("faster_rcnn", 0)):
+    lines = list(sources.check(schema.Experiment(
+        task=tasks.Detection(head=head), data=schema.Data(
+            source="coco", path=str(root), eval_fraction=0.5)), files=True))
+    assert len(lines) == n and all("masks need outlines, and no object of" in
+                                   line for line in lines)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")
@@ -296,7 +319,7 @@ def test_a_large_file_takes_little_more_than_its_text(root):
                            for i in range(4000)]})
   file = root / "annotations/train.json"
   tracemalloc.start()
-  coco_json.read(file)
+  coco_json.read(file, with_outlines=True)
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
   assert peak < 3 * file.stat().st_size

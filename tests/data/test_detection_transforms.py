@@ -21,25 +21,8 @@ DATA = schema.Data(source="coco")
 TASK = tasks.Detection(scale=cases.SCALE, num_classes=3, max_boxes=8)
 
 
-class Fixed:
-  """A generator whose only draw is whether to flip."""
-
-  def __init__(self, flip):
-    self._draws = [0.0 if flip else 0.999]
-
-  def random(self):
-    return self._draws.pop()
-
-
-def record(image, boxes=(), labels=None, **more):
-  boxes = np.reshape(np.array(boxes, np.float32), (-1, 4))
-  labels = np.zeros(len(boxes), np.int32) if labels is None else labels
-  return {"image": image, "boxes": boxes, "labels": np.array(labels, np.int32),
-          "size": image.shape[:2], **more}
-
-
 def train(given, flip=False, task=TASK):
-  return detection.TrainTransform(DATA, task)(given, Fixed(flip))
+  return detection.TrainTransform(DATA, task)(given, cases.Fixed(flip))
 
 
 def gray(height=60, width=96):
@@ -53,7 +36,7 @@ def gray(height=60, width=96):
 def test_images_and_boxes_are_mmdetections(name):
   case = cases.CASES[name]
   image, boxes = cases.picture(case)
-  got = train(record(image, boxes, np.arange(8) % 3), case.flip)
+  got = train(cases.record(image, boxes, np.arange(8) % 3), case.flip)
   expected, size = GOLDEN[f"{name}/image"], GOLDEN[f"{name}/size"]
   # Its Pad ends at the next multiple of 32, within our canvas.
   height, width, _ = expected.shape
@@ -85,8 +68,8 @@ def test_sizes_are_the_published_ones():
 def test_evaluation_is_training_without_a_flip():
   image, boxes = cases.picture(cases.CASES["odd"])
   transform = detection.EvalTransform(DATA, TASK)
-  got = transform(record(image, boxes, index=7, group=0))
-  expected = train(record(image, boxes))
+  got = transform(cases.record(image, boxes, index=7, group=0))
+  expected = train(cases.record(image, boxes))
   for key in ("image", "size"):
     np.testing.assert_array_equal(got[key], expected[key])
   assert got["original_size"].tolist() == [427, 640] and got["index"] == 7
@@ -98,7 +81,8 @@ def test_evaluation_is_training_without_a_flip():
 
 def test_a_flip_is_undone_by_a_flip():
   image, boxes = cases.picture(cases.CASES["same size"])
-  one, other = (train(record(image, boxes), flip) for flip in (False, True))
+  one, other = (train(cases.record(image, boxes), flip)
+                for flip in (False, True))
   height, width = one["size"]
   np.testing.assert_array_equal(one["image"][:height, :width],
                                 other["image"][:height, :width][:, ::-1])
@@ -112,13 +96,13 @@ def test_a_flip_is_undone_by_a_flip():
 def test_more_objects_than_fit_are_counted():
   boxes = [[i, 0, i + 5, 5] for i in range(11)]
   task = dataclasses.replace(TASK, max_boxes=4)
-  got = train(record(gray(), boxes, [2, 1, 0, 2, *[1] * 7]), task=task)
+  got = train(cases.record(gray(), boxes, [2, 1, 0, 2, *[1] * 7]), task=task)
   assert got["overflow"] == 7 and got["labels"].tolist() == [2, 1, 0, 2]
   assert got["boxes"][:, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_without_objects_all_is_padding():
-  got = train(record(gray()))
+  got = train(cases.record(gray()))
   assert (got["labels"] == -1).all() and not got["boxes"].any()
   assert got["overflow"] == 0 and got["boxes"].shape == (8, 4)
 
@@ -128,7 +112,7 @@ def test_boxes_with_nothing_inside_do_not_count():
   edge = np.nextafter(np.float32(96), np.float32(0))
   boxes = [[100, 0, 120, 9], [1, 2, 30, 40], [edge, 3, 400, 20], [5, 5, 5, 9]]
   for height, width in ((60, 96), (100, 96)):
-    got = train(record(gray(height, width), boxes, [0, 1, 2, 0]))
+    got = train(cases.record(gray(height, width), boxes, [0, 1, 2, 0]))
     n = (got["labels"] >= 0).sum()
     assert n in (1, 2) and got["labels"][0] == 1 and got["overflow"] == 0
     size = got["boxes"][:n, 2:] - got["boxes"][:n, :2]
@@ -146,7 +130,7 @@ def test_boxes_with_nothing_inside_do_not_count():
     ({"size": (96, 60)}, "for 60 x 96; its orientation in EXIF is not applied"),
     ({"image": b"GIF89a"}, "cannot identify an image")])
 def test_a_record_that_cannot_be_meant_is_bad(change, part):
-  given = record(gray(), [[1, 1, 5, 5]], index=0, group=0) | change
+  given = cases.record(gray(), [[1, 1, 5, 5]], index=0, group=0) | change
   for transform in (detection.TrainTransform, detection.EvalTransform):
     with pytest.raises(Exception, match=part):
       transform(DATA, TASK)(given, np.random.default_rng(0))

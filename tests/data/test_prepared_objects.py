@@ -16,10 +16,12 @@ import source_files
 from metaformer_jax import errors
 from metaformer_jax.config import schema, tasks
 from metaformer_jax.data import loader, sources
+from metaformer_jax.data.sources import outline_files
 from metaformer_jax.data.transforms import detection
 from metaformer_jax.tools import prepare
 
-TASK = tasks.Detection(scale=(96, 60), num_classes=3, max_boxes=8)
+TASK = tasks.Detection(head="mask_rcnn", scale=(96, 60), num_classes=3,
+                       max_boxes=8, object_mask_size=20)
 
 
 def run(path, output, *args):
@@ -82,8 +84,8 @@ def test_the_folder_depends_on_the_data_only(tree, prepared, tmp_path):
   names = sorted(os.listdir(prepared.path))
   assert names == sorted(os.listdir(again.path)) == sorted(
       f"{split}{end}" for split in ("train", "val") for end in (
-          ".json", ".safetensors", *(f"-0000{i}-of-00003.array_record"
-                                     for i in range(3))))
+          ".json", ".safetensors", ".outlines.safetensors",
+          *(f"-0000{i}-of-00003.array_record" for i in range(3))))
   for name in names:
     one, other = (pathlib.Path(d.path, name).read_bytes()
                   for d in (prepared, again))
@@ -162,6 +164,37 @@ def test_a_damaged_table_is_one_line(copy, damage, part):
                      "prepare the data set again")
   line, = sources.check(schema.Experiment(task=TASK, data=copy), files=True)
   assert part in line
+
+
+def test_a_folder_without_outlines_is_enough_for_boxes(copy):
+  """One that was prepared when there were no masks."""
+  boxes = tasks.Detection(head="faster_rcnn")
+  for split in ("train", "val"):
+    (pathlib.Path(copy.path) / f"{split}.outlines.safetensors").unlink()
+  for split in ("train", "eval"):
+    source_files.fails(
+        lambda s=split: opened(copy, s), "config.data.path: ",
+        ".outlines.safetensors: cannot be used: it does not exist, and masks "
+        "need it; prepare the data set again")
+    source = sources.create(copy, split, task=boxes)
+    assert "segments" not in source[0]
+    assert "segmentation" not in source.annotations()["annotations"][0]
+  cfg = schema.Experiment(task=boxes, data=copy)
+  assert list(sources.check(cfg, files=True)) == []
+
+
+@pytest.mark.parametrize("damage, part", [
+    (lambda path: path.write_bytes(b""), "cannot be used"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-9]), "cannot be used"),
+    (lambda path: path.write_bytes(outline_files.save([None], [[9, 9]])),
+     "it has 1 outlines of "),
+    (changed("starts", lambda x: x[:-1]), "do not fit together"),
+    (changed("more", lambda x: np.zeros(2)), "has other arrays")])
+def test_damaged_outlines_are_one_line(copy, damage, part):
+  for split, name in (("eval", "val"), ("train", "train")):
+    damage(pathlib.Path(copy.path) / f"{name}.outlines.safetensors")
+    source_files.fails(lambda s=split: opened(copy, s), "config.data.path: ",
+                       part, "prepare the data set again")
 
 
 def test_the_names_must_be_those_of_the_table(copy):

@@ -1,4 +1,4 @@
-"""Writes detection_transforms.npz: mmdetection's pixels, boxes and filtering.
+"""Writes detection_transforms.npz: mmdetection's pixels, boxes and masks.
 
 Needs mmdetection 2.19.0, pycocotools, mmcv 1.7.2 built without its operations
 (MMCV_WITH_OPS=0), and opencv-python-headless 4 or 5:
@@ -33,18 +33,23 @@ sys.modules.setdefault("mmcv._ext", mock.MagicMock())
 
 
 def train(pipelines, case):
-  """The image, RGB, the boxes, and the size after the training pipeline."""
+  """The image, RGB, boxes, masks, and size after the training pipeline."""
   image, boxes = cases.picture(case)
+  masks = pipelines.LoadAnnotations(with_mask=True)._load_masks({
+      "img_info": {"height": case.height, "width": case.width},
+      "ann_info": {"masks": cases.outlines(case)}, "mask_fields": []})
   loaded = {"img": np.ascontiguousarray(image[..., ::-1]),
             "img_shape": image.shape, "img_fields": ["img"],
-            "gt_bboxes": boxes, "bbox_fields": ["gt_bboxes"]}
+            "gt_bboxes": boxes, "bbox_fields": ["gt_bboxes"], **masks}
   with mock.patch.object(np.random, "choice", lambda names, p: (
       "horizontal" if case.flip else None)):
     for step in (pipelines.Resize(img_scale=cases.SCALE, keep_ratio=True),
                  pipelines.RandomFlip(flip_ratio=0.5),
                  pipelines.Pad(size_divisor=32)):
       loaded = step(loaded)
-  return loaded["img"][..., ::-1], loaded["gt_bboxes"], loaded["img_shape"][:2]
+  height, width = loaded["img_shape"][:2]
+  return (loaded["img"][..., ::-1], loaded["gt_bboxes"], (height, width),
+          np.packbits(loaded["gt_masks"].masks[:, :height, :width]))
 
 
 def records(datasets, arrays):
@@ -77,7 +82,8 @@ def main():
     from mmdet.datasets import pipelines  # noqa: PLC0415
   arrays = {}
   for name, case in cases.CASES.items():
-    for key, value in zip(("image", "boxes", "size"), train(pipelines, case)):
+    for key, value in zip(("image", "boxes", "size", "masks"),
+                          train(pipelines, case)):
       arrays[f"{name}/{key}"] = value
   records(datasets, arrays)
   np.savez_compressed(GOLDEN / "detection_transforms.npz", **arrays)

@@ -171,3 +171,64 @@ def test_odd_names_and_sizes():
       (120,) * 3, (255,) * 3, tuple(drawing.colours_of(0).tolist())}
   assert (drawn([[0, 0, 1, 1]], size=(1, 1)) == drawing.colours_of(0)).all()
   assert (drawn([]) == 120).all()
+
+
+# Masks.
+
+
+def masked(masks, boxes, labels=None, scores=None, names=("cat",) * 400):
+  """Masks on mid gray, as an array."""
+  masks = np.array(masks, bool)
+  image, n = np.full((*masks.shape[1:], 3), 120, np.uint8), len(masks)
+  picture = drawing.masks(
+      image, masks, np.reshape(boxes, (n, 4)).astype(np.float32),
+      np.zeros(n, int) if labels is None else np.array(labels),
+      np.full(n, 0.5, np.float32) if scores is None else np.array(scores),
+      names)
+  assert (image == 120).all()
+  return np.array(picture)
+
+
+def square(top, left, bottom, right, size=(240, 320)):
+  mask = np.zeros(size, bool)
+  mask[top:bottom, left:right] = True
+  return mask
+
+
+def test_a_mask_is_translucent_with_an_edge_and_the_label_of_its_box():
+  mask = square(80, 100, 160, 200)
+  mask[120:, 150:] = False
+  picture = masked([mask], [[100, 80, 200, 160]], [7])
+  colour = drawing.colours_of(7).astype(int)
+  for edge in (np.s_[80:160, 100], np.s_[80, 100:200], np.s_[159, 100:150],
+               np.s_[80:120, 199], np.s_[119, 150:200], np.s_[120:160, 149]):
+    assert (picture[edge] == colour).all()
+  for y, x in ((100, 150), (150, 120), (90, 190)):
+    assert np.abs(picture[y, x] - (0.6 * 120 + 0.4 * colour)).max() <= 0.5
+  assert places(label_of(7), picture) == 1
+  picture[mask] = picture[:80] = 120
+  assert (picture == 120).all()
+
+
+def test_better_masks_are_on_top():
+  mask = square(80, 100, 160, 200)
+  for scores in ([0.9, 0.3], [0.3, 0.9]):
+    picture = masked([mask, mask], [[100, 80, 200, 160]] * 2, [1, 2], scores)
+    best = int(np.argmax(scores))
+    assert (picture[100:160, 100] == drawing.colours_of(best + 1)).all()
+
+
+@pytest.mark.parametrize("part", [
+    (0, 0, 240, 320), (0, 0, 1, 1), (239, 319, 240, 320), (100, 50, 101, 300),
+    (5, 5, 5, 5)])
+def test_masks_of_any_part_of_the_image(part):
+  mask = square(*part)
+  top, left, bottom, right = part
+  picture = masked([mask], [[left, top, right, bottom]])
+  assert (picture[mask] != 120).any(-1).all()
+  n_label = np.prod(label_of().shape[:2])
+  assert ((picture != 120).any(-1) & ~mask).sum() <= n_label
+
+
+def test_without_masks_the_image_stays():
+  assert (masked(np.zeros((0, 24, 30)), []) == 120).all()

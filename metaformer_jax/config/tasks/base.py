@@ -51,6 +51,11 @@ class Task:
     """Classes that the model tells apart; None for a task without classes."""
     return None
 
+  @property
+  def has_masks(self) -> bool:
+    """Whether it needs the outlines of objects, and not only their boxes."""
+    return False
+
   def filled(self) -> "Task":
     """With what follows from the section's other values for some left at None.
     """

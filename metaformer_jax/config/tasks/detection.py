@@ -154,7 +154,7 @@ class Detection(base.Task):
 
   @property
   def has_masks(self) -> bool:
-    """Whether objects have masks."""
+    """Whether objects have masks, and not only boxes."""
     return self.head == "mask_rcnn"
 
   def filled(self) -> "Detection":

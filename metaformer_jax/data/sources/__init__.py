@@ -63,7 +63,8 @@ def create(data: schema.Data, split: str, numbered: bool = False,
     numbered: source folder: the names of the class folders are the classes.
     names: of the classes, which number the data's classes; None: as the data
       numbers them. Data without names is numbered as it is.
-    task: its section; scenes have what it needs a label of, by default pixels.
+    task: its section; scenes have what it needs a label of, by default pixels,
+      and objects have outlines if it has masks.
 
   Raises:
     ConfigError: the data is missing, or cannot be read; says which part.
@@ -73,9 +74,9 @@ def create(data: schema.Data, split: str, numbered: bool = False,
     case "ade20k" | "label_maps":
       source = label_maps.create(data, train)
     case "array_record":
-      source = prepared.create(data, train)
+      source = prepared.create(data, train, _has_masks(task))
     case "coco":
-      source = coco.create(data, train)
+      source = coco.create(data, train, _has_masks(task))
     case "digits":
       return arrays.digits(train)
     case "folder":
@@ -95,6 +96,10 @@ def create(data: schema.Data, split: str, numbered: bool = False,
 
 def _needs(task: tasks.Task | None) -> str | None:
   return _NEEDS.get(task.name) if task else None
+
+
+def _has_masks(task: tasks.Task | None) -> bool:
+  return task is not None and task.has_masks
 
 
 def _create_own(data: schema.Data, split: str,
@@ -130,7 +135,7 @@ def classes(data: schema.Data,
     case "ade20k" | "label_maps":
       return label_maps.classes(data)
     case "coco":
-      return coco.classes(data)
+      return coco.classes(data, _has_masks(task))
     case "array_record":
       return prepared.classes(data)
     case "digits":

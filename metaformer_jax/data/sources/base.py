@@ -11,12 +11,13 @@ int32 [N, 2], 0 where a header cannot be read.
 
 A record with objects has "boxes": float32 [n, 4], left, top, right and bottom
 in pixels of the image; "labels": int32 [n]; "size": (height, width), which the
-boxes are meant for; and "segments", their outlines as COCO has them: polygons,
-an RLE or None. Its source has `class_names`; `category_ids`, the numbers of the
-classes in COCO files; `sizes()`; `has_objects()`, bool [N]; and
-`annotations()`, the data set as a COCO file has it, which the evaluation
-measures against: {"images", "annotations", "categories"}, its images in the
-order of the records.
+boxes are meant for; and, if masks are needed, "segments", their outlines as
+COCO has them: polygons, an RLE, or None for one that training with masks leaves
+out. Its source has `class_names`; `category_ids`, the numbers of the classes in
+COCO files; `sizes()`; `has_objects()`, bool [N]; and `annotations()`, the data
+set as a COCO file has it, which the evaluation measures against: {"images",
+"annotations", "categories"}, its images in the order of the records, its
+annotations with "segmentation" if masks are needed.
 """
 
 import pathlib

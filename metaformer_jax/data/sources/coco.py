@@ -10,9 +10,7 @@ and the images are in SPLIT/, images/SPLIT/, images/, or where the names in the
 file begin.
 """
 
-import functools
 import itertools
-import logging
 import os
 import pathlib
 from collections.abc import Iterator
@@ -21,9 +19,13 @@ import numpy as np
 
 from metaformer_jax import errors
 from metaformer_jax.config import schema
-from metaformer_jax.data.sources import base, coco_json, folders, objects
-
-log = logging.getLogger(__name__)
+from metaformer_jax.data.sources import (
+  base,
+  coco_json,
+  folders,
+  objects,
+  outlines,
+)
 
 _FILES = ("annotations/instances_{}.json", "annotations/{}.json",
           "{}/_annotations.coco.json")
@@ -49,13 +51,17 @@ class Coco(objects.Source):
       root: the names of files are relative to it.
       chosen: int [N], the images that the source is of; None: all.
     """
-    files, found, rows = index.files, index.objects, index.rows
+    files, found, segments = index.files, index.objects, index.outlines
     if chosen is not None:
-      files, rows = files[chosen], rows[found.rows_of(chosen)]
+      files = files[chosen]
+      if segments is not None:
+        segments = outlines.Chosen(segments.segments,
+                                   segments.rows[found.rows_of(chosen)])
       found = found.subset(chosen)
-    super().__init__(found, index.class_names, index.category_ids)
+    outlined = None if segments is None else segments.exist()
+    super().__init__(found, index.class_names, index.category_ids, outlined,
+                     segments)
     self._root, self._files = os.fspath(root), files
-    self._rows, self._segments = rows, index.segments
 
   def path(self, index: int) -> str:
     """The path of an image; the file is not opened."""
@@ -63,17 +69,24 @@ class Coco(objects.Source):
 
   def __getitem__(self, index: int) -> base.Record:
     path = self.path(index)
-    rows = self._rows[self.objects.rows(index)].tolist()
-    return {"path": path, "image": folders.read_file(path),
-            **self.objects.record(index),
-            "segments": [self._segments[row] for row in rows]}
+    record = {"path": path, "image": folders.read_file(path),
+              **self.objects.record(index)}
+    if self.segments is not None:
+      record["segments"] = [self.segments[row] for row in
+                            self.objects.rows(index)]
+    return record
 
 
-def create(data: schema.Data, train: bool) -> Coco:
+def create(data: schema.Data, train: bool, with_outlines: bool = False) -> Coco:
   """Opens the training or the evaluation split.
 
   Without an evaluation split, `data.eval_fraction` of the training images is
   held out.
+
+  Args:
+    data: the section.
+    train: whether it is the training split.
+    with_outlines: whether records have "segments".
 
   Raises:
     ConfigError: a file is missing, or is not as COCO's; or none of the images
@@ -81,12 +94,19 @@ def create(data: schema.Data, train: bool) -> Coco:
   """
   key, name = _split(data, train)
   file = _file(data, key, name)
-  index = coco_json.read(file)
+  index = coco_json.read(file, with_outlines)
   root = _image_root(data, file, name, index)
+  source = Coco(index, root, _part(data, train, file, index))
   if train:
-    _report(file, index.notes)
+    objects.report(file, (*index.notes, *source.missing()))
+  return source
+
+
+def _part(data: schema.Data, train: bool, file: pathlib.Path,
+          index: coco_json.Index) -> np.ndarray | None:
+  """The images of a split, if it is a part of the training split's file."""
   if _split(data, train=False)[0] == "eval_split":
-    return Coco(index, root)
+    return None
   if len(index.files) < 2:
     raise errors.ConfigError(
         f"config.data.eval_fraction: {file} has one image, of which none can "
@@ -94,18 +114,12 @@ def create(data: schema.Data, train: bool) -> Coco:
   names = list(map(os.fsdecode, index.files))
   part = set(folders.Part(data.eval_fraction, data.eval_seed,
                           held_out=not train).of(names))
-  return Coco(index, root, np.flatnonzero([name in part for name in names]))
+  return np.flatnonzero([name in part for name in names])
 
 
-@functools.cache  # Once, though a run opens its data several times.
-def _report(file: pathlib.Path, notes: tuple[str, ...]) -> None:
-  for note in notes:
-    log.warning("%s: %s", file, note)
-
-
-def classes(data: schema.Data) -> base.Classes:
-  """The classes of the training split; ConfigError as for `create`."""
-  index = coco_json.read(_file(data, *_split(data, train=True)))
+def classes(data: schema.Data, with_outlines: bool = False) -> base.Classes:
+  """The classes of the training split; arguments and errors as for `create`."""
+  index = coco_json.read(_file(data, *_split(data, train=True)), with_outlines)
   return base.Classes(len(index.class_names), index.class_names)
 
 
@@ -130,10 +144,11 @@ def check(cfg: schema.Experiment, files: bool,
 
 
 def _check_inside(cfg: schema.Experiment, train: bool) -> Iterator[str]:
+  with_outlines = cfg.task.has_masks
   if train:
-    create(cfg.data, train=True)
-    yield from base.check_classes(cfg, classes(cfg.data).n)
-  create(cfg.data, train=False)
+    yield from create(cfg.data, True, with_outlines).check()
+    yield from base.check_classes(cfg, classes(cfg.data, with_outlines).n)
+  create(cfg.data, False, with_outlines)
 
 
 def _split(data: schema.Data, train: bool) -> tuple[str, str | None]:

@@ -36,23 +36,26 @@ class Index:
     files: bytes [N], names of the images' files.
     objects: of the images, in their order in the file; those of an image in
       their order as well.
-    rows: int64 [A], the index in the file of each of these.
-    segments: by index in the file.
+    outlines: of the objects; None if they were not asked for.
     class_names, category_ids: by label; labels are in the order of the ids.
     notes: what is left out, a line for each kind.
   """
 
   files: np.ndarray
   objects: objects.Objects
-  rows: np.ndarray
-  segments: outlines.Segments
+  outlines: outlines.Chosen | None
   class_names: tuple[str, ...]
   category_ids: tuple[int, ...]
   notes: tuple[str, ...]
 
 
-def read(path: pathlib.Path) -> Index:
+def read(path: pathlib.Path, with_outlines: bool = False) -> Index:
   """Reads a file; the same object, if it has not changed since.
+
+  Args:
+    path: of the file.
+    with_outlines: whether "segmentation" is read, too; of COCO's training split
+      it takes most of the memory.
 
   Raises:
     ConfigError: the file is unreadable or not as described; says where.
@@ -62,14 +65,14 @@ def read(path: pathlib.Path) -> Index:
   except OSError as e:
     raise errors.ConfigError(f"config.data.path: {path}: {e}") from e
   # Large files take many seconds, and a run opens the data several times.
-  return _read(path, found.st_mtime_ns, found.st_size)
+  return _read(path, with_outlines, found.st_mtime_ns, found.st_size)
 
 
 @functools.lru_cache(maxsize=2)
-def _read(path: pathlib.Path, *stamp: int) -> Index:
+def _read(path: pathlib.Path, with_outlines: bool, *stamp: int) -> Index:
   del stamp
   parts = {"images": _Images(), "categories": _Categories(),
-           "annotations": _Annotations()}
+           "annotations": _Annotations(with_outlines)}
   where, seen = f"config.data.path: {path}", set()
   try:
     # Tools on Windows begin a file with U+FEFF.
@@ -116,7 +119,6 @@ def _index(images: "_Images", categories: "_Categories",
   order, category_ids = _sorted("categories", categories.ids)
   labels = _places(annotations, "category_id", category_ids, "categories")
   _sorted("annotations", annotations.ids)
-  segments, unusable = annotations.outlines.build(sizes[of_image])
   rows = np.argsort(of_image, kind="stable")
   starts = np.searchsorted(of_image[rows], np.arange(len(files) + 1))
   found = objects.Objects(
@@ -125,10 +127,14 @@ def _index(images: "_Images", categories: "_Categories",
       labels[rows].astype(np.int32), np.array(annotations.areas)[rows],
       np.array(annotations.crowd, bool)[rows],
       np.array(annotations.ignored, bool)[rows])
-  return Index(files, found, rows, segments,
+  notes, segments = _notes(found, rows), None
+  if annotations.outlines is not None:
+    segments, unusable = annotations.outlines.build(sizes[of_image])
+    notes += unusable
+    segments = outlines.Chosen(segments, rows)
+  return Index(files, found, segments,
                tuple(categories.names[i] for i in order),
-               tuple(category_ids.tolist()),
-               (*_notes(found, rows), *unusable))
+               tuple(category_ids.tolist()), tuple(notes))
 
 
 def _sorted(key: str, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -215,12 +221,12 @@ class _Categories:
 class _Annotations:
   """The columns of all annotations, in the order of the file."""
 
-  def __init__(self):
+  def __init__(self, with_outlines: bool):
     self.ids, self.image_ids, self.category_ids = (
         array.array("q") for _ in range(3))
     self.boxes, self.areas = array.array("d"), array.array("d")
     self.crowd, self.ignored = array.array("b"), array.array("b")
-    self.outlines = outlines.Builder()
+    self.outlines = outlines.Builder() if with_outlines else None
 
   def add(self, item: dict[str, Any]) -> None:
     self.ids.append(_integer(item, "id"))
@@ -231,7 +237,8 @@ class _Annotations:
     self.areas.append(box[2] * box[3] if area is None else _area(area))
     self.crowd.append(_flag(item, "iscrowd"))
     self.ignored.append(_flag(item, "ignore"))
-    self.outlines.add(item.get("segmentation"))
+    if self.outlines is not None:
+      self.outlines.add(item.get("segmentation"))
 
 
 def _value(item: dict[str, Any], key: str) -> Any:

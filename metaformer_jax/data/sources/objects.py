@@ -6,13 +6,20 @@ in each process that reads them.
 
 import dataclasses
 import functools
+import itertools
+import logging
 import os
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from metaformer_jax.data.sources import outlines
+
+log = logging.getLogger(__name__)
 
 # Training leaves out images of which a side is shorter (mmdetection).
 SHORTEST = 32
@@ -100,27 +107,31 @@ class Objects:
     return Objects(self.image_ids[images], self.sizes[images], starts, *(
         getattr(self, name)[rows] for name in PER_OBJECT))
 
-  def annotations(self, category_ids: Sequence[int],
-                  names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The objects as a COCO data set, without outlines, for its evaluation.
+  def annotations(self, category_ids: Sequence[int], names: Sequence[str],
+                  segments: Sequence[outlines.Segment] | None = None,
+                  ) -> dict[str, list[dict[str, Any]]]:
+    """The objects as a COCO data set, for its evaluation.
 
     Args:
       category_ids, names: of the classes, by label.
+      segments: the objects' outlines, if they are needed.
     """
     sizes, images = self.sizes.tolist(), self.image_ids.tolist()
     of = np.repeat(self.image_ids, np.diff(self.starts)).tolist()
     categories = np.array(category_ids)[self.labels].tolist()
     columns = zip(of, categories, self.boxes.tolist(), self.areas.tolist(),
                   self.crowd.astype(int).tolist())
+    shapes = itertools.repeat({}) if segments is None else (
+        {"segmentation": segment} for segment in segments)
     # Numbered from 1: pycocotools takes a match with number 0 for none.
     return {
         "images": [{"id": i, "height": height, "width": width}
                    for i, (height, width) in zip(images, sizes)],
         "annotations": [
             {"id": number, "image_id": image, "category_id": category,
-             "bbox": box, "area": area, "iscrowd": crowd}
-            for number, (image, category, box, area, crowd) in enumerate(
-                columns, 1)],
+             "bbox": box, "area": area, "iscrowd": crowd, **shape}
+            for number, ((image, category, box, area, crowd), shape) in
+            enumerate(zip(columns, shapes), 1)],
         "categories": [{"id": i, "name": name}
                        for i, name in zip(category_ids, names)]}
 
@@ -181,11 +192,15 @@ class Source:
     objects: of all images.
     n_classes, class_names: of the labels.
     category_ids: the numbers of the classes in COCO files, by label.
+    outlined: bool [A], which objects have an outline; None if none is needed.
+    segments: the outlines; None if they are not needed, or are in the records.
   """
 
   def __init__(self, objects: Objects, names: Sequence[str],
-               category_ids: Sequence[int]):
-    self.objects = objects
+               category_ids: Sequence[int],
+               outlined: np.ndarray | None = None,
+               segments: Sequence[outlines.Segment] | None = None):
+    self.objects, self.outlined, self.segments = objects, outlined, segments
     self.class_names, self.category_ids = tuple(names), tuple(category_ids)
     self.n_classes = len(self.class_names)
 
@@ -202,4 +217,31 @@ class Source:
 
   def annotations(self) -> dict[str, list[dict[str, Any]]]:
     """A COCO data set, whose images are those of the records, in order."""
-    return self.objects.annotations(self.category_ids, self.class_names)
+    return self.objects.annotations(self.category_ids, self.class_names,
+                                    self.segments)
+
+  def missing(self) -> list[str]:
+    """A line if training with masks leaves objects out that boxes have."""
+    if self.outlined is None:
+      return []
+    wrong = np.flatnonzero(self.objects.is_trained & ~self.outlined)
+    if not len(wrong):
+      return []
+    image = np.searchsorted(self.objects.starts, wrong[0], "right") - 1
+    return [f"{len(wrong):,} objects have no outline that can be used, the "
+            f"first in the image {self.objects.image_ids[image]}; training "
+            "with masks leaves them out"]
+
+  def check(self) -> Iterator[str]:
+    """Yields a line if masks are needed, but no object has an outline."""
+    if self.outlined is not None and not self.outlined.any():
+      yield ("config.task.head: masks need outlines, and no object of "
+             "config.data.path has one that can be used; faster_rcnn and "
+             "retinanet need boxes only")
+
+
+@functools.cache  # Once, though a run opens its data several times.
+def report(file: pathlib.Path, notes: tuple[str, ...]) -> None:
+  """Logs what is left out of the objects of a file."""
+  for note in notes:
+    log.warning("%s: %s", file, note)

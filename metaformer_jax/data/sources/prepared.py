@@ -5,9 +5,10 @@ train-00000-of-00016.array_record, ... that it names. A record is a map in
 MessagePack, for example {"image": bytes, "label": bytes, "path": bytes}. The
 files are read from any place, of which many small files would be slow.
 
-Of objects, the boxes are in train.safetensors (`objects.save`), so that images
-can be chosen, and detections measured, without reading the records; these have
-the images and the outlines.
+Of objects, the boxes are in train.safetensors (`objects.save`), and outlines in
+train.outlines.safetensors (`outline_files.save`), so that images can be chosen,
+and detections measured, without reading the records; these have the images and
+their outlines.
 """
 
 import dataclasses
@@ -23,7 +24,12 @@ import numpy as np
 
 from metaformer_jax import errors
 from metaformer_jax.config import json_data, schema
-from metaformer_jax.data.sources import base, folders, objects
+from metaformer_jax.data.sources import (
+  base,
+  folders,
+  objects,
+  outline_files,
+)
 
 _VERSION = 1
 
@@ -73,15 +79,14 @@ def _shard_path(folder: pathlib.Path, split: str, i: int, n: int) -> str:
   return os.fspath(folder / f"{split}-{i:05}-of-{n:05}.array_record")
 
 
-def _table_path(folder: pathlib.Path, split: str) -> pathlib.Path:
-  """The file of the boxes."""
-  return folder / f"{split}.safetensors"
+# What the names of the files of objects end with: of boxes, and of outlines.
+TABLE, OUTLINES = ".safetensors", ".outlines.safetensors"
 
 
 def write(folder: pathlib.Path, split: str,
           shards: Iterable[Iterable[tuple[Mapping[str, Any], Any]]],
           n_shards: int, description: Mapping[str, Any],
-          table: Callable[[], bytes] | None = None) -> Index:
+          others: Callable[[], Mapping[str, bytes]] = dict) -> Index:
   """Writes a split into a folder; the same records give the same bytes.
 
   Args:
@@ -90,7 +95,8 @@ def write(folder: pathlib.Path, split: str,
     shards: for each file (record, size of its image), ...
     n_shards: how many files there are.
     description: the other attributes of the index.
-    table: of objects: gives `objects.save`, when all records are written.
+    others: gives the contents of further files by the ends of their names,
+      TABLE and OUTLINES, when all records are written.
 
   Raises:
     OSError, RuntimeError: a file cannot be written.
@@ -109,8 +115,8 @@ def write(folder: pathlib.Path, split: str,
     writer.close()
     with open(path, "rb+") as file:
       os.fsync(file.fileno())
-  if table:
-    _write_file(_table_path(folder, split), table())
+  for end, content in others().items():
+    _write_file(folder / f"{split}{end}", content)
   index = Index(shards=counts, sizes=sizes, **description)
   # Last: a split without an index is not a split.
   _write_file(folder / f"{split}.json", json.dumps(
@@ -194,9 +200,11 @@ class PreparedObjects(objects.Source):
     self._records = records
 
   def __getitem__(self, index: int) -> base.Record:
-    record = self._records[index]
-    return {**record, "segments": json.loads(record["segments"]),
-            **self.objects.record(index)}
+    record = self._records[index] | self.objects.record(index)
+    segments = record.pop("segments")
+    if self.outlined is not None:
+      record["segments"] = json.loads(segments)
+    return record
 
 
 def _split(data: schema.Data, train: bool) -> str:
@@ -255,8 +263,14 @@ def _check_types(index: Index) -> None:
                      f"{sum(index.shards)} images")
 
 
-def create(data: schema.Data, train: bool) -> Prepared | PreparedObjects:
+def create(data: schema.Data, train: bool,
+           with_outlines: bool = False) -> Prepared | PreparedObjects:
   """Opens the training or the evaluation split.
+
+  Args:
+    data: the section.
+    train: whether it is the training split.
+    with_outlines: whether records of objects have "segments".
 
   Raises:
     ConfigError: the index or a file of it is missing or damaged.
@@ -266,17 +280,37 @@ def create(data: schema.Data, train: bool) -> Prepared | PreparedObjects:
   records = _Records(folder, split, index)
   if index.records == "label_maps":
     return Prepared(records, index)
-  path = _table_path(folder, split)
+  source = _objects(folder, split, records, index, with_outlines, train)
+  if train:
+    objects.report(folder / f"{split}.json", tuple(source.missing()))
+  return source
+
+
+def _objects(folder: pathlib.Path, split: str, records: _Records, index: Index,
+             with_outlines: bool, train: bool) -> PreparedObjects:
+  """A split of objects; in training, the outlines are those of the records."""
+  outlined, segments = None, None
+  path = folder / f"{split}{TABLE}"
   try:
     found, ids = objects.load(path)
     if found.sizes.tolist() != index.sizes:
       raise ValueError("it has images of other sizes than the index")
     if len(ids) != len(index.class_names or ()):
       raise ValueError(f"it has {len(ids)} classes, and the index others")
+    if with_outlines:
+      path = folder / f"{split}{OUTLINES}"
+      if not path.exists():
+        raise ValueError("it does not exist, and masks need it")
+      segments = None if train else outline_files.load(path)
+      outlined = outline_files.exist(path) if train else segments.exist()
+      if len(outlined) != len(found.boxes):
+        raise ValueError(f"it has {len(outlined)} outlines of "
+                         f"{len(found.boxes)} objects")
   except (OSError, ValueError) as e:
     raise errors.ConfigError(f"config.data.path: {path}: cannot be used: "
                              f"{errors.one_line(e)}; {_AGAIN}") from e
-  return PreparedObjects(records, found, index.class_names, ids)
+  return PreparedObjects(records, found, index.class_names, ids, outlined,
+                         segments)
 
 
 def classes(data: schema.Data) -> base.Classes:
@@ -313,8 +347,10 @@ def _check_inside(cfg: schema.Experiment, train: bool) -> Iterator[str]:
            f"{cfg.task.name} needs {wanted}")
     return
   if train:
-    create(cfg.data, train=True)
+    source = create(cfg.data, True, cfg.task.has_masks)
+    if found.records == "objects":
+      yield from source.check()
     n = classes(cfg.data).n
     if n is not None:
       yield from base.check_classes(cfg, n)
-  create(cfg.data, train=False)
+  create(cfg.data, False, cfg.task.has_masks)

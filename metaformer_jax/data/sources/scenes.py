@@ -160,7 +160,8 @@ class ObjectScenes:
         np.arange(1, self.n + 1), self.sizes(),
         np.cumsum([0, *(len(r["labels"]) for r in records)]), boxes,
         np.concatenate([r["labels"] for r in records]), np.array(areas, float),
-        no, no).annotations(self.category_ids, self.class_names)
+        no, no).annotations(self.category_ids, self.class_names,
+                            [s for r in records for s in r["segments"]])
 
 
 def _box(mask: np.ndarray) -> list[int]:

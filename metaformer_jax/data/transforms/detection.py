@@ -6,6 +6,7 @@ resampling. Images stay uint8 and are normalised on the device.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from metaformer_jax import errors
 from metaformer_jax.config import schema, tasks
 from metaformer_jax.data import images
 from metaformer_jax.data.augment import cv_kernels
-from metaformer_jax.data.sources import base, objects
-from metaformer_jax.data.transforms import framing
+from metaformer_jax.data.sources import base, objects, outlines
+from metaformer_jax.data.transforms import framing, masks
 
 Example = dict[str, Any]
 
@@ -48,6 +49,15 @@ def decode(record: base.Record, data: schema.Data, n_classes: int,
     raise ValueError(f"{what}; the labels of {n_classes} classes are 0 to "
                      f"{n_classes - 1}")
   return image, boxes, labels
+
+
+def _segments(record: base.Record) -> Sequence[outlines.Segment]:
+  """The outlines of a record; ValueError unless each of its boxes has one."""
+  segments, n = record.get("segments", ()), len(record["labels"])
+  if len(segments) != n:
+    raise ValueError(f"{len(segments)} segments for {n} boxes; masks need an "
+                     "outline, or None, for each")
+  return segments
 
 
 def move_boxes(boxes: np.ndarray, old: framing.Size, new: framing.Size, *,
@@ -110,6 +120,11 @@ class TrainTransform(_Canvases):
   "boxes": float32 [max_boxes, 4] in it, the objects first, in their order;
   "labels": int32 [max_boxes], -1 where there is no object; "overflow": int32,
   the number of objects that did not fit in}.
+
+  With `task.has_masks`, objects without an outline are left out, and there are
+  "masks": uint8 [max_boxes, M, M], M = `task.object_mask_size`, and "frames":
+  float32 [max_boxes, 4], the parts of the canvas that these cover
+  (`masks.crop`); 0 where there is no object.
   """
 
   def groups(self, source: base.Source) -> tuple[np.ndarray, ...]:
@@ -143,16 +158,40 @@ class TrainTransform(_Canvases):
     boxes = move_boxes(boxes, old, size, flip=flip)
     # What is left of a box at the border can be less than float32 tells apart.
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    boxes, labels = boxes[kept], labels[kept]
-    n = min(len(boxes), task.max_boxes)
+    if task.has_masks:
+      kept &= [segment is not None and len(segment) > 0
+               for segment in _segments(record)]
+    kept = np.flatnonzero(kept)
+    n = min(len(kept), task.max_boxes)
     example = {
         "image": self._image(image, size, self.canvas_of(*old), flip=flip),
         "size": np.array(size, np.int32),
         "boxes": np.zeros((task.max_boxes, 4), np.float32),
         "labels": np.full(task.max_boxes, -1, np.int32),
-        "overflow": np.int32(len(boxes) - n)}
-    example["boxes"][:n], example["labels"][:n] = boxes[:n], labels[:n]
+        "overflow": np.int32(len(kept) - n)}
+    example["boxes"][:n] = boxes[kept[:n]]
+    example["labels"][:n] = labels[kept[:n]]
+    if task.has_masks:
+      segments = [record["segments"][i] for i in kept[:n]]
+      example |= self._masks(segments, example["boxes"], old, size, flip=flip)
     return example
+
+  def _masks(self, segments: Sequence[outlines.Segment], boxes: np.ndarray,
+             old: framing.Size, new: framing.Size, *,
+             flip: bool) -> Example:
+    """"masks" and "frames" of the objects; their other values as for boxes."""
+    side = self.task.object_mask_size
+    found = {"masks": np.zeros((self.task.max_boxes, side, side), np.uint8),
+             "frames": np.zeros((self.task.max_boxes, 4), np.float32)}
+    for i, segment in enumerate(segments):
+      bitmap = outlines.decode(segment, old)
+      cropped = masks.crop(bitmap, new, side, flip=flip)
+      if cropped:
+        found["masks"][i], found["frames"][i] = cropped
+      else:  # Too small for the resized image; an empty mask is learned.
+        corner = np.floor(boxes[i, :2])
+        found["frames"][i] = [*corner, *(corner + side)]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
