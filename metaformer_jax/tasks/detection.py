@@ -129,10 +129,17 @@ class Detection:
 
   def make_evaluators(self) -> dict[str, base.Evaluator]:
     def ground_truth():
-      source = self._source("eval")
-      return coco_ap.GroundTruth(source.annotations(), source.category_ids)
+      return objects.ground_truth(self._source("eval"),
+                                  self.cfg.task.has_masks)
 
-    return {"detection": coco_ap.AveragePrecision(ground_truth, self._names())}
+    return {"detection": coco_ap.AveragePrecision(
+        ground_truth, self._names(), self._mask_threshold)}
+
+  @property
+  def _mask_threshold(self) -> float | None:
+    """None without masks."""
+    task = self.cfg.task
+    return task.mask_threshold if task.has_masks else None
 
   def preprocess(self, image: bytes | np.ndarray) -> dict[str, np.ndarray]:
     return transforms.EvalTransform(self.cfg.data, self.cfg.task).preprocess(
@@ -141,7 +148,8 @@ class Detection:
   def postprocess(self, outputs: Mapping[str, np.ndarray],
                   example: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """As `objects.find`: the detections on one image, the best ones first."""
-    return objects.find(outputs, example["original_size"], self.class_names)
+    return objects.find(outputs, example["original_size"], self.class_names,
+                        self._mask_threshold)
 
   @property
   def class_names(self) -> tuple[str, ...] | None:
@@ -159,11 +167,11 @@ class Detection:
 
   def pictures(self, found: Mapping[str, Any], image: bytes | np.ndarray,
                ) -> dict[str, Image.Image]:
-    """"overlay": the boxes on the image, with names and scores."""
-    picture = images.decode(image, self.cfg.data.max_pixels)
-    return {"overlay": drawing.boxes(
-        np.asarray(picture), found["boxes"], found["classes"], found["scores"],
-        self._names())}
+    """"overlay": boxes on the image, with names and scores, over any masks."""
+    picture = np.asarray(images.decode(image, self.cfg.data.max_pixels))
+    shown = (found["boxes"], found["classes"], found["scores"], self._names())
+    return {"overlay": drawing.masks(picture, found["masks"], *shown)
+            if "masks" in found else drawing.boxes(picture, *shown)}
 
 
 # With cells at every level, and soon traced.

@@ -38,7 +38,7 @@ class TwoStage:
     anchor_key, region_key = jax.random.split(rngs.pop("sampling"))
     features, updates = self._extract(variables, batch, train=train, rngs=rngs,
                                       mutable=["batch_stats"])
-    losses = region_detection.proposal_loss(
+    losses = proposals.proposal_loss(
         anchor_key, features["logits"], features["deltas"],
         self._anchors(batch), features["mask"], boxes, labels,
         positive_iou=task.positive_iou, negative_iou=task.negative_iou,
