@@ -35,20 +35,26 @@ def crop(bitmap: np.ndarray, size: framing.Size, side: int, *,
                    for old, new in zip(bitmap.shape, size))
   if flip:
     columns = columns[::-1]
-  ys = np.flatnonzero(bitmap.any(1)[rows])
-  xs = np.flatnonzero(bitmap.any(0)[columns])
-  # All that is 1 in one of these rows may be in columns that were not taken.
-  part = bitmap[np.ix_(rows[ys], columns[xs])]
-  ys, xs = ys[part.any(1)], xs[part.any(0)]
-  if not len(ys):
+  y, x = _around(bitmap.any(1)[rows]), _around(bitmap.any(0)[columns])
+  part = bitmap[rows[y]][:, columns[x]]
+  # What is 1 in its first row may be only in columns that were not taken.
+  inner = _around(part.any(1)), _around(part.any(0))
+  part = part[inner]
+  if not part.size:
     return None
-  part = bitmap[np.ix_(rows[ys[0]:ys[-1] + 1], columns[xs[0]:xs[-1] + 1])]
   cells = _divided(_divided(part, side).T, side).T
   # Of a cell, as `_divided` counts it.
   area = np.prod([n if n > side else 1 for n in part.shape])
-  (left, top), (height, width) = (xs[0], ys[0]), np.maximum(part.shape, side)
+  left, top = x.start + inner[1].start, y.start + inner[0].start
+  height, width = np.maximum(part.shape, side)
   return ((2 * cells >= area).astype(np.uint8),
           np.array([left, top, left + width, top + height], np.float32))
+
+
+def _around(seen: np.ndarray) -> slice:
+  """From the first to the last value that is true; empty if none is."""
+  found = np.flatnonzero(seen)
+  return slice(found[0], found[-1] + 1) if len(found) else slice(0, 0)
 
 
 def _divided(values: np.ndarray, side: int) -> np.ndarray:
