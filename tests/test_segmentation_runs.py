@@ -159,6 +159,7 @@ def test_a_run_starts_from_all_of_another(run, other_classes):
   assert all(np.array_equal(found[name], want[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_pictures_of_predictions(home, run):
   images = home / "tree" / "ADEChallengeData2016" / "images" / "validation"
   lines = tool("predict", f"--weights={run}", images, "--json",
