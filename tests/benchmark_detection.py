@@ -136,6 +136,9 @@ def theirs(height: int, width: int, batch: int, repeats: int):
 
   def step():
     model.train()
+    for module in model.modules():
+      if isinstance(module, torch.nn.BatchNorm2d):
+        module.eval()
     losses = model(images, targets)
     tx.zero_grad()
     sum(losses.values()).backward()

@@ -18,8 +18,9 @@ def iou(a, b, min_union=1e-6):
   return both / np.maximum(union, np.float32(min_union))
 
 
-def assign(boxes, anchors, positive, negative):
-  """MaxIoUAssigner, min_pos_iou=0: index of a box, -1 negative, -2 ignored."""
+def assign(boxes, anchors, positive, negative, min_positive=0.0,
+           low_quality=True):
+  """MaxIoUAssigner: index of a box, -1 negative, -2 ignored."""
   found = np.full(len(anchors), -2)
   if not len(boxes):
     found[:] = -1
@@ -32,7 +33,8 @@ def assign(boxes, anchors, positive, negative):
   is_positive = best >= np.float32(positive)
   found[is_positive] = overlaps.argmax(0)[is_positive]
   for i, row in enumerate(overlaps):
-    found[row == row.max()] = i
+    if low_quality and row.max() >= np.float32(min_positive):
+      found[row == row.max()] = i
   return found
 
 

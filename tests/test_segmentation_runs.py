@@ -91,6 +91,7 @@ def test_a_run_starts_from_all_of_another(run):
       "params/head/classifier/conv/kernel", "params/head/classifier/conv/bias"})
 
 
+@pytest.mark.slow
 def test_pictures_of_predictions(home, run):
   images = home / "tree" / "ADEChallengeData2016" / "images" / "validation"
   lines = dense_runs.tool("predict", f"--weights={run}", images, "--json",

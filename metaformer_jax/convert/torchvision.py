@@ -38,7 +38,7 @@ _MASK_RCNN = (
 READ_ONLY = {f"{head}/resnet": {"torchvision": of_head} for head, of_head in (
     ("faster_rcnn", _FASTER_RCNN), ("mask_rcnn", _MASK_RCNN))}
 
-# The names before version 0.13, which its published files still have.
+# Names before version 0.13, as in fasterrcnn_resnet50_fpn_coco-258fb6c6.pth.
 _OLD = ((re.compile(r"(backbone\.fpn\.\w+_blocks\.\d+)\.(\w+)"), r"\1.0.\2"),
         (re.compile(r"(rpn\.head\.conv)\.(\w+)"), r"\1.0.0.\2"),
         (re.compile(r"(roi_heads\.mask_head)\.mask_fcn(\d+)\.(\w+)"),
@@ -46,7 +46,6 @@ _OLD = ((re.compile(r"(backbone\.fpn\.\w+_blocks\.\d+)\.(\w+)"), r"\1.0.\2"),
 
 # Classes are numbered by COCO's ids, 1 to 90, of which these are not used; 0 is
 # the background.
-_N_COCO = 80
 _UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 _COCO_IDS = np.setdiff1d(np.arange(1, 91), _UNUSED_IDS)
 
@@ -85,7 +84,7 @@ def _outputs(x: np.ndarray, layer: str, n: int) -> np.ndarray:
     return x  # The conversion says which shape it should have.
   by_class = x.reshape(len(x) // width, width, *x.shape[1:])
   n_theirs = len(by_class) - 1
-  ids = (_COCO_IDS if (n_theirs, n) == (_COCO_IDS[-1], _N_COCO)
+  ids = (_COCO_IDS if (n_theirs, n) == (_COCO_IDS[-1], len(_COCO_IDS))
          else np.arange(1, n_theirs + 1))
   if layer == "cls_score":
     ids = [*ids, 0]

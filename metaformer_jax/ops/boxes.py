@@ -27,16 +27,20 @@ def iou(a: jax.Array, b: jax.Array, *, min_union: float = 1e-6) -> jax.Array:
   Returns:
     float32 [..., N, M]; 0 if both boxes are empty.
   """
-  a, b = a[..., :, None, :], b[..., None, :, :]
-  sides = jnp.maximum(jnp.minimum(a[..., 2:], b[..., 2:])
-                      - jnp.maximum(a[..., :2], b[..., :2]), 0)
-  both = _rounded(sides[..., 0] * sides[..., 1])
-  return both / jnp.maximum(_area(a) + _area(b) - both, min_union)
+  # Coordinate by coordinate: arrays of [N, M, 2] would be made in memory.
+  low, high = (
+      [pick(a[..., :, None, i], b[..., None, :, i]) for i in corner]
+      for pick, corner in ((jnp.maximum, (0, 1)), (jnp.minimum, (2, 3))))
+  width, height = (jnp.maximum(end - start, 0)
+                   for start, end in zip(low, high))
+  both = _rounded(width * height)
+  union = _area(a)[..., :, None] + _area(b)[..., None, :] - both
+  return both / jnp.maximum(union, min_union)
 
 
 def _area(boxes: jax.Array) -> jax.Array:
-  sides = boxes[..., 2:] - boxes[..., :2]
-  return _rounded(sides[..., 0] * sides[..., 1])
+  x1, y1, x2, y2 = jnp.moveaxis(boxes, -1, 0)
+  return _rounded((x2 - x1) * (y2 - y1))
 
 
 def _rounded(product: jax.Array) -> jax.Array:

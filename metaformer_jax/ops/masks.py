@@ -23,7 +23,8 @@ def coverage(masks: jax.Array, frames: jax.Array, index: jax.Array,
       crops are exact; otherwise they are interpolated.
     index: int32 [R], the object of each box.
     boxes: float32 [R, 4], in pixels; they are clipped to the image.
-    size: [2], height and width of the image.
+    size: [2], height and width of the image, with its padding to a multiple of
+      32, as the bitmaps there.
     out: bins along each axis.
 
   Returns:

@@ -38,11 +38,15 @@ def nms(boxes: jax.Array, scores: jax.Array, labels: jax.Array,
   """
   threshold = _at_most(threshold)
   index = jnp.arange(len(boxes), dtype=jnp.int32)
+  # In the loop, a TPU would read [N, 4] with 4 values in the place of 128.
+  columns = lax.optimization_barrier(tuple(boxes.T))
 
   def select(left, _):
     best = left.argmax().astype(jnp.int32)
-    box, label, found = boxes[best], labels[best], left[best] > -jnp.inf
-    overlap = box_ops.iou(box[None], boxes, min_union=_TINY)[0]
+    box = jnp.stack([column[best] for column in columns])
+    label, found = labels[best], left[best] > -jnp.inf
+    overlap = box_ops.iou(box[None], jnp.stack(columns, -1),
+                          min_union=_TINY)[0]
     covered = (overlap > threshold) & (labels == label) | (index == best)
     return (jnp.where(covered, -jnp.inf, left),
             (jnp.where(found, best, 0), found))

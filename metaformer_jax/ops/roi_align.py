@@ -50,8 +50,8 @@ def roi_align(maps: Sequence[jax.Array], sizes: jax.Array,
               out: int) -> jax.Array:
   """The features of the boxes of one image, each from the map of its level.
 
-  Samples between the last pixel and a pixel further are clamped to the last
-  one; those beyond are 0, and count. No gradient reaches the boxes.
+  Samples up to one pixel outside of a map have the value at its border, those
+  further out are 0, and both count in the mean. No gradient reaches the boxes.
 
   Args:
     maps: [h, w, C], finest first; finite, also outside of the valid part.
@@ -67,7 +67,7 @@ def roi_align(maps: Sequence[jax.Array], sizes: jax.Array,
   """
   n, dtype = len(boxes), maps[0].dtype
   boxes = lax.stop_gradient(jnp.where(is_box[:, None], boxes, 0))
-  # The gradient's sum over the chunks has the dtype of what these are made of.
+  # The gradient is summed over the chunks in the dtype that these have here.
   maps = [x.astype(jnp.float32) for x in maps]
 
   def of_chunk(boxes):
@@ -109,7 +109,7 @@ def _average(x, rows, columns):
 
 
 def _product(subscripts, *arrays):
-  """In float32; of bfloat16, all products are exact without HIGHEST."""
+  """In float32, which holds the products of two bfloat16 numbers exactly."""
   is_float32 = arrays[0].dtype == jnp.float32
   return jnp.einsum(subscripts, *arrays, preferred_element_type=jnp.float32,
                     precision=lax.Precision.HIGHEST if is_float32 else None)
@@ -120,10 +120,11 @@ def bin_weights(starts: jax.Array, lengths: jax.Array, sizes: jax.Array,
                 cells: jax.Array | float = 1.0) -> jax.Array:
   """Weights of RoIAlign along one axis.
 
-  A box has n samples a bin, ceil(length / n_bins), evenly spaced. Those from -1
-  to 0 are clamped to 0, those from size - 1 to size to size - 1; others
-  outside weigh nothing. Then they are interpolated between the centres of two
-  cells; beyond the cells there are zeros.
+  A box has ceil(length / n_bins) samples a bin, evenly spaced. Those from -1 to
+  0 are clamped to 0, and those from size - 1 to size to size - 1; the others
+  outside of the image weigh nothing (at exactly -1 or size, rounding decides).
+  Then they are interpolated between the centres of two cells; beyond the cells
+  there are zeros.
 
   The samples of a box are an arithmetic series: those next to a cell are found
   by division, and their distances summed by the series' formula. So there may
@@ -141,8 +142,8 @@ def bin_weights(starts: jax.Array, lengths: jax.Array, sizes: jax.Array,
   Returns:
     float32 [R, n_bins, n_cells]; 0 for a length of 0, or below.
   """
-  # XLA divides by a constant with an error, but q may be one too low. The
-  # product is exact.
+  # ceil(lengths / n_bins), where XLA may multiply by 1 / n_bins, which is not
+  # exact; n_bins * q is.
   q = jnp.round(lengths / n_bins)
   n = jnp.maximum(q + (lengths > n_bins * q), 0)
   steps = jnp.where(n > 0, lengths / jnp.maximum(n * n_bins, 1), 1)

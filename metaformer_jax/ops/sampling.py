@@ -29,21 +29,19 @@ def sample(key: jax.Array, matches: jax.Array, n: int,
     is_positive: bool [n].
     is_valid: bool [n]; false where there is none left, at the end.
   """
-  n_positive_max = min(int(n * positive_fraction), len(matches))
   # 31 bits, so that -1 is below all.
   order = (jax.random.bits(key, matches.shape, jnp.uint32) >> 1).astype(
       jnp.int32)
 
-  def draw(is_candidate, n_max):
-    order_of_drawn, index = lax.top_k(
-        jnp.where(is_candidate, order, -1), n_max)
-    return index, (order_of_drawn >= 0).sum()
+  def draw(is_candidate):
+    drawn, index = lax.top_k(jnp.where(is_candidate, order, -1),
+                             min(n, len(matches)))
+    return index, (drawn >= 0).sum()
 
-  positives, n_positive = draw(matches >= 0, n_positive_max)
-  negatives, n_negative = draw(matches == matching.NEGATIVE,
-                               min(n, len(matches)))
-  drawn = jnp.concatenate([positives, negatives])
+  positives, n_positive = draw(matches >= 0)
+  negatives, n_negative = draw(matches == matching.NEGATIVE)
+  n_positive = jnp.minimum(n_positive, int(n * positive_fraction))
   row = jnp.arange(n)
   is_positive, is_valid = row < n_positive, row < n_positive + n_negative
-  row = jnp.where(is_positive, row, row - n_positive + n_positive_max)
-  return jnp.where(is_valid, drawn[row], 0), is_positive, is_valid
+  drawn = jnp.where(is_positive, positives[row], negatives[row - n_positive])
+  return jnp.where(is_valid, drawn, 0), is_positive, is_valid

@@ -73,17 +73,24 @@ class Module:
     Both are counted from the types of operands and results in the text, outside
     of fusions. A loop without a constant trip count counts once.
     """
-    def n_bytes(computation):
-      types = {i.name: type_bytes(i.type) for i in computation}
-      return sum(types[i.name] + sum(types.get(o, 0) for o in i.operands)
-                 for i in computation
-                 if i.opcode not in _FREE and not i.opcode.endswith("-done"))
-
     once = every = 0
-    for name, turns in self._runs(within_fusions=False):
-      amount = n_bytes(self._computations[name])
+    for i, operands, turns in self.moves():
+      amount = sum(map(type_bytes, (i.type, *operands)))
       once, every = once + amount, every + turns * amount
     return every / once if once else 1.0
+
+  def moves(self) -> Iterator[tuple[Instruction, list[str], int]]:
+    """Instructions that read or write memory, outside of fusions.
+
+    Yields:
+      The instruction, the types of its operands, and how often it runs in a
+      step.
+    """
+    for name, turns in self._runs(within_fusions=False):
+      types = {i.name: i.type for i in self._computations[name]}
+      for i in self._computations[name]:
+        if i.opcode not in _FREE and not i.opcode.endswith("-done"):
+          yield i, [types[o] for o in i.operands if o in types], turns
 
   def collectives(self, n_devices: int) -> list[Collective]:
     """All collectives; those of the same kind and size are one entry."""

@@ -26,10 +26,9 @@ def coco(name: str, *, init: str | None, base_lr: float, weight_decay: float,
          ) -> ml_collections.ConfigDict:
   """What the recipes on COCO have in common: mmdetection's 1x schedule.
 
-  12 epochs of batches of 16 images, as 8 GPUs with 2 each have; the rate falls
-  to a tenth after epochs 8 and 11. A linear warm-up begins at a thousandth of
-  the rate. mmdetection fills epochs up to 7,330 steps, and so takes 10 steps
-  more in all.
+  12 epochs on 8 GPUs, with 2 images each by default; the rate falls to a tenth
+  after epochs 8 and 11. A linear warm-up begins at a thousandth of the rate.
+  mmdetection fills epochs up to 7,330 steps, and so takes 10 steps more in all.
 
   Args:
     name: of the backbone.

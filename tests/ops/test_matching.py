@@ -7,14 +7,15 @@ import jax
 import numpy as np
 import plain_detection as plain
 import pytest
+import region_cases
 
 from metaformer_jax.ops import matching
 
 
 @functools.cache
-def function(positive, negative):
+def function(positive, negative, **kwargs):
   return jax.jit(jax.vmap(functools.partial(
-      matching.max_iou, positive=positive, negative=negative)))
+      matching.max_iou, positive=positive, negative=negative, **kwargs)))
 
 
 @pytest.mark.parametrize("thresholds", range(len(cases.POSITIVE_NEGATIVE)))
@@ -32,6 +33,23 @@ def test_every_case(thresholds):
     expected[is_anchor] = which[plain.assign(
         boxes[is_box], anchors[is_anchor], *limits)]
     np.testing.assert_array_equal(row, expected)
+
+
+@pytest.mark.parametrize("name", region_cases.MATCHING)
+def test_settings_of_both_stages(name):
+  """min_pos_iou and match_low_quality, against mmdetection and NumPy."""
+  settings = region_cases.MATCHING[name]
+  case = [x[:region_cases.N_MATCHING] for x in cases.assignment()[:4]]
+  found = np.asarray(function(**settings)(*case))
+  expected = region_cases.golden()[f"matching/{name}"]
+  np.testing.assert_array_equal(found, expected)
+  for row, boxes, is_box, anchors, is_anchor in zip(found, *case):
+    which = np.append(np.flatnonzero(is_box), [-2, -1])
+    np.testing.assert_array_equal(row[is_anchor], which[plain.assign(
+        boxes[is_box], anchors[is_anchor], **settings)])
+  # It makes a difference.
+  plainly = function(settings["positive"], settings["negative"])(*case)
+  assert (found != np.asarray(plainly)).any()
 
 
 def one(boxes, anchors, is_box=None, is_anchor=None):

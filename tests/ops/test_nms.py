@@ -36,6 +36,37 @@ def test_every_case(iou):
     np.testing.assert_array_equal(row[exists], expected)
 
 
+@pytest.mark.parametrize("iou", range(len(cases.NMS_IOUS)))
+def test_all_at_once_keeps_the_same(iou):
+  """`kept`, class by class, against torchvision: all thousand cases."""
+  everything = cases.nms()
+  chosen = np.flatnonzero(everything.iou == iou)
+  case = cases.Nms(*(x[chosen] for x in everything))
+  # Scores of valid boxes that tie stay in their order.
+  order = np.argsort(-case.scores, axis=1, kind="stable")
+  boxes, labels, is_valid = (np.take_along_axis(x, i, 1) for x, i in (
+      (case.boxes, order[..., None]), (case.labels, order),
+      (case.is_valid, order)))
+  kept = jax.jit(jax.vmap(functools.partial(
+      nms.kept, threshold=cases.NMS_IOUS[iou])))
+  found = np.any([kept(boxes, is_valid & (labels == label))
+                  for label in range(labels.max() + 1)], 0)
+  for row, indices, expected in zip(found, order,
+                                    cases.golden()["nms"][chosen]):
+    np.testing.assert_array_equal(indices[row], expected[expected < 255])
+
+
+def test_a_chain_takes_as_many_turns_as_it_is_long():
+  """Each box covers the next one only, so that every other one is kept."""
+  n = 65
+  start = jnp.arange(n) * 3.0
+  boxes = jnp.stack([start, jnp.zeros(n), start + 10, jnp.ones(n)], -1)
+  found = jax.jit(functools.partial(nms.kept, threshold=0.5))(
+      boxes, jnp.ones(n, bool).at[40].set(False))
+  expected = np.arange(n) % 2 == np.where(np.arange(n) > 40, 1, 0)
+  np.testing.assert_array_equal(found, expected & (np.arange(n) != 40))
+
+
 def test_fewer_and_more_than_there_are():
   case = cases.nms()
   arguments = [x[:100] for x in case[:4]]

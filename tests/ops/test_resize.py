@@ -106,7 +106,8 @@ def test_doubling_and_resizing_at_once_is_one_after_the_other():
       resize.by_masks(*resize.enlarge(x, mask), TO_CANVAS, to_mask), atol=2e-6)
 
 
-@pytest.mark.parametrize("side", [1, 2, 3, 6])
+@pytest.mark.parametrize("side", [
+    *(pytest.param(side, marks=pytest.mark.slow) for side in (1, 2)), 3, 6])
 def test_adaptive_pooling_has_pytorchs_bins(side):
   sizes = jnp.array([size for size, _ in PAIRS])
   images = [image(*size, seed=i) for i, size in enumerate(sizes)]

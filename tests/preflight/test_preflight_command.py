@@ -144,10 +144,12 @@ def test_experiments_with_the_same_program_share_a_verdict(n_compiled):
 
 
 @pytest.mark.parametrize("change", [
-    {"train__batch_size": 512}, {"optim__weight_decay": 0.051},
-    {"data__mean": (0.5, 0.4, 0.4)}, {"task__erasing": 0.25},
-    {"task__mixup": 0.8}, {"model__dtype": "bfloat16"},
-    {"name": "v5e-4"}, {"name": "v6e-1"}],
+    {"optim__weight_decay": 0.051}, {"data__mean": (0.5, 0.4, 0.4)},
+    {"name": "v5e-4"}, *(
+        pytest.param(change, marks=pytest.mark.slow) for change in (
+            {"train__batch_size": 512}, {"task__erasing": 0.25},
+            {"task__mixup": 0.8}, {"model__dtype": "bfloat16"},
+            {"name": "v6e-1"}))],
     ids=lambda change: next(iter(change)))
 def test_another_program_or_target_has_another_verdict(n_compiled, change):
   assert n_compiled() == 1

@@ -198,6 +198,7 @@ def test_the_page_has_every_config():
   assert sorted(rows) == sorted(shipped.CONFIGS)
 
 
+@pytest.mark.slow
 def test_the_page_has_what_the_tool_prints_of_classifiers(tmp_path):
   for path in shipped.FILES:
     if not path.stem.startswith(("ade20k", "coco")):

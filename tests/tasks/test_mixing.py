@@ -200,6 +200,7 @@ def test_the_loss_is_of_the_mixed_batch_in_training_only(case):
   assert 0 <= loss(mixed, *case)[1]["top1"] <= 1
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_steps_in_order(case):
   """Normalise, mix, erase: done one by one."""
   variables, batch = case

@@ -195,7 +195,8 @@ def test_description_of_a_prediction():
 @pytest.mark.parametrize("model", (
     {"name": "randformer_s12", "depths": (1, 1), "dims": (8, 12),
      "token_mixers": ("identity", "random"), "res_scale_init": ()},
-    {"name": "mixer_b16_224", "depth": 1, "dim": 16}))
+    pytest.param({"name": "mixer_b16_224", "depth": 1, "dim": 16},
+                 marks=pytest.mark.slow)))
 def test_models_of_one_size_are_evaluated_by_windows(model):
   """Images that fill the windows give what the windows give."""
   def cfg(**section):

@@ -57,6 +57,7 @@ def run(tmp_path, monkeypatch):
   return call
 
 
+@pytest.mark.slow
 def test_runs_what_is_missing_and_compares_all(run, capsys):
   rows = run("--only=pooling", "--seeds", "0")
   assert [(r["variant"], len(r["top1"])) for r in rows] == [("pooling", 1)]

@@ -53,7 +53,8 @@ def run(cfg, n=2):
 
 @pytest.mark.parametrize("patterns,trained,name", [
     (("backbone",), {"head"}, "adamw"),
-    (("stage1/*", "head"), {"stage2", "norm"}, "lamb"),
+    pytest.param(("stage1/*", "head"), {"stage2", "norm"}, "lamb",
+                 marks=pytest.mark.slow),
     pytest.param(("stage1",), {"stage2", "norm", "head"}, "sgd",
                  marks=pytest.mark.slow),
     pytest.param(("stage?", "norm/*"), {"head"}, "lamb",

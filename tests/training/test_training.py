@@ -98,7 +98,7 @@ def test_micro_batches_train_as_one_batch(on_one_device, accumulate, data):
 
 
 @pytest.mark.parametrize("model", [
-    {"norm": "batch_norm"},
+    pytest.param({"norm": "batch_norm"}, marks=pytest.mark.slow),
     pytest.param({"token_mixers": ("random", "pooling")},
                  marks=pytest.mark.slow)], ids=["batch norm", "random mixing"])
 def test_models_with_a_state_train_on_eight_devices_as_on_one(model):
