@@ -107,6 +107,14 @@ def test_masks_follow_their_boxes():
   assert got["overflow"] == 5 and "masks" not in got and "frames" not in got
 
 
+def test_an_image_without_objects():
+  given = of(next(iter(cases.CASES.values())))
+  got = train(given | {"boxes": np.zeros((0, 4), np.float32),
+                       "labels": np.zeros(0, np.int32), "segments": []})
+  assert (got["labels"] == -1).all() and got["overflow"] == 0
+  assert not got["masks"].any() and not got["frames"].any()
+
+
 def test_an_object_of_which_nothing_is_left_has_an_empty_mask():
   """A pixel in a row that resizing skips: as mmdetection, which trains it."""
   counts = [10 * 80 + 3, 1, 90 * 80 - 4]

@@ -159,8 +159,8 @@ class TrainTransform(_Canvases):
     # What is left of a box at the border can be less than float32 tells apart.
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
     if task.has_masks:
-      kept &= [segment is not None and len(segment) > 0
-               for segment in _segments(record)]
+      kept &= np.array([segment is not None and len(segment) > 0
+                        for segment in _segments(record)], bool)
     kept = np.flatnonzero(kept)
     n = min(len(kept), task.max_boxes)
     example = {
