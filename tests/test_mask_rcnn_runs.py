@@ -60,13 +60,12 @@ def test_evaluation_of_the_run(home, run):
       "evaluate", f"--workdir={run}", f"--predictions={predictions}"))
   summary = pods.summary(run)
   path = home / "coco" / "annotations" / "instances_val2017.json"
-  for kind, name in (("bbox", "box"), ("segm", "mask")):
+  for kind, name, file in (
+      ("bbox", "box", predictions),
+      ("segm", "mask", predictions.with_suffix(".masks.json"))):
     # The written predictions have these measures, by pycocotools alone.
     truth = coco.COCO(os.fspath(path))
-    rows = json.loads(predictions.read_text())
-    if kind == "segm":  # Whose areas would be those of the boxes.
-      rows = [{k: v for k, v in row.items() if k != "bbox"} for row in rows]
-    theirs = cocoeval.COCOeval(truth, truth.loadRes(rows), kind)
+    theirs = cocoeval.COCOeval(truth, truth.loadRes(os.fspath(file)), kind)
     theirs.evaluate(), theirs.accumulate(), theirs.summarize()
     ours = [found[f"{name}_{measure}"] for measure in MEASURES]
     assert ours == [summary[f"{name}_{measure}"] for measure in MEASURES]
