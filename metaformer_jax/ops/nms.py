@@ -79,7 +79,9 @@ def kept(boxes: jax.Array, is_valid: jax.Array,
   solution of: a box is kept if, and only if, no kept one before it covers it.
   It is found by applying this rule to a first guess until nothing changes,
   which takes as many turns as the longest chain of boxes that decide on each
-  other: a few, where `nms` takes one for each box that is kept.
+  other: a few, where `nms` takes one for each box that is kept. It compares
+  all N x N pairs, so that `nms` is cheaper for a few boxes of very many
+  (tests/compare_nms.py). In a batch, all images wait for the longest chain.
 
   Args:
     boxes: float32 [N, 4], in pixels, by descending score.
