@@ -19,7 +19,7 @@ from jax import lax
 
 # Bins along an axis of the boxes that are computed together. Of 448 bins, maps
 # of 200 x 336 pixels and 256 channels, what lies between the two products is
-# 46 MB in bfloat16: on a TPU, it stays out of the main memory.
+# 46 MB in bfloat16, which a TPU v5e keeps on the chip.
 _N_BINS = 448
 
 
