@@ -23,8 +23,8 @@ _FASTER_RCNN = (
     *openmmlab.PYRAMID,
     # dense_heads/rpn_head.py.
     Rule("rpn/conv", "rpn_head.rpn_conv", "conv"),
-    Rule("rpn/class_out", "rpn_head.rpn_cls", "conv"),
-    Rule("rpn/box_out", "rpn_head.rpn_reg", "conv"),
+    Rule("rpn/class_out", "rpn_head.rpn_cls", "pointwise"),
+    Rule("rpn/box_out", "rpn_head.rpn_reg", "pointwise"),
     # roi_heads/bbox_heads/convfc_bbox_head.py.
     Rule("box_head/fc1", "roi_head.bbox_head.shared_fcs.0", "flattened"),
     Rule("box_head/fc2", "roi_head.bbox_head.shared_fcs.1", "dense"),
@@ -37,7 +37,8 @@ _MASK_RCNN = (
     # roi_heads/mask_heads/fcn_mask_head.py.
     Rule("mask_head/conv{i}", "roi_head.mask_head.convs.{i0}.conv", "conv"),
     Rule("mask_head/deconv", "roi_head.mask_head.upsample", "conv"),
-    Rule("mask_head/mask_out", "roi_head.mask_head.conv_logits", "conv"),
+    Rule("mask_head/mask_out", "roi_head.mask_head.conv_logits",
+         "pointwise"),
 )
 
 RULES = openmmlab.families(

@@ -20,8 +20,8 @@ _FASTER_RCNN = (
     Rule("pyramid/lateral{i}", "backbone.fpn.inner_blocks.{i0}.0", "conv"),
     Rule("pyramid/output{i}", "backbone.fpn.layer_blocks.{i0}.0", "conv"),
     Rule("rpn/conv", "rpn.head.conv.0.0", "conv"),
-    Rule("rpn/class_out", "rpn.head.cls_logits", "conv"),
-    Rule("rpn/box_out", "rpn.head.bbox_pred", "conv"),
+    Rule("rpn/class_out", "rpn.head.cls_logits", "pointwise"),
+    Rule("rpn/box_out", "rpn.head.bbox_pred", "pointwise"),
     Rule("box_head/fc1", "roi_heads.box_head.fc6", "flattened"),
     Rule("box_head/fc2", "roi_heads.box_head.fc7", "dense"),
     Rule("box_head/class_out", "roi_heads.box_predictor.cls_score", "dense"),
@@ -32,7 +32,7 @@ _MASK_RCNN = (
     Rule("mask_head/conv{i}", "roi_heads.mask_head.{i0}.0", "conv"),
     Rule("mask_head/deconv", "roi_heads.mask_predictor.conv5_mask", "conv"),
     Rule("mask_head/mask_out", "roi_heads.mask_predictor.mask_fcn_logits",
-         "conv"),
+         "pointwise"),
 )
 
 READ_ONLY = {f"{head}/resnet": {"torchvision": of_head} for head, of_head in (
