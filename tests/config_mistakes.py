@@ -136,7 +136,7 @@ OF_SEGMENTATION = [
 OF_DETECTION = [
     ("task.scale", {"task.scale": [800, 1333]}),
     ("task.scale", {"task.scale": [2**14 + 1, 8]}),
-    ("task.negative_iou", {"task.negative_iou": 0.6}),
+    ("task.negative_iou", {"task.negative_iou": 0.8}),
     ("task.anchor_ratios", {"task.anchor_ratios": []}),
     ("task.class_names", {"task.class_names": ["cat"],
                           "task.num_classes": 3}),
