@@ -20,7 +20,7 @@ OPTIONS = {
     "model.name": "poolformer_s12", "model.depths": (1, 1, 1, 1),
     "model.dims": (8, 8, 16, 16), "model.layer_scale_init": 1.0,
     "task.head": "mask_rcnn", "task.fpn_dim": 16, "task.head_dim": 16,
-    "task.head_depth": 1, "task.box_dim": 32, "task.scale": (128, 96),
+    "task.head_depth": 1, "task.box_dim": 32, "task.scale": (128, 128),
     "task.max_boxes": 8, "task.train_candidates": 60, "task.candidates": 30,
     "task.proposals": 40, "task.anchor_samples": 64, "task.roi_samples": 32,
     "task.max_detections": 20, "task.object_mask_size": 48,

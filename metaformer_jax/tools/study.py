@@ -4,11 +4,12 @@ r"""Trains the variants of a study and compares them:
         --config=configs/study_fashion_mnist.py --workdir=runs/study
 
 The config file defines VARIANTS, {name: (..., published value or None)},
-get_config(name), and optionally SEEDS. Each variant and seed is a run in
-WORKDIR/NAME/seed_N, which is resumed if it was interrupted, and skipped if it
-is finished. study.json, study.md and study.png in WORKDIR compare all finished
-runs by the experiments' best_metric. With --part=0/4 to --part=3/4, four hosts
-share the runs.
+get_config(name), and optionally SEEDS. Of several published values, in a tuple,
+the first one is shown, that of the task's first measure. Each variant and seed
+is a run in WORKDIR/NAME/seed_N, which is resumed if it was interrupted, and
+skipped if it is finished. study.json, study.md and study.png in WORKDIR compare
+all finished runs by the experiments' best_metric. With --part=0/4 to
+--part=3/4, four hosts share the runs.
 """
 
 import argparse
@@ -120,6 +121,8 @@ def collect(study: dict[str, Any], workdir: pathlib.Path,
   rows = []
   scale = 100 if measure.is_fraction else 1
   for name, (*_, published) in study["VARIANTS"].items():
+    if isinstance(published, tuple):
+      published, *_ = published
     done = [json.loads(path.read_text()) for path in
             sorted((workdir / name).glob(f"seed_*/{_RESULT}"))]
     if not done:

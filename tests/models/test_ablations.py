@@ -131,6 +131,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.slow
 def test_command_line_sets_every_ablation(tmp_path):
   """All in one process: the config's flags are absl's, which are global."""
   config = tmp_path / "digits.py"

@@ -29,7 +29,16 @@ OTHER_GMACS = {"deit_base_patch16_224": 17.6, "mixer_b16_224": 12.6,
                "resmlp_big_24_224": 100.2, "resnet101": 7.8}
 
 
-@pytest.mark.parametrize("names", NETWORKS.values(), ids=lambda n: n[0])
+# The default tests have the first ones of each family.
+N_BUILT = 3
+FAMILIES = [metaformer_jax.get_spec(names[0]).family
+            for names in NETWORKS.values()]
+
+
+@pytest.mark.parametrize("names", [
+    pytest.param(names, id=names[0], marks=[pytest.mark.slow] * (
+        FAMILIES[:i].count(FAMILIES[i]) >= N_BUILT))
+    for i, names in enumerate(NETWORKS.values())])
 def test_row_holds_the_built_model(names):
   spec = metaformer_jax.get_spec(names[0])
   found = cost.of_model(metaformer_jax.create_model(names[0]), spec.input_size)

@@ -64,7 +64,8 @@ def alone(batch, i):
           "size": batch["size"][i:i + 1]}
 
 
-@pytest.mark.parametrize("head", ("semantic_fpn", "upernet"))
+@pytest.mark.parametrize("head", (
+    "semantic_fpn", pytest.param("upernet", marks=pytest.mark.slow)))
 def test_loss_of_a_batch_is_that_of_its_images(head):
   task = made(head=head, auxiliary_weight=0.4 if head == "upernet" else 0.0)
   variables, batch = perturbed(task), batch_of(SIZES)
@@ -146,6 +147,7 @@ def test_prediction_of_whole_images():
     check(found[i], plain.softmax(plain.resize(logits(image), *size)), size)
 
 
+@pytest.mark.slow
 def test_prediction_over_scales_and_mirrored_images():
   task = made(eval_scales=(1.0, 0.5), eval_flip=True)
   variables = perturbed(task)
@@ -192,11 +194,11 @@ def test_description_of_a_prediction():
       {"class": 4, "name": "4", "area": 64 / 256}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", (
     {"name": "randformer_s12", "depths": (1, 1), "dims": (8, 12),
      "token_mixers": ("identity", "random"), "res_scale_init": ()},
-    pytest.param({"name": "mixer_b16_224", "depth": 1, "dim": 16},
-                 marks=pytest.mark.slow)))
+    {"name": "mixer_b16_224", "depth": 1, "dim": 16}))
 def test_models_of_one_size_are_evaluated_by_windows(model):
   """Images that fill the windows give what the windows give."""
   def cfg(**section):
