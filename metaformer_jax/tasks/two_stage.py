@@ -9,20 +9,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from metaformer_jax.config.schema import Experiment
+from metaformer_jax.heads import rcnn
 from metaformer_jax.ops import masks, proposals, region_detection, roi_align
 from metaformer_jax.tasks import base, canvases
-
-# Cells of a region, for its class and for its mask, in height and width.
-_BOX_CELLS, _MASK_CELLS = 7, 14
 
 
 @dataclasses.dataclass(frozen=True)
 class TwoStage:
   """Losses and detections of a `heads.rcnn.RCNN`.
 
-  The network proposes boxes, of which training draws some, half of them and
-  more from the background; a head then tells their classes, and where objects
-  are in them more exactly. Another one draws the masks of the objects found.
+  The network proposes boxes. A head predicts their classes, and more exact
+  boxes; another one predicts masks. Training uses a sample of the proposals.
   Batches are those of `tasks.detection`.
   """
 
@@ -117,17 +114,17 @@ class TwoStage:
     return self.model.apply(variables, x, mask=mask, method="extract", **kwargs)
 
   def _boxes(self, variables, features, boxes, is_box):
-    pooled = self._pooled(features, boxes, is_box, _BOX_CELLS)
+    pooled = self._pooled(features, boxes, is_box, rcnn.BOX_SIZE)
     return self.model.apply(variables, pooled, method="boxes")
 
   def _masks(self, variables, features, boxes, is_box):
-    pooled = self._pooled(features, boxes, is_box, _MASK_CELLS)
+    pooled = self._pooled(features, boxes, is_box, rcnn.MASK_SIZE)
     return self.model.apply(variables, pooled, method="masks")
 
   def _pooled(self, features, boxes, is_box, n):
-    """The part of the maps in each box, [B, R, n, n, C], without its gradient.
+    """The features of each box, [B, R, n, n, C].
 
-    The last map is for proposals only.
+    They are from all maps but the last one, which is for proposals only.
     """
     strides = self.model.strides[:-1]
     align = functools.partial(roi_align.roi_align, strides=strides, out=n)
