@@ -280,9 +280,9 @@ def _precision(objects: list[dict[str, Any]], detections: list[dict[str, Any]],
   """
   if kind == "segm":
     objects = [x for x in objects if x["segmentation"]]
-    areas = pymask.area([x["segmentation"] for x in detections]) if (
-        detections) else []
-    detections = [{**x, "area": area} for x, area in zip(detections, areas)]
+    # One by one: pycocotools 2.0.11 fails with more than 255 at once.
+    detections = [{**x, "area": pymask.area(x["segmentation"])}
+                  for x in detections]
   images = {x["image_id"] for x in (*objects, *detections)}
   with contextlib.redirect_stdout(io.StringIO()):  # It prints its progress.
     measured = cocoeval.COCOeval(_index(images, objects),

@@ -135,6 +135,19 @@ def test_equals_pycocotools_from_files(tmp_path, seed):
   assert "segmentation" not in alone.predictions()[0]
 
 
+def test_hundreds_of_masks_of_one_class(tmp_path):
+  """More than 255, and more in an image than count (100)."""
+  data_set, outputs = random_case(7)
+  outputs = {key: np.repeat(x, 40, axis=1) for key, x in outputs.items()}
+  outputs["labels"][:] = 1
+  evaluator = measured(data_set, outputs)
+  found, rows = evaluator.result(), evaluator.predictions()
+  assert len(rows) > 300
+  np.testing.assert_allclose(
+      [found[f"mask_ap{end}"] for end in ENDS[:3]],
+      official(tmp_path, data_set, rows, "segm")[:3], rtol=1e-12)
+
+
 def test_any_parts_and_repeats_change_nothing():
   data_set, outputs = random_case(2)
   expected = measured(data_set, outputs).result()
