@@ -73,6 +73,18 @@ def test_evaluation_of_the_run(home, run):
 
 
 @pytest.mark.slow
+def test_files_of_no_predictions(home, run):
+  """Both are written, so that none of an earlier evaluation stays."""
+  file = home / "none.json"
+  found = json.loads(dense_runs.tool(
+      "evaluate", f"--workdir={run}", f"--predictions={file}",
+      "--config.task.score_threshold=1"))
+  assert found["box_ap"] == found["mask_ap"] == 0
+  for path in (file, file.with_suffix(".masks.json")):
+    assert json.loads(path.read_text()) == []
+
+
+@pytest.mark.slow
 def test_the_tree_itself_measures_the_same(home, run):
   one, other = (json.loads(dense_runs.tool(
       "evaluate", f"--workdir={run}", *flags)) for flags in (

@@ -65,7 +65,8 @@ def main(cfg: Experiment, workdir: pathlib.Path) -> None:
     form = form or ("table" if _PER_CLASS.value else "json")
   if _PREDICTIONS.value is not None:
     predictions = rows[0].pop("predictions")
-    _on_first_process(lambda: _write_file(predictions))
+    _on_first_process(
+        lambda: _write_file(predictions, has_masks="mask_ap" in rows[0]))
   output.write(_classes(rows) if _PER_CLASS.value else rows, form)
 
 
@@ -109,11 +110,11 @@ def _check_file() -> None:
                              "file in a folder that can be written")
 
 
-def _write_file(predictions: list[Row]) -> None:
-  """Writes boxes, and masks if there are any, into files of their own."""
+def _write_file(predictions: list[Row], has_masks: bool) -> None:
+  """Writes boxes, and masks if the model has them, into files of their own."""
   path = paths.local("--predictions", _PREDICTIONS.value)
   files = {path: "segmentation"}
-  if any("segmentation" in row for row in predictions):
+  if has_masks:
     files[path.with_suffix(f".masks{path.suffix}")] = "bbox"
   for path, other in files.items():
     rows = [{key: value for key, value in row.items() if key != other}
