@@ -96,6 +96,7 @@ def test_enlarging_is_bilinear_resizing(factor):
   np.testing.assert_array_equal(resize.resize(x[:1], to), alone)
 
 
+@pytest.mark.slow
 def test_doubling_and_resizing_at_once_is_one_after_the_other():
   sizes = jnp.array([size for size, _ in PAIRS])
   x = on_canvases([image(*size, seed=i) for i, size in enumerate(sizes)])
@@ -147,6 +148,7 @@ def test_positions_are_exact_where_float32_is_not():
   np.testing.assert_array_equal(resize.nearest_weights(2, 82)[41], [0, 1])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_rounded_once_or_not_at_all():
   x = image(9, 7)[None].astype(jnp.bfloat16)
   np.testing.assert_array_equal(

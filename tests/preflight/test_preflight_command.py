@@ -144,9 +144,9 @@ def test_experiments_with_the_same_program_share_a_verdict(n_compiled):
 
 
 @pytest.mark.parametrize("change", [
-    {"optim__weight_decay": 0.051}, {"data__mean": (0.5, 0.4, 0.4)},
-    {"name": "v5e-4"}, *(
+    {"optim__weight_decay": 0.051}, *(
         pytest.param(change, marks=pytest.mark.slow) for change in (
+            {"data__mean": (0.5, 0.4, 0.4)}, {"name": "v5e-4"},
             {"train__batch_size": 512}, {"task__erasing": 0.25},
             {"task__mixup": 0.8}, {"model__dtype": "bfloat16"},
             {"name": "v6e-1"}))],
@@ -181,8 +181,10 @@ def test_exit_code_1_if_it_does_not_fit(tmp_path):
 @pytest.mark.parametrize("arguments,says", [
     ([], "--topology: is missing"),
     (["--topology=v5e-12"], "nearest: v5e-16"),
-    (["--topology=v5e-256"], "not divisible by 256 devices"),
-    (["--topology=v5e-8", "--config.mesh.fsdp=16"], "does not fit 8 devices"),
+    pytest.param(["--topology=v5e-256"], "not divisible by 256 devices",
+                 marks=pytest.mark.slow),
+    pytest.param(["--topology=v5e-8", "--config.mesh.fsdp=16"],
+                 "does not fit 8 devices", marks=pytest.mark.slow),
     (["--topology=v5e-8", "--config.mesh.fsdp=8",
       "--config.mesh.rules=(('nothing', 0),)"], "matches no parameter"),
     (["--topology=v5e-8", "--n_examples=0"], "n_examples"),

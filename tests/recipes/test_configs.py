@@ -123,7 +123,7 @@ def trains(argument, imagenet, folder):
 
 
 # -m configs trains the others.
-CHOSEN = ("configs/ade20k_semantic_fpn.py:poolformer_s12",)
+CHOSEN = ("configs/poolformer_s12.py",)
 
 
 @pytest.mark.parametrize("argument", CHOSEN)

@@ -75,6 +75,7 @@ def test_a_canvas_that_is_not_declared_is_an_error(tmp_path):
     run(tmp_path, DenseTask(data), steps=2)
 
 
+@pytest.mark.slow
 def test_warm_start_fills_the_backbone_only(
     tmp_path, pretrained, start, caplog):
   caplog.set_level("INFO", "metaformer_jax")
@@ -87,6 +88,7 @@ def test_warm_start_fills_the_backbone_only(
   assert "params/head/bias, params/head/kernel" in caplog.text
 
 
+@pytest.mark.slow
 def test_layer_wise_decay_counts_the_layers_of_the_backbone(tmp_path, start):
   settings = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0,
               "min_lr": 0.0, "schedule": "constant", "base_lr": 128.0}

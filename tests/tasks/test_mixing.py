@@ -117,6 +117,7 @@ def test_either_and_none_are_as_likely_as_told():
   assert abs((lam == 1).mean() - 0.3) < 4 * math.sqrt(0.21 / N)
 
 
+@pytest.mark.slow
 def test_erasing_is_distributed_as_timms():
   boxes = np.stack(mixing.erasing_boxes(
       jax.random.key(0), 4 * N, 64, 48, prob=0.25), -1)
@@ -224,6 +225,7 @@ def test_the_loss_is_that_of_the_steps_in_order(case):
     np.testing.assert_allclose(loss(made, *case)[0], bce, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_device_equals_eight(case):
   """The partner is of the global batch reversed, wherever it lies."""
   variables, batch = case

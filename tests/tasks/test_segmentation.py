@@ -84,6 +84,7 @@ def test_loss_of_a_batch_is_that_of_its_images(head):
   np.testing.assert_allclose(found, total / batch["label"].size, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_auxiliary_loss_is_added():
   task = made(head="upernet", auxiliary_weight=0.4)
   rngs = {"dropout": jax.random.key(0), "drop_path": jax.random.key(1)}

@@ -11,7 +11,8 @@ from metaformer_jax import errors
 from metaformer_jax.tools import benchmark_input
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [
+    pytest.param(0, marks=pytest.mark.slow), 1])
 def test_it_measures_on_jpegs_that_it_makes(tmp_path, workers):
   benchmark_input.write_jpegs(tmp_path, 6)
   files = sorted((tmp_path / "train").rglob("*.jpg"))

@@ -59,7 +59,7 @@ def run(cfg, n=2):
                  marks=pytest.mark.slow),
     pytest.param(("stage?", "norm/*"), {"head"}, "lamb",
                  marks=pytest.mark.slow),
-    (("backbone",), {"head"}, "sgd")])
+    pytest.param(("backbone",), {"head"}, "sgd", marks=pytest.mark.slow)])
 def test_what_is_frozen_does_not_move(patterns, trained, name):
   before, after, _ = run(experiment(
       model={"norm": "batch_norm"}, optim={"name": name},
@@ -106,6 +106,7 @@ def test_frozen_parts_run_as_in_evaluation():
   assert not np.array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_nothing_frozen_is_the_usual_step():
   """Of what is trained, the gradients are those of the whole model."""
   _, task = classification.create(experiment(

@@ -85,8 +85,8 @@ def test_eight_devices_train_as_one(on_one_device, mesh):
       n_parts == 1 or "rules" in mesh)
 
 
-@pytest.mark.parametrize("accumulate,data", [
-    (2, 1), pytest.param(8, 4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate,data", [(2, 1), (8, 4)])
 def test_micro_batches_train_as_one_batch(on_one_device, accumulate, data):
   losses, state = run_steps(experiment_of(
       train={"accumulate": accumulate}, mesh={"data": data}), 20)
