@@ -1,6 +1,8 @@
-"""The gcloud commands for a TPU slice, as lists of arguments, and their errors.
+"""A TPU slice: the gcloud commands for it, and what their answers mean.
 
-Needs only Python and gcloud.
+The supervisor knows the cloud only by the commands of `Slice` and by `State`,
+`node`, `workers` and `newest_step`: all that is special to queued resources is
+here. Needs only Python and gcloud.
 """
 
 import dataclasses
@@ -8,8 +10,9 @@ import hashlib
 import json
 import re
 import shlex
-import subprocess
 import sys
+
+import commands
 
 # TPU generation -> default runtime version; --runtime_version overrides it.
 RUNTIMES = {
@@ -21,15 +24,13 @@ RUNTIMES = {
     "v6e": "v2-alpha-tpuv6e",
 }
 
-# Kinds of gcloud errors, by their messages; the first that matches counts.
-_KINDS = {
-    "absent": r"\bNOT_FOUND\b|matched no objects",
-    "exists": r"\bALREADY_EXISTS\b",
-    "quota": r"\bRESOURCE_EXHAUSTED\b|[Qq]uota",
-    "refused": r"\b(PERMISSION_DENIED|INVALID_ARGUMENT|UNAUTHENTICATED)\b"
-               r"|unrecognized arguments|argument --|gcloud auth login"
-               r"|not present in the SSH agent",
-}
+# What the states of a queued resource mean for whoever waits for the slice
+# (google.cloud.tpu.v2.QueuedResourceState.State). A name that is not listed
+# is waited for.
+_PHASES = {"ACTIVE": "active", "SUSPENDED": "lost", "FAILED": "failed"}
+
+# Errors of a request that would fail again, in the same zone.
+_FINAL = ("absent", "auth", "refused")
 
 # Bucket names: a-z, 0-9, and in between also - _ and dots.
 _BUCKET = re.compile(r"gs://([a-z0-9](?:[a-z0-9._-]*[a-z0-9])?)(?=/|$)")
@@ -38,23 +39,14 @@ _BUCKET = re.compile(r"gs://([a-z0-9](?:[a-z0-9._-]*[a-z0-9])?)(?=/|$)")
 _STATE = ("if [ -f worker.sh ]; then bash worker.sh state; "
           "else echo worker - none none; fi")
 
+# A line of `worker.sh state`, to its end: of 255, a lost connection could leave
+# a 2. Other lines, e.g. the system's, are no answers.
+_ANSWER = re.compile(r"^worker ([\w.-]{1,64}) ([\w.-]{1,64}) "
+                     r"(none|running|[0-9]{1,3})\r?\n", re.MULTILINE | re.ASCII)
+
 
 class UsageError(Exception):
   """The command line is wrong; the message is one line."""
-
-
-class CloudError(Exception):
-  """A command failed.
-
-  Attributes:
-    kind: absent, exists, quota, refused (would fail again), or failed.
-    out: what it printed before it failed.
-  """
-
-  def __init__(self, kind: str, message: str, out: str = ""):
-    super().__init__(message)
-    self.kind = kind
-    self.out = out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,36 +58,30 @@ class Worker:
   status: str
 
 
-class Gcloud:
-  """Runs commands."""
+@dataclasses.dataclass(frozen=True)
+class State:
+  """The state of a slice.
 
-  def __call__(self, args: list[str], timeout: float = 300) -> str:
-    """Returns what a command prints; raises CloudError if it fails."""
-    try:
-      done = subprocess.run(args, capture_output=True, text=True,
-                            errors="replace", timeout=timeout,
-                            stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired as e:
-      raise CloudError("failed", f"{shlex.join(args[:6])} ... did not finish "
-                       f"within {timeout:g} seconds") from e
-    except FileNotFoundError as e:
-      raise CloudError("refused", f"{args[0]} is not installed, or not on "
-                       "PATH") from e
-    if done.returncode == 0:
-      return done.stdout
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    said = [line for line in lines if "ERROR" in line] or lines[-1:]
-    message = said[0].strip() if said else f"exit code {done.returncode}"
-    kind = next((k for k, pattern in _KINDS.items()
-                 if re.search(pattern, done.stderr)), "failed")
-    raise CloudError(kind, message, done.stdout)
+  Attributes:
+    name: as the cloud calls it, or ABSENT.
+    phase: absent, waiting, active, lost (its machines are gone), or failed.
+    error: if it failed, why.
+  """
 
-  def show(self, args: list[str]) -> int:
-    """Runs a command on this terminal; returns its exit code."""
-    return subprocess.run(args, check=False).returncode
+  name: str
+  phase: str
+  error: commands.CloudError | None = None
+
+  @property
+  def final(self) -> bool:
+    """Whether the same request would fail again."""
+    return self.error is not None and self.error.kind in _FINAL
+
+  def __str__(self):
+    return f"{self.name}: {self.error}" if self.error else self.name
 
 
-class DryRun(Gcloud):
+class DryRun(commands.Gcloud):
   """Prints the commands, one per line, and answers as if they succeeded."""
 
   def __init__(self, active: bool, run: str = "none"):
@@ -104,6 +90,7 @@ class DryRun(Gcloud):
       active: whether the slice exists already.
       run: id of the run that will be started on it.
     """
+    super().__init__()
     self._active, self._run = active, run
     self._started = False
 
@@ -112,11 +99,15 @@ class DryRun(Gcloud):
     self._active |= "create" in args
     self._started |= "bash worker.sh start" in args[-1]
     if "describe" in args and not self._active:
-      raise CloudError("absent", "the slice does not exist yet")
-    if "describe" in args:  # The queued resource, or the node.
-      return '{"state": {"state": "ACTIVE"}, "networkEndpoints": [{}]}'
+      raise commands.CloudError("absent", "the slice does not exist yet")
+    if "storage" in args:
+      raise commands.CloudError("absent", "there are no checkpoints yet")
+    if "describe" in args:
+      return ('{"state": "READY", "networkEndpoints": [{}]}'
+              if "tpu-vm" in args else '{"state": {"state": "ACTIVE"}}')
     if args[-1].endswith(_STATE):
-      return "worker 0 " + (f"{self._run} 0" if self._started else "none none")
+      found = f"{self._run} 0" if self._started else "none none"
+      return f"worker 0 {found}\n"
     return ""
 
   def show(self, args):
@@ -226,47 +217,95 @@ class Run:
     return hashlib.sha256(json.dumps(self.command).encode()).hexdigest()[:12]
 
 
-def slice_state(gcloud: Gcloud, where: Slice) -> tuple[str, dict]:
-  """(state of the queued resource, its error); ("ABSENT", {}) if none.
+def slice_state(gcloud: commands.Gcloud, where: Slice) -> State:
+  """The state of the queued resource.
 
-  The error is a dict with "code" and "message", or empty.
+  Raises:
+    CloudError: gcloud failed, or its answer has no state.
   """
   try:
-    found = json.loads(gcloud(where.describe())).get("state", {})
-  except CloudError as e:
+    found = commands.read_object(gcloud(where.describe()))
+  except commands.CloudError as e:
     if e.kind == "absent":
-      return "ABSENT", {}
+      return State("ABSENT", "absent")
     raise
-  except ValueError as e:
-    raise CloudError("failed", f"gcloud did not print JSON: {e}") from e
-  return (found.get("state", "UNKNOWN"),
-          found.get("failedData", {}).get("error", {}))
+  found = commands.value(found, "state", dict)
+  name = commands.value(found, "state", str)
+  if not name or not re.fullmatch(r"[A-Z_]{1,40}", name):
+    raise commands.CloudError("unknown", "gcloud printed no state of the slice")
+  phase = _PHASES.get(name, "waiting")
+  return State(name, phase, _failure(found) if phase == "failed" else None)
 
 
-def node(gcloud: Gcloud, where: Slice) -> tuple[str, int]:
-  """(state of the node, number of its hosts)."""
-  try:
-    found = json.loads(gcloud(where.describe_node()))
-  except ValueError as e:
-    raise CloudError("failed", f"gcloud did not print JSON: {e}") from e
-  return (found.get("state", "UNKNOWN"),
-          max(1, len(found.get("networkEndpoints", []))))
+def _failure(found: dict) -> commands.CloudError:
+  """The error of a request that failed; found: its state."""
+  error = commands.value(commands.value(found, "failedData", dict), "error",
+                         dict)
+  status = commands.status_name(commands.value(error, "code", int))
+  message = commands.value(error, "message", str) or "no reason given"
+  details = " ".join(commands.value(detail, "@type", str) or "" for detail in
+                     commands.value(error, "details", list) or ())
+  return commands.CloudError(commands.kind_of(status, message, details),
+                             f"{status}: {message}" if status else message)
 
 
-def workers(gcloud: Gcloud, where: Slice, worker: str = "all") -> list[Worker]:
+def node(gcloud: commands.Gcloud, where: Slice) -> tuple[str, int]:
+  """(state of the node, number of its hosts).
+
+  Raises:
+    CloudError: gcloud failed, or its answer lacks them.
+  """
+  found = commands.read_object(gcloud(where.describe_node()))
+  name = commands.value(found, "state", str)
+  hosts = commands.value(found, "networkEndpoints", list)
+  if not name or not hosts:
+    raise commands.CloudError("unknown", "gcloud printed no state or no "
+                              "networkEndpoints of the node")
+  return commands.one_line(name, 40), len(hosts)
+
+
+def workers(gcloud: commands.Gcloud, where: Slice,
+            worker: str = "all") -> list[Worker]:
   """The state of each host that answers.
 
   Raises:
-    CloudError: gcloud refused the command, so that no host was asked.
+    CloudError: no host was asked: the command or the login was refused, or the
+      cloud itself did not answer.
   """
   try:
     out = gcloud(where.state(worker), timeout=120)
-  except CloudError as e:
-    if e.kind == "refused":
+  except commands.CloudError as e:
+    if e.kind in ("refused", "auth", "failed"):
       raise
     out = e.out
-  return [Worker(*found) for found in
-          re.findall(r"^worker (\S+) (\S+) (\S+)\r?$", out, re.MULTILINE)]
+  return [Worker(*found) for found in _ANSWER.findall(out)]
+
+
+def newest_step(gcloud: commands.Gcloud, run: Run) -> int:
+  """The step of the newest complete checkpoint in the bucket; 0 if none.
+
+  A step is complete when it has its manifest, which is written last.
+
+  Raises:
+    CloudError: the checkpoints cannot be listed, or the answer is not a list of
+      them.
+  """
+  folder = f"{run.workdir}/checkpoints"
+  try:
+    out = gcloud(["gcloud", "storage", "ls", f"{folder}/*/manifest.json"])
+  except commands.CloudError as e:
+    if e.kind == "absent":
+      return 0
+    raise
+  lines = [line.strip() for line in out.splitlines() if line.strip()]
+  found = [re.fullmatch(rf"{re.escape(folder)}/([^/]+)/manifest\.json", line)
+           for line in lines]
+  if not found or not all(found):  # Without any, gcloud reports an error.
+    raise commands.CloudError("unknown", "gcloud storage ls did not print a "
+                              f"list of manifests of {folder}")
+  steps = [int(step[1]) for step in found
+           if re.fullmatch("[0-9]{1,18}", step[1])]
+  return max(steps, default=0)
 
 
 def say(message: str) -> None:

@@ -1,16 +1,19 @@
 """Keeps one run going until it is done, even if its slice is taken away.
 
-Each decision depends only on the current state of the cloud, and nothing is
-stored here: if a supervisor is killed, the same command continues its work.
+Each decision depends only on what the cloud says now and on what this
+supervisor has seen before. Nothing is stored: if it is killed, the same command
+continues its work, and the counts and times of its limits begin anew.
 """
 
+import collections
 import pathlib
 import random
-import re
 import time
 from collections.abc import Callable, Collection
 
 import cloud
+import commands
+import progress
 
 # Exit codes of a run (docs/design.md, "Process contract").
 DONE, MISCONFIGURED, DIVERGED = 0, 2, 3
@@ -22,12 +25,15 @@ STOP_SECONDS = 300
 
 # The slice is considered dead after this many polls without an answer.
 _SILENT_POLLS = 10
+# Characters of the log that are shown at the end.
+_MAX_LOG = 8000
 # After the first host's process has ended, the others are polled this often.
 _LAST_POLLS = 5
 
-# Error codes of requests that would fail again: an argument or permission is
-# wrong.
-_REFUSED = (3, 7, 16)
+# Errors in a row, by their kind, after which the supervisor ends. Others are
+# tried again without limit: the pauses grow to an hour, and a run continues
+# without its supervisor.
+_TRIES = {"refused": 1, "auth": 8, "unknown": 20}
 
 
 def verdict(codes: Collection[int]) -> int | None:
@@ -53,10 +59,12 @@ def cause(codes: Collection[int]) -> int:
 class Supervisor:
   """Creates the slice and starts the run, again and again if necessary."""
 
-  def __init__(self, gcloud: cloud.Gcloud, where: cloud.Slice, run: cloud.Run,
-               source: pathlib.Path, ref: str, *, poll_seconds: float,
-               max_restarts: int, max_refusals: int, keep: bool,
-               sleep: Callable[[float], None] = time.sleep):
+  def __init__(self, gcloud: commands.Gcloud, where: cloud.Slice,
+               run: cloud.Run, source: pathlib.Path, ref: str, *,
+               poll_seconds: float, max_restarts: int, max_refusals: int,
+               hang_seconds: float, start_seconds: float, keep: bool,
+               sleep: Callable[[float], None] = time.sleep,
+               clock: Callable[[], float] = time.monotonic):
     """
     Args:
       gcloud: runs the commands.
@@ -66,60 +74,72 @@ class Supervisor:
       poll_seconds: between two polls; also the shortest pause after a failure.
       max_restarts: of the run, in a row and without a new checkpoint.
       max_refusals: of requests for the slice, in a row: no quota, or FAILED.
+        If the zone has no free chips, their number is not limited.
+      hang_seconds, start_seconds: that a run may take to its next checkpoint,
+        and to its first one after a start; 0: any number.
       keep: whether to keep the slice when the run is over.
-      sleep: replaced by tests.
+      sleep, clock: replaced by tests.
     """
     self._gcloud, self._slice, self._run = gcloud, where, run
     self._source, self._ref = source, ref
     self._poll_seconds, self._keep, self._sleep = poll_seconds, keep, sleep
     self._max_restarts, self._max_refusals = max_restarts, max_refusals
-    self._fruitless = self._refusals = self._flakes = self._silent = 0
+    self._progress = progress.Progress(hang_seconds, start_seconds, clock)
+    self._errors = collections.Counter()
+    self._fruitless = self._denied = self._refusals = self._silent = 0
     self._seen = self._deleted = self._start_again = False
     self._step, self._told = 0, ""
 
   def supervise(self) -> int:
     """Returns the run's exit code; 1 or 2 also if the cloud refuses."""
-    self._step = self._latest_step()
+    step = self._latest_step()
+    self._step = step or 0
+    self._progress.begin(step)
     while True:
       try:
         code = self._advance()
-        self._flakes = 0
-      except cloud.CloudError as e:
-        if e.kind == "refused":
-          cloud.say(f"{e}; nothing was deleted, and a run continues if there "
-                    "is one: fix this and run the same command again")
-          return MISCONFIGURED
-        self._flakes += 1
-        cloud.say(f"{e}; trying again")
-        self._back_off(self._flakes)
-        continue
+        self._errors.clear()
+      except commands.CloudError as e:
+        code = self._trouble(e)
       if code is not None:
         return code
 
+  def _trouble(self, error: commands.CloudError) -> int | None:
+    """Waits after an error; an exit code if there were too many of its kind."""
+    self._errors[error.kind] += 1
+    tries = _TRIES.get(error.kind)
+    if tries is None or self._errors[error.kind] < tries:
+      cloud.say(f"{error}; trying again")
+      self._back_off(self._errors.total())
+      return None
+    often = f" ({tries} times in a row)" if tries > 1 else ""
+    cloud.say(f"{error}{often}; nothing was deleted, and a run continues if "
+              "there is one: fix this and run the same command again")
+    return 1 if error.kind == "unknown" else MISCONFIGURED
+
   def _advance(self) -> int | None:
     """Polls once and acts on the result; returns an exit code at the end."""
-    state, error = cloud.slice_state(self._gcloud, self._slice)
-    if state == "ABSENT":
+    state = cloud.slice_state(self._gcloud, self._slice)
+    if state.phase == "absent":
       if self._seen and not self._deleted:
         cloud.say(f"{self._slice.name} was deleted by someone else and is not "
                   "created again; to do so, run the same command again")
         return 1
       return self._create()
     self._seen = True
-    if state != self._told:
-      why = error.get("message", "")
-      cloud.say(f"{self._slice.name} is {state} {why}".rstrip())
-      self._told = state
-    if state == "ACTIVE":
-      self._refusals = 0
+    if str(state) != self._told:
+      cloud.say(f"{self._slice.name} is {state}")
+      self._told = str(state)
+    if state.phase == "active":
+      self._denied = self._refusals = 0
       return self._watch()
-    if state == "FAILED" and error.get("code") in _REFUSED:
+    if state.final:
       cloud.say("fix the command; the request remains until it is removed by "
                 "the sub-command delete")
       return MISCONFIGURED
-    if state in ("SUSPENDED", "FAILED"):
+    if state.phase in ("lost", "failed"):
       self._delete()
-      return self._refused("the request failed") if state == "FAILED" else None
+      return self._deny(state.error) if state.error else None
     self._sleep(self._poll_seconds)
     return None
 
@@ -127,30 +147,34 @@ class Supervisor:
     cloud.say(f"creating {self._slice.name}")
     try:
       self._gcloud(self._slice.create())
-    except cloud.CloudError as e:
-      if e.kind == "quota":
-        return self._refused(str(e))
+    except commands.CloudError as e:
+      if e.kind in ("capacity", "quota"):
+        return self._deny(e)
+      if e.kind == "absent":  # The zone, or something else that flags name.
+        raise commands.CloudError("refused", str(e)) from e
       if e.kind != "exists":
         raise
     self._seen, self._deleted = True, False
     self._start_again = False
     return None
 
-  def _refused(self, why: str) -> int | None:
-    self._refusals += 1
+  def _deny(self, error: commands.CloudError) -> int | None:
+    """Waits before the next request, unless too many were refused."""
+    self._denied += 1
+    self._refusals += error.kind != "capacity"
     if self._refusals > self._max_refusals:
-      cloud.say(f"{why}; refused {self._refusals} times in a row: request "
+      cloud.say(f"{error}; refused {self._refusals} times in a row: request "
                 "more quota, or choose another zone or accelerator")
       return 1
-    cloud.say(f"{why}; trying again later")
-    self._back_off(self._refusals, 10)
+    cloud.say(f"{error}; trying again later")
+    self._back_off(self._denied, 10)
     return None
 
   def _delete(self) -> None:
     self._deleted = True
     try:
       self._gcloud(self._slice.delete(), timeout=1800)
-    except cloud.CloudError as e:
+    except commands.CloudError as e:
       if e.kind != "absent":
         raise
 
@@ -167,11 +191,10 @@ class Supervisor:
                 f"{self._run.id}): give another --name, or replace that run "
                 "with the sub-command restart")
       return MISCONFIGURED
-    if first.status == "running":
-      self._sleep(self._poll_seconds)
-      return None
     if first.run != self._run.id or self._start_again:
-      return self._launch()
+      return self._launch(stuck=first.status == "running")
+    if first.status == "running":
+      return self._wait_for_checkpoint()
     codes, lost = self._exit_codes()
     cloud.say(f"{self._slice.name}: exit codes {codes}" + (
         f", {lost} hosts do not answer" if lost else ""))
@@ -180,6 +203,19 @@ class Supervisor:
     if over is not None and not (over == DONE and lost):
       return self._finish(over)
     return self._failed(codes, recreate=bool(lost))
+
+  def _wait_for_checkpoint(self) -> int | None:
+    """On a running run: restarts it if it hangs."""
+    if self._progress.due():
+      step, limit = self._latest_step(), self._progress.limit
+      if self._progress.hangs(step):
+        cloud.say(f"{self._slice.name}: no checkpoint after step {step} in "
+                  f"{limit:g} seconds: the run hangs")
+        # If restarting it did not help, its machines may be the cause.
+        again = self._fruitless > 0 and step <= self._step
+        return self._failed([], recreate=again)
+    self._sleep(self._poll_seconds)
+    return None
 
   def _hear_nothing(self) -> int | None:
     self._silent += 1
@@ -190,17 +226,20 @@ class Supervisor:
     self._silent = 0
     return self._failed([], recreate=True)
 
-  def _launch(self) -> int | None:
+  def _launch(self, stuck: bool) -> int | None:
+    """Starts the run; if it runs already and cannot be stopped, elsewhere."""
     cloud.say(f"starting run {self._run.id} on {self._slice.name} from "
               f"step {self._step}")
     try:
       launch(self._gcloud, self._slice, self._run, self._source, self._ref)
-    except cloud.CloudError as e:
-      if e.kind == "refused":
+    except commands.CloudError as e:
+      if e.kind in ("refused", "auth"):
         raise
       cloud.say(str(e))
-      return self._failed([], recreate=self._exit_codes()[1] > 0)
+      return self._failed([], recreate=stuck or self._exit_codes()[1] > 0)
     self._start_again = False
+    # Stopping the run before may have saved a step.
+    self._progress.begin(self._latest_step())
     self._sleep(self._poll_seconds)
     return None
 
@@ -217,7 +256,7 @@ class Supervisor:
 
   def _failed(self, codes: list[int], recreate: bool = False) -> int | None:
     """Restarts the run, unless it failed too often without a new checkpoint."""
-    step = self._latest_step()
+    step = self._latest_step() or 0
     if step > self._step:
       self._step, self._fruitless = step, 0
     self._fruitless += 1
@@ -237,8 +276,9 @@ class Supervisor:
     cloud.say(f"the run is over: exit code {code}, {meaning}")
     if code != DONE:
       try:
-        cloud.say(self._gcloud(self._slice.worker("log", "20", worker="0")))
-      except cloud.CloudError as e:
+        log = self._gcloud(self._slice.worker("log", "20", worker="0"))
+        cloud.say(log[-_MAX_LOG:])
+      except commands.CloudError as e:
         cloud.say(f"its output cannot be shown: {e}")
     if not self._keep:
       for attempt in range(1, 6):
@@ -247,24 +287,20 @@ class Supervisor:
           cloud.say(f"{self._slice.name} is deleted; the output is in "
                     f"{self._run.workdir}/logs")
           return code
-        except cloud.CloudError as e:
+        except commands.CloudError as e:
           cloud.say(str(e))
           self._back_off(attempt)
     cloud.say(f"{self._slice.name} still exists and is billed; to delete it: "
               + " ".join(self._slice.delete()))
     return code
 
-  def _latest_step(self) -> int:
-    """The newest checkpoint's step; the last known one if gcloud fails."""
+  def _latest_step(self) -> int | None:
+    """The newest checkpoint's step, 0 if none; None if it cannot be seen."""
     try:
-      listed = self._gcloud(["gcloud", "storage", "ls",
-                             f"{self._run.workdir}/checkpoints/"])
-    except cloud.CloudError as e:
-      if e.kind != "absent":
-        cloud.say(str(e))
-      return self._step
-    steps = re.findall(r"/checkpoints/(\d+)/$", listed, re.MULTILINE)
-    return max(map(int, steps), default=0)
+      return cloud.newest_step(self._gcloud, self._run)
+    except commands.CloudError as e:
+      cloud.say(f"the checkpoints cannot be listed: {e}")
+      return None
 
   def _back_off(self, times: int, factor: float = 1) -> None:
     """Waits: twice as long each time, at most an hour, with jitter."""
@@ -272,7 +308,7 @@ class Supervisor:
     self._sleep(min(seconds, 3600) * random.uniform(0.5, 1))
 
 
-def launch(gcloud: cloud.Gcloud, where: cloud.Slice, run: cloud.Run,
+def launch(gcloud: commands.Gcloud, where: cloud.Slice, run: cloud.Run,
            source: pathlib.Path, ref: str) -> None:
   """Copies a commit to every host, stops any other run and starts this one."""
   archive = pathlib.Path("build") / where.name / "metaformer_jax.tar.gz"
@@ -287,11 +323,11 @@ def launch(gcloud: cloud.Gcloud, where: cloud.Slice, run: cloud.Run,
   gcloud(where.worker("start", run.id, ",".join(run.buckets), *run.command))
 
 
-def describe(gcloud: cloud.Gcloud, where: cloud.Slice) -> str:
+def describe(gcloud: commands.Gcloud, where: cloud.Slice) -> str:
   """The state of a slice, its hosts and its run, one per line."""
-  state, error = cloud.slice_state(gcloud, where)
-  lines = [f"slice {where.name} {state} {error.get('message', '')}".rstrip()]
-  if state == "ACTIVE":
+  state = cloud.slice_state(gcloud, where)
+  lines = [f"slice {where.name} {state}"]
+  if state.phase == "active":
     kind, count = cloud.node(gcloud, where)
     lines.append(f"node {kind}, hosts {count}")
     found = sorted(cloud.workers(gcloud, where),

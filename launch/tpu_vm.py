@@ -12,10 +12,10 @@ The flags of metaformer_jax.main follow after --; see docs/tpu.md.
 import argparse
 import pathlib
 import re
-import subprocess
 import sys
 
 import cloud
+import commands
 import supervisor
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -83,6 +83,12 @@ def _add_flags(sub: argparse.ArgumentParser, name: str) -> None:
     add("--max_refusals", type=_natural, default=20,
         help="requests in a row that fail or are refused for lack of quota; "
         "default: 20")
+    add("--hang_seconds", type=_natural, default=7200,
+        help="restart a run that makes no new checkpoint for so long; 0: "
+        "never; default: 7200")
+    add("--start_seconds", type=_natural, default=14400,
+        help="the same from a start, with compilation, to the first new "
+        "checkpoint; default: 14400")
     add("--keep", action="store_true",
         help="do not delete the slice when the run is over; it is billed")
   if name in ("logs", "exec"):
@@ -94,8 +100,9 @@ def _add_flags(sub: argparse.ArgumentParser, name: str) -> None:
 
 
 def _natural(text: str) -> int:
-  if not text.isdecimal():
-    raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 0")
+  if not re.fullmatch("[0-9]{1,9}", text):
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not an integer from 0 to 999999999")
   return int(text)
 
 
@@ -127,16 +134,16 @@ def main(argv: list[str]) -> int:
       raise cloud.UsageError(f"{args.command} takes no arguments after --")
     if run and not args.dry_run:
       _warn_of_changes(args.source)
-    gcloud = cloud.Gcloud()
+    gcloud = commands.Gcloud()
     if args.dry_run:
       gcloud = cloud.DryRun(args.command != "supervise", run.id if run else "")
     return _do(args, rest, gcloud, where, run)
   except cloud.UsageError as e:
     cloud.say(f"UsageError: {e}")
     return supervisor.MISCONFIGURED
-  except cloud.CloudError as e:
+  except commands.CloudError as e:
     cloud.say(f"CloudError: {e}")
-    return supervisor.MISCONFIGURED if e.kind == "refused" else 1
+    return supervisor.MISCONFIGURED if e.kind in ("refused", "auth") else 1
   except KeyboardInterrupt:
     cloud.say("stopped watching; the slice and its run continue and are "
               "billed: the same command attaches again, the sub-command delete "
@@ -144,7 +151,7 @@ def main(argv: list[str]) -> int:
     return 130
 
 
-def _do(args: argparse.Namespace, rest: list[str], gcloud: cloud.Gcloud,
+def _do(args: argparse.Namespace, rest: list[str], gcloud: commands.Gcloud,
         where: cloud.Slice, run: cloud.Run | None) -> int:
   if args.command == "create":
     gcloud(where.create())
@@ -153,6 +160,7 @@ def _do(args: argparse.Namespace, rest: list[str], gcloud: cloud.Gcloud,
         gcloud, where, run, args.source, args.ref, keep=args.keep,
         poll_seconds=0 if args.dry_run else args.poll_seconds,
         max_restarts=args.max_restarts, max_refusals=args.max_refusals,
+        hang_seconds=args.hang_seconds, start_seconds=args.start_seconds,
     ).supervise()
   elif args.command in ("run", "restart"):
     if args.command == "run":
@@ -179,26 +187,27 @@ def _do(args: argparse.Namespace, rest: list[str], gcloud: cloud.Gcloud,
   return 0
 
 
-def _delete(gcloud: cloud.Gcloud, where: cloud.Slice) -> None:
-  state, _ = cloud.slice_state(gcloud, where)
-  if state == "ACTIVE":
+def _delete(gcloud: commands.Gcloud, where: cloud.Slice) -> None:
+  if cloud.slice_state(gcloud, where).phase == "active":
     try:
       gcloud(where.worker("stop", str(supervisor.STOP_SECONDS)),
              timeout=supervisor.STOP_SECONDS + 120)
-    except cloud.CloudError as e:
+    except commands.CloudError as e:
       cloud.say(f"{e}; deleting the slice anyway")
   gcloud(where.delete(), timeout=1800)
 
 
 def _warn_of_changes(source: pathlib.Path) -> None:
   """Warns that uncommitted changes will not run on the slice."""
-  done = subprocess.run(["git", "-C", str(source), "status", "--porcelain"],
-                        capture_output=True, text=True, check=False)
-  if done.returncode:
-    raise cloud.UsageError(f"--source={source}: is not a git checkout")
-  if done.stdout.strip():
-    cloud.say(f"{len(done.stdout.splitlines())} uncommitted changes in "
-              f"{source} will not be sent")
+  try:
+    changes = commands.Gcloud()(["git", "-C", str(source), "status",
+                                 "--porcelain"])
+  except commands.CloudError as e:
+    raise cloud.UsageError(f"--source={source}: is not a git checkout: {e}"
+                           ) from e
+  if changes.strip():
+    cloud.say(f"{len(changes.splitlines())} uncommitted changes in {source} "
+              "will not be sent")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ class Cloud:
       step = at(self.scenario.get("steps", [0]), n)
       if not step:
         raise Fault("One or more URLs matched no objects.")
-      return f"{words[2]}500/\n{words[2]}{step}/\n{words[2]}9999.saving/\n"
+      return "".join(words[2].replace("*", str(name)) + "\n"
+                     for name in (500, step, "9999.damaged"))
     group, verb, *rest = words[2:]
     unknown = set(flags) - FLAGS[group, verb]
     if unknown:
@@ -174,7 +175,9 @@ class Cloud:
     out = "".join(f"{line}\n" for line in lines)
     if len(lines) < (hosts if worker == "all" else 1):
       sys.stdout.write(out)
-      raise Fault("ssh: connect to host port 22: Connection timed out")
+      print("ssh: connect to host port 22: Connection timed out",
+            file=sys.stderr)
+      raise Fault("[/usr/bin/ssh] exited with return code [255].")
     return out
 
 
@@ -186,7 +189,7 @@ def main():
   if name == "git":
     return 0
   if read("calls").count("\n") > 200:
-    print("PERMISSION_DENIED: too many calls, an endless loop?",
+    print("ERROR: (gcloud) PERMISSION_DENIED: too many calls, an endless loop?",
           file=sys.stderr)
     return 1
   words = [a for a in sys.argv[1:] if not a.startswith("--")]
@@ -196,7 +199,8 @@ def main():
   try:
     sys.stdout.write(cloud.call(words, flags))
   except Fault as e:
-    print(f"ERROR: (gcloud.{'.'.join(words[:-1])}) {e}", file=sys.stderr)
+    path = ".".join(words[:4 if words[0] == "compute" else 2])
+    print(f"ERROR: (gcloud.{path}) {e}", file=sys.stderr)
     return 1
   finally:
     cloud.save()

@@ -5,7 +5,6 @@ these: UPDATE_GOLDEN=1 pytest -n0 tests/launch/test_launch.py
 """
 
 import ast
-import importlib
 import os
 import pathlib
 import re
@@ -26,7 +25,10 @@ RUN = ["--", "--config=configs/poolformer_s24.py",
 SUPERVISE = ["supervise", *WHERE, *SLICE, "--poll_seconds=0",
              "--max_restarts=2", "--max_refusals=2", *RUN]
 
-QUOTA = "RESOURCE_EXHAUSTED: Quota limit 'TPUV5sPreemptible' has been exceeded"
+QUOTA = ("RESOURCE_EXHAUSTED: Quota limit 'TPUV5sPreemptible' has been "
+         "exceeded. Limit: 8 in zone us-west4-a.")
+NO_CAPACITY = ('{\n  "code": 8,\n  "message": "There is no more capacity in '
+               'the zone \\"us-west4-a\\""\n}')
 FLAKE = "Could not reach https://tpu.googleapis.com: timed out"
 
 # name -> (scenario, exit code, part of the expected message)
@@ -78,9 +80,30 @@ SCENARIOS = {
         "queue": [["ACTIVE"]], "runs": [],
         "faults": {"create": [QUOTA] * 3}}, 1,
         "request more quota"),
+    "quota_of_zero": ({
+        "queue": [], "runs": [],
+        "faults": {"create": [QUOTA.replace("8", "0")]}}, 2, "Limit: 0"),
+    # Nothing is billed meanwhile, so --max_refusals does not count.
+    "no_capacity_for_long": ({
+        "queue": [["ACTIVE"]], "runs": [[[0]]],
+        "faults": {"create": [NO_CAPACITY] * 9}}, 0, "no more capacity"),
+    "unknown_zone": ({
+        "queue": [], "runs": [], "faults": {"create": [
+            "NOT_FOUND: Resource 'projects/p/locations/z' was not found"]}}, 2,
+        "run the same command again"),
+    "login_expires": ({
+        "queue": [["ACTIVE"]], "runs": [["running", [0]]],
+        "faults": {"describe": [""] * 2 + ["UNAUTHENTICATED: Request had "
+                                           "invalid credentials"] * 7}}, 0,
+        "UNAUTHENTICATED"),
+    "login_expired": ({
+        "queue": [["ACTIVE"]], "runs": [], "faults": {"describe": [
+            "There was a problem refreshing your current auth tokens: "
+            "Reauthentication failed. cannot prompt during non-interactive "
+            "execution."] * 8}}, 2, "8 times in a row"),
     "request_failed": ({
         "queue": [["WAITING_FOR_RESOURCES", "FAILED:8"], ["ACTIVE"]],
-        "runs": [[[0]]]}, 0, "FAILED why"),
+        "runs": [[[0]]]}, 0, "FAILED: RESOURCE_EXHAUSTED: why"),
     "request_refused": ({
         "queue": [["FAILED:3"]], "runs": []}, 2, "fix the command"),
     "permission_denied": ({
@@ -99,7 +122,7 @@ SCENARIOS = {
     # Each attempt makes progress, so their number is not limited.
     "slow_progress": ({
         "queue": [["ACTIVE"]], "runs": [[[1]]] * 4 + [[[0]]],
-        "steps": [600, 700, 800, 900, 1000]}, 0, "done"),
+        "steps": list(range(600, 1600, 100))}, 0, "done"),
     "deleted_by_someone_else": ({
         "queue": [["ACTIVE", "ACTIVE", "ACTIVE", "ABSENT"]],
         "runs": [["running"]]}, 1, "deleted by someone else"),
@@ -127,16 +150,6 @@ DRY = {
     "exec": ["exec", *WHERE, "--", "df", "-h", "'/gcs'"],
     "delete": ["delete", *WHERE, "--project=p"],
 }
-
-
-@pytest.fixture(scope="module")
-def launcher():
-  """The launcher, imported with its folder on sys.path, as when it is run."""
-  sys.path.insert(0, str(ROOT / "launch"))
-  try:
-    yield importlib.import_module("tpu_vm")
-  finally:
-    sys.path.remove(str(ROOT / "launch"))
 
 
 @pytest.fixture
@@ -229,8 +242,19 @@ def test_a_slice_that_is_kept_is_mentioned(launcher, world, capsys):
   assert "delete" not in commands(folder)
 
 
+def test_the_launcher_needs_only_python():
+  files = list((ROOT / "launch").glob("*.py"))
+  known = sys.stdlib_module_names | {file.stem for file in files}
+  for node in (node for file in files for node in
+               ast.walk(ast.parse(file.read_text()))):
+    names = ([alias.name for alias in node.names]
+             if isinstance(node, ast.Import) else
+             [node.module] if isinstance(node, ast.ImportFrom) else [])
+    assert {name.partition(".")[0] for name in names} <= known
+
+
 def test_only_what_is_committed_is_sent(launcher, tmp_path):
-  class Git(launcher.cloud.Gcloud):
+  class Git(launcher.commands.Gcloud):
     """Runs git, but not gcloud."""
 
     def __call__(self, args, timeout=300):
@@ -305,8 +329,9 @@ def test_ctrl_c_leaves_the_run_and_says_how_to_continue(
   def interrupt(seconds):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(launcher.supervisor.Supervisor.__init__,
-                      "__kwdefaults__", {"sleep": interrupt})
+  start = launcher.supervisor.Supervisor.__init__
+  monkeypatch.setattr(start, "__kwdefaults__",
+                      start.__kwdefaults__ | {"sleep": interrupt})
   assert launcher.main(SUPERVISE) == 130
   assert "attaches again" in capsys.readouterr().err
   state = read_state(folder)
@@ -342,7 +367,8 @@ def test_a_pause_doubles_up_to_an_hour(launcher, tmp_path):
   pauses = []
   watcher = launcher.supervisor.Supervisor(
       None, None, None, tmp_path, "HEAD", poll_seconds=60, max_restarts=1,
-      max_refusals=1, keep=False, sleep=pauses.append)
+      max_refusals=1, hang_seconds=0, start_seconds=0, keep=False,
+      sleep=pauses.append)
   for times in range(1, 31):
     watcher._back_off(times)
   for times, pause in enumerate(pauses):
