@@ -30,7 +30,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from metaformer_jax import errors
-from metaformer_jax.config import explain, own, paths, saved, typed
+from metaformer_jax.config import explain, paths, saved, typed
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.runtime import signals
@@ -328,7 +328,8 @@ def start_jax(cfg: Experiment):
   """Starts jax with the processes of the command line; returns the mesh.
 
   Raises:
-    ConfigError: the mesh does not fit the devices, or a flag is wrong.
+    ConfigError: the mesh does not fit the devices, a flag is wrong, or the
+      processes differ in what they are to run.
     WorkerLostError: a process did not start.
   """
   from metaformer_jax.runtime import devices  # noqa: PLC0415  Imports jax.
@@ -339,28 +340,31 @@ def start_jax(cfg: Experiment):
                            _PROCESS_INDEX.value)
 
 
-def start(cfg: Experiment, mesh=None):
+def start(cfg: Experiment, mesh=None, workdir: pathlib.Path | None = None):
   """Starts jax, imports what is the user's own, and fills in derived values.
 
   Args:
     cfg: the experiment.
     mesh: of `start_jax`, if jax was started before.
+    workdir: of the run, which all processes share.
 
   Returns:
     The experiment with all derived values, its task, and the mesh.
 
   Raises:
     ConfigError: as `start_jax` and `tasks.create`, on all processes; or they
-      have found different values.
+      have another workdir, or have found different values.
     WorkerLostError: a process did not start.
   """
   mesh = mesh or start_jax(cfg)
   from metaformer_jax import tasks  # noqa: PLC0415
-  from metaformer_jax.runtime import processes  # noqa: PLC0415
+  from metaformer_jax.runtime import agreement, processes  # noqa: PLC0415
 
   with processes.agreeing():
     cfg, task = tasks.create(cfg)
-  processes.require_same(own.fingerprints(cfg))
+  processes.require_same(lambda: {
+      **agreement.of_experiment(cfg),
+      "--workdir": workdir and str(workdir.absolute())})
   return cfg, task, mesh
 
 

@@ -13,7 +13,7 @@ from metaformer_jax.config.schema import Experiment
 
 def main(cfg: Experiment, workdir: pathlib.Path) -> None:
   """Runs a checked experiment."""
-  cfg, task, mesh = cli.start(cfg)
+  cfg, task, mesh = cli.start(cfg, workdir=workdir)
   # Imported late, so that a mistake is reported at once.
   from metaformer_jax.training import loop  # noqa: PLC0415
 

@@ -39,17 +39,23 @@ def small(**sections) -> schema.Experiment:
 
 def start(cfg: schema.Experiment, workdir: pathlib.Path, n_processes: int,
           n_devices: int, folder: pathlib.Path, flags=(), env=None,
-          ) -> list[subprocess.Popen]:
-  """Starts the processes, each with n_devices; stderr goes to files."""
+          last=(), last_env=None) -> list[subprocess.Popen]:
+  """Starts the processes, each with n_devices; stderr goes to files.
+
+  The last process has more flags and variables than the others.
+  """
   path = folder / f"{workdir.name}.json"
   path.write_text(typed.to_json(cfg))
   started = []
   for i, others in enumerate(flags_of(n_processes)):
+    variables = environment(n_devices) | (env or {})
+    if i == n_processes - 1:
+      others, variables = [*others, *last], variables | (last_env or {})
     with (folder / f"{workdir.name}.{i}").open("w") as stderr:
       started.append(subprocess.Popen(
           [sys.executable, "-m", "metaformer_jax.main",
-           f"--config_json={path}", f"--workdir={workdir}", *others, *flags],
-          cwd=ROOT, stderr=stderr, env=environment(n_devices) | (env or {})))
+           f"--config_json={path}", f"--workdir={workdir}", *flags, *others],
+          cwd=ROOT, stderr=stderr, env=variables))
   return started
 
 

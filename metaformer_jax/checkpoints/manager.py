@@ -68,7 +68,8 @@ class Checkpoints:
     self._verified: int | None = None
 
   def save(self, step: int, trees: Trees, record: accounting.Record,
-           metrics: Mapping[str, float] | None = None) -> None:
+           metrics: Mapping[str, float] | None = None,
+           data: Mapping[str, Any] | None = None) -> None:
     """Starts to save a step; returns once it is copied off the devices.
 
     Args:
@@ -76,6 +77,7 @@ class Checkpoints:
       trees: the state, by item.
       record: what the run has counted.
       metrics: of this state's evaluation, if there was one.
+      data: the fingerprint of the data set, by split.
 
     Raises:
       ConfigError: the metrics do not include the one that ranks checkpoints.
@@ -84,7 +86,7 @@ class Checkpoints:
     self.wait()
     facts = {"step": step, "record": dataclasses.asdict(record),
              "metrics": {k: float(v) for k, v in (metrics or {}).items()},
-             "tree": _arrays(trees)}
+             "tree": _arrays(trees), "data": dict(data or {})}
     try:
       self._orbax.save(
           self._temporary(step), force=True, args=ocp.args.Composite(
@@ -238,6 +240,10 @@ class Checkpoints:
       raise errors.StorageError(
           f"{self.directory}: cannot be cleaned up: {e}") from e
     return chosen
+
+  def data(self, step: int) -> dict[str, Any]:
+    """The fingerprint of the data set that a complete step was saved with."""
+    return manifest.read(self.directory / str(step)).data
 
   def restore(self, step: int, abstract_trees: Trees,
               ) -> tuple[dict[str, Any], accounting.Record]:

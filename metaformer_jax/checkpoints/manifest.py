@@ -51,6 +51,7 @@ class Manifest:
     tree: "item/name" -> "dtype[shape]" of every array.
     time: when it was completed, ISO 8601, UTC.
     files: path in the folder -> [bytes, SHA-256].
+    data: the fingerprint of the data set, JSON values by split.
   """
 
   step: int
@@ -59,6 +60,7 @@ class Manifest:
   tree: dict[str, str]
   time: str
   files: dict[str, list]
+  data: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def n_bytes(self) -> int:
@@ -314,6 +316,8 @@ def _check_types(found: Manifest) -> None:
                *(digest for _, digest in found.files.values())):
     if not isinstance(text, str):
       raise TypeError(text)
+  if not all(isinstance(split, dict) for split in found.data.values()):
+    raise TypeError(found.data)
   for number in (*found.metrics.values(), *found.record.values()):
     if type(number) not in (int, float):
       raise TypeError(number)

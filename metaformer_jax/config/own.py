@@ -52,16 +52,20 @@ def digest(module: str) -> str:
     return ""
 
 
-def fingerprints(cfg: Experiment) -> dict[str, str]:
-  """Digests of what must be the same on all processes of a run."""
-  tree = typed.as_dict(cfg)
-  for key in ("path", "workers", "threads"):  # Hosts may differ in them.
-    del tree["data"][key]
-  parts = {f"config.{key}": tree[key] for key in
-           ("task", "seed", "model", "data", "optim", "train", "mesh")}
-  return {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-          for name, value in parts.items()} | {
-              f"the module {name}": digest(name) for name in modules(cfg)}
+def digests(cfg: Experiment) -> dict[str, str]:
+  """Digests of the imported modules that the user may have written, by name.
+
+  These are the modules of the import paths, and what was imported from the
+  folders that they are in.
+  """
+  named = modules(cfg)
+  folders = {os.path.dirname(found) for name in named
+             if (found := getattr(sys.modules.get(name), "__file__", None))}
+  files = {name: getattr(module, "__file__", None) or ""
+           for name, module in list(sys.modules.items())}
+  near = [name for name, file in files.items()
+          if os.path.dirname(file) in folders]
+  return {name: digest(name) for name in sorted({*named, *near})}
 
 
 def has_own_task(tree: Mapping[str, Any]) -> bool:

@@ -12,7 +12,13 @@ import ml_collections
 import safetensors
 
 from metaformer_jax import errors, imports
-from metaformer_jax.config import conversion, json_data, own, typed
+from metaformer_jax.config import (
+  comparison,
+  conversion,
+  json_data,
+  own,
+  typed,
+)
 from metaformer_jax.config.hub import folders
 from metaformer_jax.config.model import Model
 from metaformer_jax.config.schema import Experiment
@@ -23,6 +29,11 @@ from metaformer_jax.models import registry
 RESUMABLE = ("mesh", "log", "checkpoint", "eval", "init", "data.workers",
              "data.threads", "data.path", "data.max_bad_fraction",
              "train.max_skipped")
+
+# Keys that may differ among the processes of a run: places on a host, and how
+# it reads. What is at these places is compared instead.
+PER_HOST = ("data.path", "data.workers", "data.threads", "init",
+            "log.compilation_cache")
 
 # The key of a weights file's metadata that holds an experiment, as JSON.
 METADATA = "experiment"
@@ -138,7 +149,8 @@ def _read_metadata(path: pathlib.Path,
 def differences(cfg: Experiment, path: pathlib.Path) -> list[str]:
   """What `cfg` changes, "key: old -> new", beyond what a resume may change.
 
-  A key that the saved experiment does not have is newer and had its default.
+  With other data, if that is allowed, the names of the classes may, too. A key
+  that the saved experiment does not have is newer and had its default.
 
   Args:
     cfg: the experiment to run.
@@ -149,15 +161,28 @@ def differences(cfg: Experiment, path: pathlib.Path) -> list[str]:
   """
   saved = _current(json_data.read(path))
   task = cfg.task if imports.is_path(cfg.task.name) else type(cfg.task)()
-  defaults, new = (dict(typed.flatten(json.loads(typed.to_json(c))))
-                   for c in (Experiment(task=task), cfg))
-  old = defaults | dict(typed.flatten(saved))
-  resumable = {*RESUMABLE, *(f"task.{key}" for key in cfg.task.RESUMABLE)}
-  absent = "no such key"
-  return [
-      f"{key}: {_short(old[key])} -> {_short(new.get(key, absent))}"
-      for key in sorted(old) if old[key] != new.get(key, absent)
-      and resumable.isdisjoint((key, key.split(".")[0]))]
+  old = flat(Experiment(task=task)) | dict(typed.flatten(saved))
+  skipped = {*RESUMABLE, *(f"task.{key}" for key in cfg.task.RESUMABLE)}
+  if cfg.checkpoint.allow_other_data:
+    skipped.add("task.class_names")
+  kept = [key for key in sorted(old)
+          if skipped.isdisjoint((key, key.split(".")[0]))]
+  new = flat(cfg)
+  return list(comparison.between(
+      {key: old[key] for key in kept},
+      {key: new[key] for key in kept if key in new}))
+
+
+def flat(cfg: Experiment) -> dict[str, Any]:
+  """The experiment as JSON values, by "section.key"."""
+  return dict(typed.flatten(json.loads(typed.to_json(cfg))))
+
+
+def of_all_hosts(cfg: Experiment) -> dict[str, Any]:
+  """Those of `flat` that must be the same on all processes of a run."""
+  left_out = {*PER_HOST, *(f"task.{key}" for key in cfg.task.PER_HOST)}
+  return {key: value for key, value in flat(cfg).items()
+          if key not in left_out}
 
 
 def model_differences(made: Model, wanted: Model) -> list[str]:
@@ -184,11 +209,6 @@ def model_differences(made: Model, wanted: Model) -> list[str]:
     return [f"config.model.name: {made.name}, {wanted.name}"]
   return [f"config.model.{key}: {getattr(one, key)}, {getattr(other, key)}"
           for key in one.differences(other)]
-
-
-def _short(value: Any) -> str:
-  text = str(value)
-  return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _current(tree: Any) -> Any:

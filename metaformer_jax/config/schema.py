@@ -140,6 +140,9 @@ class Checkpoint:
   keep_best: int = option(1, "best checkpoints to keep as well", low=0)
   best_metric: str | None = option(
       None, "measure by which the best is chosen; None: the task's first")
+  allow_other_data: bool = option(
+      False, "resume although the data set is not the one that the checkpoint "
+      "was trained on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +159,9 @@ class Mesh:
       (), "pairs (regular expression of parameter paths, axis to split or -1)")
   heartbeat_seconds: int = option(
       30, "a process that is silent for longer is considered dead", low=5)
+  connect_seconds: int = option(
+      120, "at the start, a process waits this long for the others", low=1,
+      high=86400)
 
 
 @dataclasses.dataclass(frozen=True)

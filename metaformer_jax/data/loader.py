@@ -30,9 +30,9 @@ import numpy as np
 from absl import flags
 
 from metaformer_jax import errors
-from metaformer_jax.config import schema
+from metaformer_jax.config import comparison, schema
 from metaformer_jax.data import streams
-from metaformer_jax.data.sources import base
+from metaformer_jax.data.sources import base, fingerprints
 
 log = logging.getLogger(__name__)
 
@@ -101,18 +101,22 @@ class Loader:
   def _groups(self) -> tuple[Sequence[int], ...]:
     return self.groups or (range(len(self.source)),)
 
-  def fingerprint(self) -> dict[str, str]:
-    """Short texts of what all processes must agree on, by what it is."""
-    found = {"the number of examples": str(self.n_examples)}
-    if self.groups:
-      shapes = hashlib.sha256()
-      blank = getattr(self.transform, "blank", None)  # For evaluation.
-      for number, group in enumerate(self.groups):
-        shapes.update(f"{number}:{len(group)}".encode() + group.tobytes())
-        for name, array in sorted(blank(number).items() if blank else ()):
-          shapes.update(f"{name}{array.shape}".encode())
-      found["the sizes of the images"] = shapes.hexdigest()
-    return found
+  def fingerprint(self) -> dict[str, Any]:
+    """What tells the data set from others (`fingerprints.of`)."""
+    return fingerprints.of(self.source)
+
+  def layout(self) -> dict[str, Any]:
+    """Which examples have which shape, if there are groups."""
+    if not self.groups:
+      return {}
+    shapes = hashlib.sha256()
+    blank = getattr(self.transform, "blank", None)  # For evaluation.
+    for number, group in enumerate(self.groups):
+      shapes.update(f"{number}:{len(group)}".encode() + group.tobytes())
+      for name, array in sorted(blank(number).items() if blank else ()):
+        shapes.update(f"{name}{array.shape}".encode())
+    return {"number of used examples": self.n_examples,
+            "shapes of examples": comparison.DIGEST + shapes.hexdigest()}
 
   def check(self) -> None:
     """Reads and transforms the first example, in this process.

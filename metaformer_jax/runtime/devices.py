@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh
 
 from metaformer_jax import errors
 from metaformer_jax.config import checks, schema
-from metaformer_jax.runtime import processes
+from metaformer_jax.runtime import agreement, processes
 
 
 def start_jax(cfg: schema.Experiment, coordinator: str | None = None,
@@ -23,12 +23,18 @@ def start_jax(cfg: schema.Experiment, coordinator: str | None = None,
       process runs alone.
 
   Raises:
-    ConfigError: the mesh does not fit the devices, or an argument is wrong.
+    ConfigError: the mesh does not fit the devices, an argument is wrong, or
+      the processes differ in what they are to run.
     WorkerLostError: a process did not start.
   """
   configure(cfg.log.compilation_cache)
-  processes.start(coordinator, process_count, process_index,
-                  cfg.mesh.heartbeat_seconds)
+  processes.start(coordinator, process_count, process_index, cfg.mesh)
+  # Before the devices, which wait for those of all processes, are started.
+  processes.require_same(
+      lambda: agreement.of_program() | agreement.of_experiment(cfg))
+  with processes.leaving(cfg.mesh.heartbeat_seconds):
+    devices = jax.local_devices()
+  processes.require_same(lambda: agreement.of_devices(devices))
   return make_mesh(cfg)
 
 

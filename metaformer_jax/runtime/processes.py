@@ -2,36 +2,51 @@
 
 Every process runs the same program on its part of each batch. A failure in only
 one of them would leave the others waiting: failures at the start are shared
-with all, and later a process that fails alone ends at once.
+with all, and later a process that fails alone tells the others and ends at
+once.
 """
 
+import atexit
 import contextlib
+import itertools
 import json
 import logging
 import os
 import pathlib
-import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import util
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed  # Its client has no public name.
 
 from metaformer_jax import errors
+from metaformer_jax.config import comparison, schema
+from metaformer_jax.runtime import launchers, rendezvous
 
 log = logging.getLogger(__name__)
 
-# Length of the messages between processes in bytes.
-_MESSAGE = 4096
+# Names in the store of jax's coordination service. Messages are numbered: all
+# processes consult each other in the same order.
+_STORE, _FAILURE = "metaformer_jax/messages", "metaformer_jax/failures"
+_counter = itertools.count()
+
+# Taken by the thread that ends this process.
+_ending = threading.Lock()
+
+# Seconds between two looks for the failure of another process.
+_POLL = 2
+
+# Seconds that jax may take longer than the meeting before it.
+_GRACE = 10
 
 
 def start(coordinator: str | None, count: int | None, index: int | None,
-          heartbeat_seconds: int) -> None:
+          mesh: schema.Mesh) -> None:
   """Joins the other processes of the run, if there are any.
 
   Args:
@@ -40,25 +55,32 @@ def start(coordinator: str | None, count: int | None, index: int | None,
     count: of processes; 1: there are no others, whatever the environment says;
       None: from the environment.
     index: of this process; None: from the environment.
-    heartbeat_seconds: a process that is silent for longer is considered dead,
-      and the others end.
+    mesh: how long it waits for the others, and how long one may be silent.
 
   Raises:
     ConfigError: the arguments are wrong, or the environment is incomplete.
-    WorkerLostError: a process did not start, or there is another process 0.
+    WorkerLostError: a process did not start, or two have the same index.
   """
-  found = arguments(os.environ, coordinator, count, index)
+  found = launchers.arguments(os.environ, coordinator, count, index)
   if jax.distributed.is_initialized() or count == 1 or (
       found is None and not on_tpu()):
     return
-  if found and coordinator and not found["process_id"]:
-    _check_free(coordinator)
+  if found and coordinator:
+    rendezvous.meet(coordinator, found["num_processes"], found["process_id"],
+                    mesh.connect_seconds)
   # jax would handle SIGTERM itself; `signals` does that for the run.
   jax.config.update("jax_enable_preemption_service", False)
   try:
-    jax.distributed.initialize(
-        **(found or {}), heartbeat_timeout_seconds=heartbeat_seconds,
-        shutdown_timeout_seconds=heartbeat_seconds)
+    with _ending_after(mesh.connect_seconds + _GRACE, (
+        "the processes of the run could not connect within "
+        f"config.mesh.connect_seconds = {mesh.connect_seconds}; check that all "
+        "have started and can reach process 0")):
+      jax.distributed.initialize(
+          **(found or {}),
+          # Later than the end above: jax would abort.
+          initialization_timeout=mesh.connect_seconds + 10 * _GRACE,
+          heartbeat_timeout_seconds=mesh.heartbeat_seconds,
+          shutdown_timeout_seconds=mesh.heartbeat_seconds)
   except RuntimeError as e:
     raise errors.WorkerLostError(
         f"the processes of the run could not connect: {e}; check that all have "
@@ -68,98 +90,28 @@ def start(coordinator: str | None, count: int | None, index: int | None,
       raise errors.ConfigError(f"--coordinator: {e}") from e
     log.info("this TPU has no other hosts (%s)", e)
     return
-  if jax.process_index():  # Only the first one logs progress.
+  _watch()
+  if _place()[0]:  # Only the first one logs progress.
     logging.getLogger("metaformer_jax").setLevel(logging.WARNING)
-  me = f"{socket.gethostname()}, pid {os.getpid()}"
-  for i, other in enumerate(_exchange(me)):
-    log.info("process %d of %d: %s", i, jax.process_count(), other)
+  _consult(rendezvous.me(), _log_all)
 
 
-def arguments(env: Mapping[str, str], coordinator: str | None,
-              count: int | None, index: int | None) -> dict[str, Any] | None:
-  """Arguments of `jax.distributed.initialize`; None: there are no others.
-
-  Missing ones are taken from SLURM or Open MPI. The address of process 0 is
-  then left to jax, which knows how to find it.
-
-  Raises:
-    ConfigError: as `start`.
-  """
-  if count == 1 and not index:
-    return None
-  launched = _launched(env)
-  if coordinator is None and launched is None:
-    if (count or 1) != 1 or index:
-      raise errors.ConfigError(
-          "--coordinator: is missing; give HOST:PORT of process 0 beside "
-          "--process_count and --process_index")
-    return None
-  launched_count, launched_index, alone = launched or (None, None, True)
-  count = launched_count if count is None else count
-  index = launched_index if index is None else index
-  if count is None or index is None:
-    raise errors.ConfigError(
-        "--coordinator: needs --process_count and --process_index beside it, "
-        "as this process was started by neither SLURM nor Open MPI")
-  if not 0 <= index < count:
-    raise errors.ConfigError(
-        f"--process_index: {index} is not one of {count} processes, counted "
-        "from 0")
-  found = {"num_processes": count, "process_id": index}
-  if coordinator is not None:
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-      raise errors.ConfigError(
-          f"--coordinator: {coordinator!r} is not HOST:PORT")
-    found["coordinator_address"] = coordinator
-    if alone:
-      found["cluster_detection_method"] = "deactivate"
-  elif "SLURM_PROCID" not in env and "OMPI_MCA_orte_hnp_uri" not in env:
-    raise errors.ConfigError(
-        "--coordinator: is missing; Open MPI 5 does not provide the address of "
-        "process 0; give its HOST:PORT")
-  elif alone and env.get("SLURM_GPUS_ON_NODE", "").isdecimal():
-    # jax assigns one device to each process that SLURM starts.
-    found["local_device_ids"] = list(range(int(env["SLURM_GPUS_ON_NODE"])))
-  return found
+def _log_all(said: list[str]) -> str:
+  for i, who in enumerate(said):
+    log.info("process %d of %d: %s", i, len(said), who)
+  return ""
 
 
-def _launched(env: Mapping[str, str]) -> tuple[int, int, bool] | None:
-  """(processes, index, alone on its host) if a launcher started several.
-
-  A shell within a SLURM job has the job's variables, but is not a step of it.
-  """
-  if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
-    count, index = _number(env, "SLURM_NTASKS"), _number(env, "SLURM_PROCID")
-    alone = env.get("SLURM_STEP_NUM_NODES") == env["SLURM_NTASKS"]
-  elif "OMPI_COMM_WORLD_SIZE" in env:
-    count = _number(env, "OMPI_COMM_WORLD_SIZE")
-    index = _number(env, "OMPI_COMM_WORLD_RANK")
-    alone = env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
-  else:
-    return None
-  return (count, index, alone) if count > 1 else None
-
-
-def _number(env: Mapping[str, str], name: str) -> int:
-  if not env.get(name, "").isdecimal():
-    raise errors.ConfigError(
-        f"{name}: the environment's {env.get(name)!r} is not a number; give "
-        "--process_count=1 to run alone")
-  return int(env[name])
-
-
-def _check_free(coordinator: str) -> None:
-  """Raises WorkerLostError if another process 0 listens at the port."""
-  port = int(coordinator.rpartition(":")[2])
-  with socket.socket() as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-      probe.bind(("", port))
-    except OSError as e:
-      raise errors.WorkerLostError(
-          f"--coordinator: process 0 cannot listen at port {port}: "
-          f"{e.strerror}; is there another process 0?") from e
+@contextlib.contextmanager
+def _ending_after(seconds: float, reason: str) -> Iterator[None]:
+  """Ends the process with a WorkerLostError if the block takes longer."""
+  timer = threading.Timer(seconds, _end, (errors.WorkerLostError(reason),))
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
 
 
 def on_tpu() -> bool:
@@ -171,12 +123,53 @@ def on_tpu() -> bool:
   return bool(chips) and util.find_spec("libtpu") is not None
 
 
-def _exchange(message: str) -> list[str]:
-  """Returns the messages of all processes in order; all must call it."""
-  data = message.encode()[:_MESSAGE]
-  padded = np.frombuffer(data.ljust(_MESSAGE, b"\0"), np.uint8)
-  said = multihost_utils.process_allgather(padded).reshape(-1, _MESSAGE)
-  return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in said]
+def _place() -> tuple[int, int]:
+  """The index of this process, and how many there are.
+
+  jax.process_index() would start the devices, and with them a first exchange
+  between the processes, which must not hang because they differ.
+  """
+  found = distributed.global_state
+  return (0, 1) if found.client is None else (
+      found.process_id, found.num_processes)
+
+
+def _consult(message: str, decide: Callable[[list[str]], str]) -> str:
+  """What process 0 makes of the messages of all; all must call it.
+
+  Messages pass through the store of jax's coordination service: no device, and
+  no program that would have to be the same everywhere, takes part.
+
+  Args:
+    message: of this process.
+    decide: called on process 0 with all messages, in order.
+  """
+  index, count = _place()
+  name = f"{_STORE}/{next(_counter)}"
+  store = distributed.global_state.client
+  if index:
+    store.key_value_set(f"{name}/{index}", message)
+    return _wait_for(f"{name}/decided")
+  decided = decide([message, *(_wait_for(f"{name}/{i}")
+                               for i in range(1, count))])
+  store.key_value_set(f"{name}/decided", decided)
+  return decided
+
+
+def _wait_for(key: str) -> str:
+  """A value of the store, once it is there.
+
+  There is no limit: some process may download weights meanwhile. If one dies,
+  jax ends the others.
+  """
+  while True:
+    try:
+      return distributed.global_state.client.blocking_key_value_get(
+          key, 1000 * _POLL)
+    except jax.errors.JaxRuntimeError as e:
+      if not str(e).startswith("DEADLINE_EXCEEDED"):
+        raise errors.WorkerLostError(
+            f"the first process cannot be reached: {errors.one_line(e)}") from e
 
 
 @contextlib.contextmanager
@@ -186,7 +179,7 @@ def agreeing() -> Iterator[None]:
   All processes must enter it. An error that is not a `UserError` becomes a
   `WorkerLostError` on the others.
   """
-  if jax.process_count() == 1:
+  if _place()[1] == 1:
     yield
     return
   failure = None
@@ -194,41 +187,87 @@ def agreeing() -> Iterator[None]:
     yield
   except Exception as e:
     failure = e
-  own = "" if failure is None else f"{type(failure).__name__}: {failure}"
-  for i, said in enumerate(_exchange(own)):
-    if not said:
-      continue
-    kind, _, message = said.partition(": ")
-    kind = getattr(errors, kind, errors.WorkerLostError)
-    if i == jax.process_index():
-      raise failure
-    raise kind(message if said == own else f"process {i}: {message}")
+  decided = _consult(
+      "" if failure is None else f"{type(failure).__name__}: {failure}",
+      lambda said: json.dumps({i: e for i, e in enumerate(said) if e}))
+  failed = json.loads(decided)
+  if failure is not None:
+    raise failure
+  for i, said in failed.items():
+    raise _as_error(int(i), said)
 
 
-def require_same(values: Mapping[str, str]) -> None:
-  """Checks that all processes have the same values; all must call it.
+def _as_error(i: int, said: str) -> errors.UserError:
+  """The error of another process, "Type: message", as one of this process."""
+  kind, _, message = said.partition(": ")
+  known = getattr(errors, kind, None)
+  if isinstance(known, type) and issubclass(known, errors.UserError):
+    return known(f"process {i}: {message}")
+  return errors.WorkerLostError(f"process {i}: {said}")
+
+
+def require_same(facts: Callable[[], Mapping[str, Any]]) -> None:
+  """Checks that all processes have the same facts; all must call it.
 
   Args:
-    values: short texts, by what they are.
+    facts: gives JSON values by what they are, as `comparison.between` takes
+      them; not called if there is one process only.
 
   Raises:
     ConfigError: on all processes, if any two differ; names what does.
   """
-  if jax.process_count() == 1:
+  if _place()[1] == 1:
     return
-  first, *others = map(json.loads, _exchange(json.dumps(values)))
-  for i, theirs in enumerate(others, 1):
-    different = [name for name in first if theirs.get(name) != first[name]]
-    if different or theirs.keys() != first.keys():
-      raise errors.ConfigError(
-          f"process {i} differs from process 0 in "
-          f"{', '.join(different or sorted(theirs.keys() ^ first.keys()))}; "
-          "all hosts need the same configuration, data and modules")
+  problem = _consult(json.dumps(facts()),
+                     lambda said: _disagreement(list(map(json.loads, said))))
+  if problem:
+    raise errors.ConfigError(problem)
 
 
+def _disagreement(said: list[dict[str, Any]]) -> str:
+  """A line about the processes that differ from the first; "" if none does."""
+  different = [i for i, facts in enumerate(said) if facts != said[0]]
+  if not different:
+    return ""
+  i = different[0]
+  found = comparison.between(
+      said[0], said[i], f"{{}}: {{}} on process 0, {{}} on process {i}")
+  others = len(different) - 1
+  who = (f"process {i} and {others} more of {len(said)} differ" if others else
+         f"process {i} differs")
+  return (f"{who} from process 0: {comparison.listed(found)}; all processes of "
+          "a run need the same experiment, code, libraries and data")
+
+
+def _watch() -> None:
+  """Ends this process, with its reason, soon after another fails alone."""
+  over = threading.Event()
+
+  def watch():
+    while not over.wait(_POLL):
+      if (failure := _failure()) is not None:
+        _end(failure)
+
+  # Before jax disconnects.
+  atexit.register(over.set)
+  threading.Thread(target=watch, daemon=True).start()
+
+
+def _failure() -> errors.UserError | None:
+  """The error of another process that has failed alone, if there is one."""
+  index, _ = _place()
+  try:
+    found = distributed.global_state.client.key_value_dir_get(_FAILURE)
+  except (AttributeError, jax.errors.JaxRuntimeError):
+    return None  # The first process is gone; jax ends this one.
+  for key, said in found:
+    i = int(key.rpartition("/")[2])
+    if i != index:
+      return _as_error(i, said)
+  return None
 @contextlib.contextmanager
 def leaving(heartbeat_seconds: int) -> Iterator[None]:
-  """Ends this process at once if it fails alone, so that the others notice.
+  """Ends this process at once if it fails alone, and tells the others why.
 
   Errors that all processes raise at the same step pass through. With any other
   one, an orderly exit would wait for the other processes, which wait for this
@@ -243,21 +282,62 @@ def leaving(heartbeat_seconds: int) -> Iterator[None]:
     shared = not host_memory and isinstance(e, (
         errors.ConfigError, errors.DataError, errors.DivergedError,
         errors.Preempted))
-    if shared or jax.process_count() == 1:
+    if shared or _place()[1] == 1:
       raise
-    code = errors.WorkerLostError.exit_code
-    if isinstance(e, errors.UserError):
-      code = e.exit_code
-      print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
-    elif isinstance(e, jax.errors.JaxRuntimeError) and not str(e).startswith(
+    if isinstance(e, jax.errors.JaxRuntimeError) and not str(e).startswith(
         "INVALID_ARGUMENT"):
-      reason = str(e).splitlines()[0]
-      print(f"WorkerLostError: {reason}; if another process has died, jax "
-            "names it below as an unhealthy task once its heartbeat is missed; "
-            "the same command continues from the last checkpoint",
-            file=sys.stderr, flush=True)
-      time.sleep(heartbeat_seconds + 5)  # jax ends the process.
-    else:
-      traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(code)
+      _end_without_a_peer(e, heartbeat_seconds)
+    _fail(e)
+
+
+def _end_without_a_peer(e: Exception, heartbeat_seconds: int) -> None:
+  """Ends this process because the devices have lost another one."""
+  if (failure := _failure()) is not None:
+    _end(failure)
+  reason = str(e).splitlines()[0]
+  print(f"WorkerLostError: {reason}; if another process has died, jax "
+        "names it below as an unhealthy task once its heartbeat is missed; "
+        "the same command continues from the last checkpoint",
+        file=sys.stderr, flush=True)
+  time.sleep(heartbeat_seconds + 5)  # jax ends the process.
+  os._exit(errors.WorkerLostError.exit_code)
+
+
+def reading(batches: Iterator[Any]) -> Iterator[Any]:
+  """The batches of this process; if it cannot read one, it fails alone.
+
+  The others wait in a step for its part, which would not come.
+  """
+  try:
+    yield from batches
+  except Exception as e:
+    if _place()[1] == 1:
+      raise
+    _fail(e)
+
+
+def _fail(e: Exception) -> None:
+  """Tells the other processes why this one fails alone, and ends it."""
+  if not isinstance(e, errors.UserError):
+    traceback.print_exception(e)
+  said = f"{type(e).__name__}: {errors.one_line(e)}"
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    distributed.global_state.client.key_value_set(
+        f"{_FAILURE}/{_place()[0]}", said)
+  _end(e)
+
+
+def _end(e: Exception) -> None:
+  """Ends this process, whatever its main thread waits for."""
+  if not _ending.acquire(blocking=False):
+    threading.Event().wait()  # For another thread to end it.
+  index, count = _place()
+  if count > 1 and not index:
+    # Without the first process, jax would abort the others at once.
+    time.sleep(2 * _POLL + 1)
+  code = errors.WorkerLostError.exit_code
+  if isinstance(e, errors.UserError):
+    code = e.exit_code
+    print(f"{type(e).__name__}: {errors.one_line(e)}", file=sys.stderr)
+  sys.stderr.flush()
+  os._exit(code)

@@ -79,15 +79,18 @@ def claim(cfg: Experiment, workdir: pathlib.Path,
   path = workdir / "config.json"
   if path.is_file():
     try:
-      different = "; ".join(saved.differences(cfg, path))
+      found = saved.differences(cfg, path)
     except (OSError, ValueError) as e:
       raise errors.ConfigError(
           f"--workdir: {path} cannot be used ({e}); choose a new folder") from e
-    failed = not _has_results(workdir)
+    failed, different = not _has_results(workdir), "; ".join(found)
     if different and not failed:
+      other = any(not text.startswith("task.class_names") for text in found)
+      hint = "" if other else (", or accept the names of the data's classes by "
+                               "--config.checkpoint.allow_other_data=True")
       raise errors.ConfigError(
           f"--workdir: {workdir} has another experiment ({different}); choose "
-          "a new folder")
+          f"a new folder{hint}")
     if different:
       log.info("%s: replacing another experiment, which ended before its first "
                "checkpoint (%s)", workdir, different)

@@ -39,8 +39,15 @@ class Data(Protocol):
   def check(self) -> None:
     """Prepares one example in this process; raises what is wrong with it."""
 
-  def fingerprint(self) -> dict[str, str]:
-    """What all processes must agree on, by what it is; need not be there."""
+  def fingerprint(self) -> dict[str, Any]:
+    """What tells the data set from others, JSON values by what they are.
+
+    It must be the same on all processes and when a run is resumed. It need not
+    be there, and neither need `layout`.
+    """
+
+  def layout(self) -> dict[str, Any]:
+    """What else all processes must agree on, of how batches are made."""
 
 
 class Evaluator(Protocol):

@@ -147,7 +147,7 @@ def _evaluate_checkpoint(cfg: Experiment, workdir: pathlib.Path) -> Row:
   checkpoint = which()
   if (workdir / "config.json").is_file():  # Else it is reported below.
     check_model(cfg, saved.read_run(workdir, None), workdir, "--workdir")
-  cfg, task, mesh = cli.start(cfg)
+  cfg, task, mesh = cli.start(cfg, workdir=workdir)
   from metaformer_jax.training import evaluate  # noqa: PLC0415
 
   return evaluate.evaluate_checkpoint(cfg, task, mesh, workdir, checkpoint,
@@ -159,7 +159,7 @@ def _evaluate_weights(cfg: Experiment) -> list[Row]:
   import jax  # noqa: PLC0415
 
   from metaformer_jax import inference  # noqa: PLC0415
-  from metaformer_jax.runtime import processes  # noqa: PLC0415
+  from metaformer_jax.runtime import agreement, processes  # noqa: PLC0415
   from metaformer_jax.training import evaluate  # noqa: PLC0415
 
   named = cli.given("config") or cli.given("config_json")
@@ -177,6 +177,8 @@ def _evaluate_weights(cfg: Experiment) -> list[Row]:
     details = _details(task)
     with processes.agreeing():
       variables = inference.read(task, path)
+    processes.require_same(
+        lambda found=variables: {"weights": agreement.of_arrays(found)})
     result = evaluate.evaluate_variables(filled, task, mesh, variables,
                                          details)
     rows.append({"weights": weights, "model": filled.model.name, **result,

@@ -15,8 +15,8 @@ from metaformer_jax.config.schema import Experiment
 from metaformer_jax.runtime import processes, sharding, signals
 from metaformer_jax.runtime.watchdog import Watchdog
 from metaformer_jax.tasks import base
+from metaformer_jax.training import same_data, step
 from metaformer_jax.training import state as state_lib
-from metaformer_jax.training import step
 
 
 class Evaluation:
@@ -63,7 +63,8 @@ class Evaluation:
       n_bad += int(notes["bad_images"])
       return int(notes["stop"])
 
-    with contextlib.closing(self._data.eval_batches()) as batches:
+    with contextlib.closing(processes.reading(
+        self._data.eval_batches())) as batches:
       for i, batch in enumerate(batches):
         pending.append(self._run(
             variables, sharding.put_batch(batch, self._mesh),
@@ -103,18 +104,6 @@ def is_due(step: int, n_steps: int, every: int) -> bool:
   """
   return step == n_steps or (
       step % every == 0 and n_steps - step >= every / 2)
-
-
-def require_same(**splits: base.Data) -> None:
-  """Checks that all processes have opened the same data; all must call it.
-
-  Raises:
-    ConfigError: on all processes, if two differ; names the split and what does.
-  """
-  processes.require_same({
-      f"{what} of the {split} data": value for split, data in splits.items()
-      if hasattr(data, "fingerprint")
-      for what, value in data.fingerprint().items()})
 
 
 def collect(evaluators: Mapping[str, base.Evaluator]) -> dict[str, float]:
@@ -199,7 +188,8 @@ def evaluate_variables(cfg: Experiment, task: base.Task, mesh,
   """
   with processes.agreeing():
     data = task.make_data("eval")
-  require_same(evaluation=data)
+  if jax.process_count() > 1:
+    same_data.agree(evaluation=data)
   evaluate = Evaluation(cfg, task, mesh, data)
   with Watchdog(cfg.log.hang_seconds) as watchdog:
     # As nothing is saved, signals have their usual effect.

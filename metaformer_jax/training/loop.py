@@ -17,6 +17,7 @@ from metaformer_jax.config import imagenet, saved, weights
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.runtime import (
   accounting,
+  agreement,
   metrics,
   processes,
   report,
@@ -27,7 +28,7 @@ from metaformer_jax.runtime import (
 )
 from metaformer_jax.runtime import workdir as workdir_lib
 from metaformer_jax.tasks import base
-from metaformer_jax.training import backbone, evaluate, finite, step
+from metaformer_jax.training import backbone, evaluate, finite, same_data, step
 from metaformer_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class Run:
   mesh: Mesh
   workdir: pathlib.Path
   train_data: base.Data
+  data: same_data.Fingerprints
   program: step.Program
   state: TrainState
   record: accounting.Record
@@ -134,11 +136,12 @@ class Run:
       train_data, eval_data = task.make_data("train"), task.make_data("eval")
       program = step.build(cfg, task, mesh, train_data.n_examples)
       names = dict.fromkeys(("loss", cfg.best_measure.name))
+    data = same_data.agree(training=train_data, evaluation=eval_data)
+    with processes.agreeing():
       if first:
         stack.enter_context(workdir_lib.hold(workdir))
         workdir_lib.claim(cfg, workdir, report.parameters(
             program.shapes.params, program.frozen))
-    evaluate.require_same(train=train_data, evaluation=eval_data)
     checkpoints = manager.Checkpoints(workdir, cfg.checkpoint, cfg.best_measure)
     stack.callback(checkpoints.close)
     dog = stack.enter_context(watchdog.Watchdog(cfg.log.hang_seconds))
@@ -152,13 +155,14 @@ class Run:
         f"config.model: its state of {sharding.n_bytes(program.shapes):,} "
         "bytes does not fit in memory; divide it among devices with "
         "config.mesh.fsdp, or choose a smaller model"):
-      state, record = _first_state(cfg, task, program, checkpoints, dog)
+      state, record = _first_state(cfg, task, program, checkpoints, dog, data)
     restored = int(jax.device_get(state.step))
     if first and restored:
       log.info("resumed %s at step %d", workdir, restored)
     run = cls(
-        cfg, task, mesh, workdir, train_data, program, state, record,
-        accounting.Clock(record), train_data.train_batches(record.position),
+        cfg, task, mesh, workdir, train_data, data, program, state, record,
+        accounting.Clock(record),
+        processes.reading(train_data.train_batches(record.position)),
         evaluate.Evaluation(cfg, task, mesh, eval_data),
         checkpoints, writers.Writer(workdir, cfg.log, restored,
                                     [*names, "learning_rate"], enabled=first),
@@ -302,7 +306,8 @@ class Run:
     self.clock.switch_to("checkpoint")
     self.watchdog.beat(f"the checkpoint of step {i}")
     self.record.productive_seconds = self.clock.productive_seconds
-    self.checkpoints.save(i, self.state.trees(), self.record, self.result)
+    self.checkpoints.save(i, self.state.trees(), self.record, self.result,
+                          self.data)
 
   def raise_if_stopped(self, i: int) -> None:
     """Raises Preempted if a process was asked to stop."""
@@ -328,7 +333,7 @@ class Run:
         "checkpoint": str(self.checkpoints.directory / str(n_steps)),
     }
     # All wait for the first one: jax gives an orderly exit less time.
-    with jax.transfer_guard("allow"), processes.agreeing():
+    with processes.agreeing():
       curves = self.writer.finish(summary)
     self.progress.finish(
         self.result or {}, f"checkpoint {summary['checkpoint']}",
@@ -338,6 +343,7 @@ class Run:
 
 def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
                  checkpoints: manager.Checkpoints, dog: watchdog.Watchdog,
+                 data: same_data.Fingerprints,
                  ) -> tuple[TrainState, accounting.Record]:
   """How the state starts; the first that applies wins.
 
@@ -349,6 +355,8 @@ def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
   shapes = program.shapes
   restored = checkpoints.latest_good()
   if restored is not None:
+    same_data.require_unchanged(cfg, checkpoints, restored, data,
+                                program.n_steps)
     abstract = sharding.abstract(shapes, program.shardings)
     trees, record = checkpoints.restore(restored, abstract.trees())
     return abstract.with_trees(restored, trees), record
@@ -357,6 +365,8 @@ def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
         cfg.init, task.pretrained,
         {"params": shapes.params, **shapes.model_state},
         lambda: dog.beat(f"the download of {cfg.init}"), **_head(cfg, task))
+  processes.require_same(
+      lambda: {"weights of config.init": agreement.of_arrays(initial or {})})
   state = jax.jit(program.create, out_shardings=program.shardings)()
   if initial:
     variables = pretrained.warm_start(

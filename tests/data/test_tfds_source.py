@@ -110,6 +110,7 @@ def test_eval_records_have_the_official_labels(data_dir):
   source = create(data_dir, train=False)  # "validation", as there is one.
   assert len(source) == tiny_imagenet.N_VAL
   assert dict(pairs(source)) == expected
+  assert source.fingerprint() != create(data_dir).fingerprint()  # Other files.
 
 
 def test_both_formats_hold_the_same_records(prepared):

@@ -192,13 +192,13 @@ def test_repeated_examples_come_in_a_row_within_their_group():
     assert one[::2] == one[1::2] and len(set(one)) == len(group) // 2
 
 
-def test_the_fingerprint_tells_groups_apart():
-  prints = [made(groups).fingerprint() for groups in (
+def test_the_layout_tells_groups_apart():
+  prints = [made(groups).layout() for groups in (
       GROUPS, GROUPS[::-1], (LANDSCAPE[1:], PORTRAIT),
       (LANDSCAPE[::-1], PORTRAIT), None)]
   assert len({tuple(p.items()) for p in prints}) == 5
-  assert prints[0] == made().fingerprint()
-  assert prints[0]["the number of examples"] == str(N - len(LEFT_OUT))
+  assert prints[0] == made().layout()
+  assert prints[0]["number of used examples"] == N - len(LEFT_OUT)
 
 
 def test_the_check_reads_an_example_of_a_group():

@@ -10,7 +10,7 @@ import pytest
 
 from metaformer_jax import errors
 from metaformer_jax.config import schema
-from metaformer_jax.runtime import devices, processes
+from metaformer_jax.runtime import devices, launchers, rendezvous
 from metaformer_jax.tasks import classification
 from metaformer_jax.training import loop
 
@@ -149,7 +149,7 @@ ALONE = {"cluster_detection_method": "deactivate"}
         "num_processes": 8, "process_id": 3}, id="ompi"),
 ])
 def test_processes_of_the_environment(env, flags, want):
-  assert processes.arguments(env, *flags) == want
+  assert launchers.arguments(env, *flags) == want
 
 
 @pytest.mark.parametrize(("env", "flags", "reason"), [
@@ -171,7 +171,7 @@ def test_processes_of_the_environment(env, flags, want):
 ])
 def test_flags_that_do_not_fit_are_refused(env, flags, reason):
   with pytest.raises(errors.ConfigError, match=reason):
-    processes.arguments(env, *flags)
+    launchers.arguments(env, *flags)
 
 
 def test_second_process_0_is_reported():
@@ -181,4 +181,4 @@ def test_second_process_0_is_reported():
     taken.listen()
     port = taken.getsockname()[1]
     with pytest.raises(errors.WorkerLostError, match=f"port {port}: Address"):
-      processes.start(f"127.0.0.1:{port}", 2, 0, 5)
+      rendezvous.meet(f"127.0.0.1:{port}", 2, 0, 5)

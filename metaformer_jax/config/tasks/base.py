@@ -34,10 +34,12 @@ class Task:
   Attributes:
     MEASURES: by which checkpoints can be ranked, the default one first.
     RESUMABLE: keys that may change when a run is resumed.
+    PER_HOST: keys that may differ among the processes of a run, as paths.
   """
 
   MEASURES: ClassVar[tuple[Measure, ...]]
   RESUMABLE: ClassVar[tuple[str, ...]] = ()
+  PER_HOST: ClassVar[tuple[str, ...]] = ()
 
   name: str
 

@@ -23,6 +23,7 @@ class Classification(base.Task):
               base.Measure("top5", True, is_fraction=True),
               base.Measure("loss", False))
   RESUMABLE = ("eval_labels", "real_path")
+  PER_HOST = ("real_path",)
 
   name: str = option("classification", "what is learned")
   num_classes: int | None = option(

@@ -11,7 +11,7 @@ import numpy as np
 
 from metaformer_jax import errors
 from metaformer_jax.config import schema
-from metaformer_jax.data.sources import base
+from metaformer_jax.data.sources import base, fingerprints
 
 _MAX_IDX_BYTES = 2**31  # Unpacked; MNIST's largest file has 47 million.
 
@@ -31,6 +31,11 @@ class InMemory:
 
   def __getitem__(self, index: int) -> base.Record:
     return {"image": self._images[index], "label": int(self._labels[index])}
+
+  def fingerprint(self) -> dict[str, str]:
+    """A digest of all values."""
+    return {"images and labels": fingerprints.arrays(self._images,
+                                                     self._labels)}
 
 
 DIGITS = base.Classes(10, tuple("0123456789"))

@@ -28,6 +28,7 @@ import numpy as np
 
 from metaformer_jax import errors
 from metaformer_jax.config import paths, schema
+from metaformer_jax.data.sources import fingerprints
 
 Record = Mapping[str, Any]
 
@@ -50,6 +51,10 @@ class Source(Protocol):
   Attributes:
     n_classes: of the labels, which are below it in classification; None if the
       source cannot know. A source may also have `class_names`, one for each.
+
+  It may have `fingerprint()`, facts that tell its data from other data, besides
+  number and classes: JSON values by what they are, as of `fingerprints.files`.
+  A run compares them with those of its checkpoint, and between its processes.
   """
 
   n_classes: int | None
@@ -73,6 +78,9 @@ class _Renumbered:
   def __getitem__(self, index: int) -> Record:
     record = self._source[index]
     return {**record, "label": self._numbers[record["label"]]}
+
+  def fingerprint(self) -> dict[str, Any]:
+    return fingerprints.of(self._source)
 
 
 class _RenumberedMaps(_Renumbered):

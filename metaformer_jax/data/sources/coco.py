@@ -22,6 +22,7 @@ from metaformer_jax.config import schema
 from metaformer_jax.data.sources import (
   base,
   coco_json,
+  fingerprints,
   folders,
   objects,
   outlines,
@@ -75,6 +76,11 @@ class Coco(objects.Source):
       record["segments"] = [self.segments[row] for row in
                             self.objects.rows(index)]
     return record
+
+  def fingerprint(self) -> dict[str, str]:
+    """`fingerprints.files` of the images, and a digest of the objects."""
+    return {**fingerprints.files((self._root, self._files.tolist())),
+            **super().fingerprint()}
 
 
 def create(data: schema.Data, train: bool, with_outlines: bool = False) -> Coco:

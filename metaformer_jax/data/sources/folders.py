@@ -7,13 +7,13 @@ import pathlib
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from metaformer_jax import errors
 from metaformer_jax.config import schema
-from metaformer_jax.data.sources import base
+from metaformer_jax.data.sources import base, fingerprints
 
 _MAX_IMAGE_BYTES = 2**30  # Encoded; ImageNet's largest file has 15 million.
 
@@ -94,6 +94,7 @@ class ClassFolders:
           "which one could be held out")
     self._files = np.array(files)
     self._labels = np.array(labels, np.int32)
+    self._names = tuple(classes)
 
   def __len__(self) -> int:
     return len(self._files)
@@ -106,6 +107,11 @@ class ClassFolders:
     path = self.path(index)
     return {"image": read_file(path), "label": int(self._labels[index]),
             "path": path}
+
+  def fingerprint(self) -> dict[str, Any]:
+    """The classes' names, and `fingerprints.files`."""
+    return {"classes": list(self._names),
+            **fingerprints.files((self._root, self._files.tolist()))}
 
 
 @contextlib.contextmanager

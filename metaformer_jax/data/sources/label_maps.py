@@ -16,7 +16,7 @@ import numpy as np
 from metaformer_jax import errors
 from metaformer_jax.config import ade20k, schema
 from metaformer_jax.data import images
-from metaformer_jax.data.sources import base, folders
+from metaformer_jax.data.sources import base, fingerprints, folders
 
 # The folder that ADE20K's archive unpacks to.
 _ADE20K = "ADEChallengeData2016"
@@ -90,6 +90,10 @@ class LabelMaps:
     path = self.path(index)
     return {"path": path, "image": folders.read_file(path),
             "label": folders.read_file(self._path(1, index))}
+
+  def fingerprint(self) -> dict[str, str]:
+    """`fingerprints.files` of images and label maps."""
+    return fingerprints.files(*zip(self._roots, self._files.tolist()))
 
   def sizes(self) -> np.ndarray:
     """Heights and widths of the images by their headers: int32 [N, 2].

@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from metaformer_jax.data.sources import outlines
+from metaformer_jax.data.sources import fingerprints, outlines
 
 log = logging.getLogger(__name__)
 
@@ -219,6 +219,13 @@ class Source:
     """A COCO data set, whose images are those of the records, in order."""
     return self.objects.annotations(self.category_ids, self.class_names,
                                     self.segments)
+
+  def fingerprint(self) -> dict[str, str]:
+    """A digest of the objects and their classes' numbers, without outlines."""
+    return {"objects": fingerprints.arrays(
+        np.array(self.category_ids),
+        *(getattr(self.objects, field.name)
+          for field in dataclasses.fields(self.objects)))}
 
   def missing(self) -> list[str]:
     """A line if training with masks leaves objects out that boxes have."""

@@ -26,6 +26,7 @@ from metaformer_jax import errors
 from metaformer_jax.config import json_data, schema
 from metaformer_jax.data.sources import (
   base,
+  fingerprints,
   folders,
   objects,
   outline_files,
@@ -169,6 +170,12 @@ class _Records:
     record = msgpack.unpackb(self._records[index])
     return {**record, "path": os.fsdecode(record["path"])}
 
+  def fingerprint(self) -> dict[str, str]:
+    """`fingerprints.files` of the files that the records are in."""
+    folder = os.path.dirname(self._paths[0])
+    names = [os.fsencode(os.path.basename(path)) for path in self._paths]
+    return fingerprints.files((folder, names))
+
 
 class Prepared:
   """A split of label maps, with the records that it was made of."""
@@ -190,6 +197,11 @@ class Prepared:
     """Heights and widths of the images: int32 [N, 2]."""
     return self._sizes
 
+  def fingerprint(self) -> dict[str, str]:
+    """The records' files, and a digest of the images' sizes."""
+    return {**self._records.fingerprint(),
+            "sizes of images": fingerprints.arrays(self._sizes)}
+
 
 class PreparedObjects(objects.Source):
   """A split of objects, with the records that it was made of."""
@@ -205,6 +217,10 @@ class PreparedObjects(objects.Source):
     if self.outlined is not None:
       record["segments"] = json.loads(segments)
     return record
+
+  def fingerprint(self) -> dict[str, str]:
+    """The records' files, and a digest of the objects."""
+    return {**self._records.fingerprint(), **super().fingerprint()}
 
 
 def _split(data: schema.Data, train: bool) -> str:

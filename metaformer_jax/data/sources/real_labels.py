@@ -8,11 +8,12 @@ the images ILSVRC2012_val_00000001 to 50000, in this order.
 import json
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 
 from metaformer_jax import errors
-from metaformer_jax.data.sources import base, folders
+from metaformer_jax.data.sources import base, fingerprints, folders
 
 
 class RealLabels:
@@ -67,3 +68,7 @@ class RealLabels:
 
   def __getitem__(self, index: int) -> base.Record:
     return {**self._source[index], "labels": self._labels[index]}
+
+  def fingerprint(self) -> dict[str, Any]:
+    return {**fingerprints.of(self._source),
+            "labels of real.json": fingerprints.arrays(self._labels)}

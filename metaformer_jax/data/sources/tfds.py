@@ -6,7 +6,7 @@ are read here by index. Images stay encoded; `data.images` decodes them.
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from metaformer_jax import errors
 from metaformer_jax.config import schema
-from metaformer_jax.data.sources import base, prepared
+from metaformer_jax.data.sources import base, fingerprints, prepared
 
 _LENGTH = struct.Struct("<Q")
 _PREFIX, _SUFFIX = 12, 4  # Length and its checksum; the data's checksum.
@@ -91,7 +91,8 @@ def create(name: str, data_dir: str | None, split: str | None,
         f"config.data.path: {name} is prepared as "
         f"{builder.info.file_format.value}, which has no random access; "
         f"prepare it with --file_format=array_record")
-  return TfdsSource(records, features)
+  return TfdsSource(records, features, [
+      os.fspath(part.filename) for part in info.file_instructions])
 
 
 def check(cfg: schema.Experiment, files: bool,
@@ -109,9 +110,15 @@ def check(cfg: schema.Experiment, files: bool,
 class TfdsSource:
   """A split of a TFDS data set with an image and a label."""
 
-  def __init__(self, records, features):
-    """Takes the serialized examples, by index, and their TFDS features."""
-    self._records, self._features = records, features
+  def __init__(self, records, features, paths: Sequence[str] = ()):
+    """Takes the serialized examples, by index, and their TFDS features.
+
+    Args:
+      records: the examples.
+      features: of TFDS.
+      paths: of the files that the examples are in.
+    """
+    self._records, self._features, self._paths = records, features, paths
     self._decoders: dict[str, Any] | None = None
     self.n_classes = features["label"].num_classes
     self.class_names = features["label"].names
@@ -131,6 +138,12 @@ class TfdsSource:
     if isinstance(name, bytes):
       record["path"] = os.fsdecode(name)
     return record
+
+  def fingerprint(self) -> dict[str, str]:
+    """`fingerprints.files` of the files that the examples are in."""
+    return fingerprints.files(*(
+        (os.path.dirname(path), [os.fsencode(os.path.basename(path))])
+        for path in self._paths))
 
 
 class _ArrayRecords:
