@@ -1,6 +1,9 @@
-"""Local paths that users give."""
+"""Local paths that users give, and files that others may have put there."""
 
+import os
 import pathlib
+import stat
+from typing import BinaryIO
 
 from metaformer_jax import errors
 
@@ -31,3 +34,26 @@ def existing_parent(path: pathlib.Path) -> pathlib.Path:
   while not path.exists():
     path = path.parent
   return path
+
+
+def open_file(path: str | pathlib.Path, buffering: int = -1) -> BinaryIO:
+  """Opens a regular file to read bytes.
+
+  Opening a pipe would wait for a writer, and a device may have no end.
+
+  Args:
+    path: of the file.
+    buffering: as for `open`.
+
+  Raises:
+    OSError: it cannot be opened, or is a pipe, a device or a folder.
+  """
+
+  def regular(path, flags):
+    handle = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+      os.close(handle)
+      raise OSError(f"{path} is not a regular file")
+    return handle
+
+  return open(path, "rb", buffering, opener=regular)

@@ -5,14 +5,13 @@ import hashlib
 import os
 import pathlib
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from metaformer_jax import errors
-from metaformer_jax.config import schema
+from metaformer_jax.config import paths, schema
 from metaformer_jax.data.sources import base
 
 _MAX_IMAGE_BYTES = 2**30  # Encoded; ImageNet's largest file has 15 million.
@@ -111,16 +110,10 @@ class ClassFolders:
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
   """A file to read; OSError if it is a pipe, a device or far too large."""
-
-  def at_once(path, flags):  # Opening a pipe would wait for a writer.
-    return os.open(path, flags | os.O_NONBLOCK)
-
-  with open(path, "rb", opener=at_once) as f:
-    found = os.fstat(f.fileno())
-    if not stat.S_ISREG(found.st_mode):
-      raise OSError(f"{path} is not a regular file")
-    if found.st_size > _MAX_IMAGE_BYTES:
-      raise OSError(f"{path} has {found.st_size} bytes, too many for an image")
+  with paths.open_file(path) as f:
+    size = os.fstat(f.fileno()).st_size
+    if size > _MAX_IMAGE_BYTES:
+      raise OSError(f"{path} has {size} bytes, too many for an image")
     yield f
 
 

@@ -23,7 +23,7 @@ import msgpack
 import numpy as np
 
 from metaformer_jax import errors
-from metaformer_jax.config import json_data, schema
+from metaformer_jax.config import json_data, paths, schema
 from metaformer_jax.data.sources import (
   base,
   folders,
@@ -136,6 +136,7 @@ def check_shard(path: str, n_examples: int) -> None:
   from array_record.python import array_record_module  # noqa: PLC0415  Linux.
 
   try:
+    paths.open_file(path).close()  # The library would wait for a pipe.
     reader = array_record_module.ArrayRecordReader(path)
     found = reader.num_records()
     reader.close()
