@@ -9,10 +9,15 @@ import pathlib
 from typing import Any
 
 import ml_collections
-import safetensors
 
 from metaformer_jax import errors, imports
-from metaformer_jax.config import conversion, json_data, own, typed
+from metaformer_jax.config import (
+  conversion,
+  json_data,
+  own,
+  tensor_files,
+  typed,
+)
 from metaformer_jax.config.hub import folders
 from metaformer_jax.config.model import Model
 from metaformer_jax.config.schema import Experiment
@@ -121,9 +126,9 @@ def _read_metadata(path: pathlib.Path,
   if path.suffix != ".safetensors" or not path.is_file():
     return None
   try:
-    with safetensors.safe_open(path, framework="numpy") as file:
+    with tensor_files.opened(path) as file:
       text = (file.metadata() or {}).get(METADATA)
-  except (OSError, safetensors.SafetensorError) as e:
+  except (OSError, ValueError) as e:
     raise errors.WeightsError(f"{path}: {e}") from e
   if text is None:
     return None
