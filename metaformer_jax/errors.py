@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 # Characters of a line that a user sees. A path may have 4,096 bytes.
 _MAX_LINE = 6000
 _END = 1000  # What to do is said at the end.
+_LITTLE = 200  # More than that; a line that was cut is not cut again.
 
 # Longer names are compared by their beginnings, as the time is quadratic.
 _COMPARED = 100
@@ -68,12 +69,17 @@ def one_line(text: object) -> str:
 
   Names from outside cannot control the terminal, or fill it.
   """
-  line = " ".join(str(text).split())
+  return "".join(c if c.isprintable() else "?"
+                 for c in cut(" ".join(str(text).split())))
+
+
+def cut(line: str) -> str:
+  """A line without its middle if it is long."""
   more = len(line) - _MAX_LINE
-  if more > 0:
-    line = (f"{line[:_MAX_LINE - _END]}... ({more} more characters) ..."
-            f"{line[-_END:]}")
-  return "".join(c if c.isprintable() else "?" for c in line)
+  if more <= _LITTLE:
+    return line
+  return (f"{line[:_MAX_LINE - _END]}... ({more} more characters) ..."
+          f"{line[-_END:]}")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,8 @@ def test_a_long_line_keeps_its_beginning_and_its_end():
   assert len(line) < 6100 and line.isprintable()
   assert line.startswith("where: a a ") and line.endswith(" a a do this")
   assert f"... ({len('where: do this') + 2 * 10**6 - 6000} more charac" in line
-  assert errors.one_line("a" * 6000) == "a" * 6000
+  assert errors.one_line("a" * 6200) == "a" * 6200
+  assert errors.one_line(line) == line
 
 
 def test_long_names_are_compared_soon():

@@ -1,5 +1,6 @@
 """Local paths that users give, and files that others may have put there."""
 
+import errno
 import os
 import pathlib
 import stat
@@ -51,9 +52,13 @@ def open_file(path: str | pathlib.Path, buffering: int = -1) -> BinaryIO:
 
   def regular(path, flags):
     handle = os.open(path, flags | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-      os.close(handle)
-      raise OSError(f"{path} is not a regular file")
-    return handle
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+      return handle
+    os.close(handle)
+    code, why = ((errno.EISDIR, os.strerror(errno.EISDIR))
+                 if stat.S_ISDIR(mode) else
+                 (errno.EINVAL, "is not a regular file"))
+    raise OSError(code, why, os.fspath(path))
 
   return open(path, "rb", buffering, opener=regular)

@@ -57,6 +57,21 @@ def read_json(path: pathlib.Path,
   return typed.as_config(cfg)
 
 
+def text(cfg: Experiment) -> str:
+  """An experiment as `read_run` reads it.
+
+  Raises:
+    ConfigError: it is too large to be read again.
+  """
+  found = typed.to_json(cfg)
+  if len(found) > json_data.MAX_BYTES:  # It has ASCII characters only.
+    raise errors.ConfigError(
+        f"config: takes {len(found):,} bytes as JSON, more than "
+        f"{json_data.MAX_BYTES:,}, so that the run could not be resumed; give "
+        "the classes shorter names (config.task.class_names)")
+  return found
+
+
 def find_workdir(path: pathlib.Path) -> pathlib.Path | None:
   """The workdir of a workdir, its checkpoints or a step in them; else None.
 

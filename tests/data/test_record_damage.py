@@ -133,9 +133,10 @@ def test_a_file_that_shrinks_is_an_error(tmp_path):
 
 def test_a_pipe_or_a_folder_is_an_error(tmp_path):
   os.mkfifo(tmp_path / "pipe")
-  for path in (tmp_path, tmp_path / "pipe"):
+  for path, reason in ((tmp_path, "Is a directory"),
+                       (tmp_path / "pipe", "is not a regular file")):
     fails(lambda: tfrecords.Records([part(path)]),  # noqa: B023
-          f"{path}: cannot be read", "is not a regular file")
+          f"{path}: cannot be read: ", reason)
 
 
 class Source:

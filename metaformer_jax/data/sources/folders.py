@@ -12,7 +12,7 @@ import numpy as np
 
 from metaformer_jax import errors
 from metaformer_jax.config import paths, schema
-from metaformer_jax.data.sources import base
+from metaformer_jax.data.sources import base, file_names
 
 _MAX_IMAGE_BYTES = 2**30  # Encoded; ImageNet's largest file has 15 million.
 
@@ -58,8 +58,7 @@ class ClassFolders:
   """A folder with a folder of images per class.
 
   Classes are numbered in the order of their sorted names, as in torchvision's
-  ImageFolder and timm; images are sorted within a class. One array holds all
-  names, so that millions take little memory and are cheap to send to workers.
+  ImageFolder and timm; images are sorted within a class.
   """
 
   def __init__(self, root: pathlib.Path, classes: Sequence[str],
@@ -91,7 +90,7 @@ class ClassFolders:
       raise errors.ConfigError(
           f"config.data.eval_fraction: no class of {root} has two images, of "
           "which one could be held out")
-    self._files = np.array(files)
+    self._files = file_names.FileNames(files)
     self._labels = np.array(labels, np.int32)
 
   def __len__(self) -> int:
