@@ -35,6 +35,9 @@ def make() -> dict[str, bytes]:
       "lists": b"]" * 2 * 10**7 + b".",
       "marks": b"(" * 10**7 + b".",
       "names": b"(" + b"ctorch\nSize\n" * n + b"l.",
+      # Its text has 2^99 characters.
+      "laughing name": b"]q\x00" + b"".join(
+          b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(99)) + b"]\x93.",
       "huge key": huge + put(0) + b"}(" + (get(0) + b"N") * n + b"u.",
       # Equal texts are compared character by character.
       "long keys": (text(b"a", 10**6) + put(0) + text(b"a", 10**6) + put(1)

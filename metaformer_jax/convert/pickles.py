@@ -231,6 +231,8 @@ class _Machine:
           stack.append(torch_names.named(arg.replace(" ", ".")))
         case "STACK_GLOBAL":
           name, module = stack.pop(), stack.pop()
+          if not isinstance(name, str) or not isinstance(module, str):
+            raise ValueError("a global without a name")
           stack.append(torch_names.named(f"{module}.{name}"))
         case "REDUCE" | "NEWOBJ":
           args, function = stack.pop(), stack.pop()
