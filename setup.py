@@ -13,7 +13,8 @@ VERSION = re.search(
 # Weights on the Hugging Face hub also come without it, by https.
 HUB = ["huggingface_hub>=1.3,<3"]
 # Reading data sets that TFDS prepared needs no TensorFlow; preparing does.
-TFDS = ["tensorflow-datasets>=4.9.10,<4.10", "importlib_resources>=6,<8"]
+TFDS = ["tensorflow-datasets>=4.9.10,<4.10", "importlib_resources>=6,<8",
+        "google-crc32c>=1.6,<2"]
 
 setuptools.setup(
     name="metaformer-jax",

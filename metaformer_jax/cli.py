@@ -33,7 +33,7 @@ from metaformer_jax import errors
 from metaformer_jax.config import explain, paths, saved, typed
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config.schema import Experiment
-from metaformer_jax.runtime import signals
+from metaformer_jax.runtime import signals, streams
 from metaformer_jax.runtime import workdir as workdir_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -119,9 +119,10 @@ def one_line_errors():
   SIGTERM and Ctrl-C are one line, too, and end the process soon, unless a run
   has something to save.
   """
-  with signals.ending():
+  with streams.guarded(), signals.ending():
     try:
-      yield
+      with streams.flushing():
+        yield
     except errors.UserError as e:
       print(f"{type(e).__name__}: {errors.one_line(e)}", file=sys.stderr,
             flush=True)
@@ -129,7 +130,6 @@ def one_line_errors():
     except KeyboardInterrupt:  # `ending` has said it.
       sys.exit(errors.Preempted.exit_code)
     except BrokenPipeError:  # The reader of stdout has ended, as of `| head`.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       sys.exit(1)
 
 

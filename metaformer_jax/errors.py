@@ -11,6 +11,14 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 
+# Characters of a line that a user sees. A path may have 4,096 bytes.
+_MAX_LINE = 6000
+_END = 1000  # What to do is said at the end.
+_LITTLE = 200  # More than that; a line that was cut is not cut again.
+
+# Longer names are compared by their beginnings, as the time is quadratic.
+_COMPARED = 100
+
 
 class UserError(Exception):
   """One line that says what is wrong and what to do; the base class."""
@@ -57,9 +65,21 @@ class Preempted(UserError):
 
 
 def one_line(text: object) -> str:
-  """The text on one line; names from outside cannot control the terminal."""
+  """The text on one line, without its middle if it is long.
+
+  Names from outside cannot control the terminal, or fill it.
+  """
   return "".join(c if c.isprintable() else "?"
-                 for c in " ".join(str(text).split()))
+                 for c in cut(" ".join(str(text).split())))
+
+
+def cut(line: str) -> str:
+  """A line without its middle if it is long."""
+  more = len(line) - _MAX_LINE
+  if more <= _LITTLE:
+    return line
+  return (f"{line[:_MAX_LINE - _END]}... ({more} more characters) ..."
+          f"{line[-_END:]}")
 
 
 @contextlib.contextmanager
@@ -109,7 +129,8 @@ def nearest(name: str, valid: Iterable[str],
 
 def _likeness(name: str, choice: str) -> tuple[float, int]:
   """How alike two names are, from 0 to 1; and the length of a common start."""
-  a, b = (text.lower().replace("-", "_") for text in (name, choice))
+  a, b = (text[:_COMPARED].lower().replace("-", "_")
+          for text in (name, choice))
   like = difflib.SequenceMatcher(None, a, b).ratio()
   one, other = (re.findall(r"[^\W\d_]+|\d+", text) for text in (a, b))
   if one and other and (

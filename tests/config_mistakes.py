@@ -56,7 +56,7 @@ TOGETHER = [
     ("mesh", {"mesh.data": -1, "mesh.fsdp": -1}),
     ("mesh.data", {"mesh.data": 0}),
     ("mesh.fsdp", {"mesh.fsdp": 0}),
-    (RULES, {RULES: [["(", 0]]}),
+    (RULES, {RULES: [["a", 0]] * 1001}),
     (RULES, {RULES: [["a", 0.0]]}),
     (RULES, {RULES: [[0, "a"]]}),
     (RULES, {RULES: [["a", 10**30]]}),

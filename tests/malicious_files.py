@@ -19,6 +19,7 @@ import warnings
 import zipfile
 import zlib
 
+import costly_pickles
 import numpy as np
 import torch_format as tf
 
@@ -117,6 +118,16 @@ def archives(canary: pathlib.Path) -> dict[str, bytes]:
     return one[:start] + entries + struct.pack(
         "<4s4H2LH", b"PK\x05\x06", 0, 0, n, n, len(entries), start, 0)
 
+  def directory(n):
+    """n empty entries, all of them the same bytes of the file."""
+    one = made(("a/000000", b""))
+    start, end = one.rindex(b"PK\x01\x02"), one.rindex(b"PK\x05\x06")
+    entries = b"".join(one[start:end].replace(b"000000", b"%06d" % i)
+                       for i in range(n))
+    return one[:start] + entries + struct.pack(
+        "<4s4H2LH", b"PK\x05\x06", 0, 0, n % 2**16, n % 2**16, len(entries),
+        start, 0)
+
   whole = made(("a/data.pkl", data), ("a/data/0", VALUES.tobytes()))
   lying = bytearray(whole)
   at = lying.rindex(b"PK\x01\x02")
@@ -136,6 +147,7 @@ def archives(canary: pathlib.Path) -> dict[str, bytes]:
       "lying": bytes(lying),
       "cut": whole[:-30],
       "many": made(*((f"a/{i}", b"") for i in range(3000))),
+      "directory": directory(300_000),
       "npz": _npz(np.array([Shell(f"touch {canary}")], object)),
   }
 
@@ -316,9 +328,11 @@ def make(folder: pathlib.Path, canary: pathlib.Path) -> list[tuple[str, str]]:
   files = {}
   for name, program in pickles(canary).items():
     files["weights", f"{name}.zip.pth"] = tf.zipped(program)
-    if name != "numpy object":
+    if name != "numpy object" and not isinstance(program, bytes):
       files["weights", f"{name}.4.pth"] = tf.zipped(program, protocol=4)
     files["weights", f"{name}.pth"] = tf.legacy(program)
+  for name, program in costly_pickles.make().items():
+    files["weights", f"{name}.zip.pth"] = tf.zipped(program)
   for kind, contents in (
       ("weights", archives(canary)), ("weights", tensors(canary)),
       ("weights", others(canary)), ("config", configs(canary)),

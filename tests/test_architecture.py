@@ -27,7 +27,7 @@ ALLOWED = {
     "evaluation": set(),
     "ops": set(),
     "heads": {"models", "ops"},
-    "convert": {"models"},
+    "convert": {"config.tensor_files", "models"},
     "runtime": {"config"},
     "checkpoints": {"runtime", "config", "convert", "models"},
     "tasks": {"config", "models", "heads", "ops", "data", "evaluation"},

@@ -1,5 +1,7 @@
 """Messages for the terminal."""
 
+import time
+
 import pytest
 
 from metaformer_jax import errors
@@ -12,6 +14,22 @@ from metaformer_jax import errors
 def test_one_line_is_printable(text, line):
   assert errors.one_line(text) == line
   assert errors.one_line(text).isprintable()
+
+
+def test_a_long_line_keeps_its_beginning_and_its_end():
+  line = errors.one_line("where: " + "a\n" * 10**6 + "do this")
+  assert len(line) < 6100 and line.isprintable()
+  assert line.startswith("where: a a ") and line.endswith(" a a do this")
+  assert f"... ({len('where: do this') + 2 * 10**6 - 6000} more charac" in line
+  assert errors.one_line("a" * 6200) == "a" * 6200
+  assert errors.one_line(line) == line
+
+
+def test_long_names_are_compared_soon():
+  names = [f"{i}{'ab' * 4000}" for i in range(1000)]
+  start = time.process_time()
+  assert errors.nearest("ba" * 4000, names) != []
+  assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("name, valid, found", [

@@ -13,6 +13,8 @@ import time
 import urllib.parse
 from collections.abc import Sequence
 
+from metaformer_jax.config import json_data
+
 # RFC 9530: "sha-256=:BASE64:".
 _DIGEST = re.compile(r"\b(sha-256|sha-512)=:([A-Za-z0-9+/]+=*):", re.I)
 
@@ -44,7 +46,7 @@ class Facts:
 def read(path: pathlib.Path) -> Facts:
   """What `Facts.write` has noted; nothing if that cannot be read."""
   try:
-    found = Facts(**json.loads(path.read_text()))
+    found = Facts(**json_data.read(path))
     valid = (isinstance(found.validator, str)
              and isinstance(found.size, int | None)
              and {"md5", "sha256", "sha512"}.issuperset(dict(found.digests)))

@@ -10,6 +10,7 @@ error.
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import pathlib
 import re
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 # The items of a step: trees of arrays, those that are not empty.
 _TREES = ("params", "model_state", "opt_state", "ema_params", "ema_state")
 Trees = Mapping[str, Any]
+
+# Weights take about the memory of their files; 256 MiB may be all zeros.
+_MAX_EXPANSION, _ALWAYS_READ = 20, 2**28
 
 # Orbax warns when single items are read, and about the handler below; its
 # threads log tracebacks of failures that are raised here as well.
@@ -329,6 +333,7 @@ def read_variables(path: pathlib.Path) -> dict[str, Any]:
 
   def read(item):
     metadata = reader.metadata(step / item).item_metadata
+    _require_plausible(metadata.tree, found.n_bytes)
     as_numpy = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
     return reader.restore(step / item, args=ocp.args.PyTreeRestore(
@@ -343,6 +348,18 @@ def read_variables(path: pathlib.Path) -> dict[str, Any]:
     reason = " ".join(str(e).split())
     raise errors.WeightsError(f"{step}: cannot be read: {reason}") from e
   return variables
+
+
+def _require_plausible(tree: Any, n_bytes: int) -> None:
+  """Raises ValueError if arrays take far more memory than the step's files.
+
+  Zeros are compressed well, so that forged arrays could have any size.
+  """
+  needed = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize
+               for x in jax.tree.leaves(tree))
+  if needed > max(_MAX_EXPANSION * n_bytes, _ALWAYS_READ):
+    raise ValueError(f"its arrays have {needed:,} bytes, more than "
+                     f"{_MAX_EXPANSION} times its files")
 
 
 def _open_orbax() -> ocp.AsyncCheckpointer:

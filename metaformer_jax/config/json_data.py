@@ -12,12 +12,12 @@ from metaformer_jax.config import conversion
 
 # An experiment takes a few kilobytes, and the values of `mesh.rules` are nested
 # four deep. ImageNet-21K's class names need the rest.
-_MAX_BYTES, _MAX_DEPTH = 2**22, 8
+MAX_BYTES, _MAX_DEPTH = 2**22, 8
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def read(path: pathlib.Path, limit: int = _MAX_BYTES) -> Any:
+def read(path: pathlib.Path, limit: int = MAX_BYTES) -> Any:
   """Parses a JSON file; OSError or ValueError says why it cannot be.
 
   It cannot be if it has more than `limit` bytes.

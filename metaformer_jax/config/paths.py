@@ -1,6 +1,10 @@
-"""Local paths that users give."""
+"""Local paths that users give, and files that others may have put there."""
 
+import errno
+import os
 import pathlib
+import stat
+from typing import BinaryIO
 
 from metaformer_jax import errors
 
@@ -31,3 +35,30 @@ def existing_parent(path: pathlib.Path) -> pathlib.Path:
   while not path.exists():
     path = path.parent
   return path
+
+
+def open_file(path: str | pathlib.Path, buffering: int = -1) -> BinaryIO:
+  """Opens a regular file to read bytes.
+
+  Opening a pipe would wait for a writer, and a device may have no end.
+
+  Args:
+    path: of the file.
+    buffering: as for `open`.
+
+  Raises:
+    OSError: it cannot be opened, or is a pipe, a device or a folder.
+  """
+
+  def regular(path, flags):
+    handle = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+      return handle
+    os.close(handle)
+    code, why = ((errno.EISDIR, os.strerror(errno.EISDIR))
+                 if stat.S_ISDIR(mode) else
+                 (errno.EINVAL, "is not a regular file"))
+    raise OSError(code, why, os.fspath(path))
+
+  return open(path, "rb", buffering, opener=regular)

@@ -9,7 +9,6 @@ import pathlib
 from typing import Any
 
 import ml_collections
-import safetensors
 
 from metaformer_jax import errors, imports
 from metaformer_jax.config import (
@@ -17,6 +16,7 @@ from metaformer_jax.config import (
   conversion,
   json_data,
   own,
+  tensor_files,
   typed,
 )
 from metaformer_jax.config.hub import folders
@@ -61,6 +61,21 @@ def read_json(path: pathlib.Path,
   cfg = typed.typed(tree)
   own.require_allowed(cfg, allowed, f"--config_json: {path}")
   return typed.as_config(cfg)
+
+
+def text(cfg: Experiment) -> str:
+  """An experiment as `read_run` reads it.
+
+  Raises:
+    ConfigError: it is too large to be read again.
+  """
+  found = typed.to_json(cfg)
+  if len(found) > json_data.MAX_BYTES:  # It has ASCII characters only.
+    raise errors.ConfigError(
+        f"config: takes {len(found):,} bytes as JSON, more than "
+        f"{json_data.MAX_BYTES:,}, so that the run could not be resumed; give "
+        "the classes shorter names (config.task.class_names)")
+  return found
 
 
 def find_workdir(path: pathlib.Path) -> pathlib.Path | None:
@@ -132,9 +147,9 @@ def _read_metadata(path: pathlib.Path,
   if path.suffix != ".safetensors" or not path.is_file():
     return None
   try:
-    with safetensors.safe_open(path, framework="numpy") as file:
+    with tensor_files.opened(path) as file:
       text = (file.metadata() or {}).get(METADATA)
-  except (OSError, safetensors.SafetensorError) as e:
+  except (OSError, ValueError) as e:
     raise errors.WeightsError(f"{path}: {e}") from e
   if text is None:
     return None

@@ -115,8 +115,10 @@ class Train:
       10, "steps whose loss or gradient is not finite are skipped; the run "
       "ends after this many in a row", low=1)
   freeze: tuple[str, ...] = option(
-      (), "parameters that are not trained, as patterns of their paths "
-      "(stage1/*); backbone: all that weights can be loaded into but the head")
+      (), "parameters that are not trained, as patterns of their paths, or of "
+      "what they are in: stage1, stage*/block1, **/norm1 (* is within a name, "
+      "** any number of names); backbone: all that weights can be loaded into "
+      "but the head")
   ema_decay: float = option(
       0.0, "decay of the moving average of the parameters and BatchNorm's "
       "statistics, which is what is evaluated; 0: none", low=0, high=0.999999)
@@ -156,7 +158,8 @@ class Mesh:
   min_size: int = option(
       2**16, "arrays with fewer values are not split over fsdp", low=0)
   rules: tuple[tuple[Any, ...], ...] = option(
-      (), "pairs (regular expression of parameter paths, axis to split or -1)")
+      (), "pairs (pattern of parameter paths, axis to split or -1), with "
+      "patterns as in train.freeze")
   heartbeat_seconds: int = option(
       30, "a process that is silent for longer is considered dead", low=5)
   connect_seconds: int = option(

@@ -6,12 +6,13 @@ import os
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
 
 from metaformer_jax import errors
+from metaformer_jax.config import tensor_files
 from metaformer_jax.convert import pickles
 from metaformer_jax.convert.pickles import one_line
 
@@ -35,6 +36,15 @@ _MISTAKEN = {
     b"\x89HDF": "is of the HDF5 format: save the weights as safetensors",
     b"\x93NUMPY": "is a NumPy array: save the weights as safetensors",
 }
+
+# Dtypes of safetensors that stand for numbers only together with scales.
+_UNREAD = ("F8_", "F6_", "F4")
+
+
+class _Unread(NamedTuple):
+  """A tensor of a dtype of `_UNREAD`."""
+
+  dtype: str
 
 
 def read_tensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
@@ -226,11 +236,18 @@ def _names(folder: pathlib.Path) -> list[str]:
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
-    return safetensors.numpy.load_file(path)
+    with tensor_files.opened(path) as file:
+      return {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118
   except Exception as error:  # The library's errors have no common base.
     raise errors.WeightsError(one_line(
         path, "is a damaged safetensors file: download or save it again "
         f"({type(error).__name__}: {error})")) from error
+
+
+def _tensor(file: Any, name: str) -> np.ndarray | _Unread:
+  dtype = file.get_slice(name).get_dtype()
+  return (_Unread(dtype) if dtype.startswith(_UNREAD) else
+          file.get_tensor(name))
 
 
 def _unwrap(path: pathlib.Path, content: Any) -> dict[Any, Any]:
@@ -253,7 +270,7 @@ def _unwrap(path: pathlib.Path, content: Any) -> dict[Any, Any]:
 
 def _is_state_dict(value: Any) -> bool:
   return isinstance(value, dict) and any(
-      isinstance(item, np.ndarray) for item in value.values())
+      isinstance(item, np.ndarray | _Unread) for item in value.values())
 
 
 def _strip(tensors: dict[Any, Any]) -> dict[Any, Any]:
@@ -271,6 +288,8 @@ def _checked(name: Any, value: Any) -> np.ndarray:
     raise ValueError("(names must be strings)")
   if type(value) is int and name.endswith("num_batches_tracked"):
     value = np.array(value)
+  if isinstance(value, _Unread):
+    raise ValueError(f"(dtype {value.dtype} is not supported)")
   if not isinstance(value, np.ndarray):
     raise ValueError(f"(a {_type(value)}, not a tensor)")
   if value.dtype.kind in "biu":

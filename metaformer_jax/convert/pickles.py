@@ -15,37 +15,17 @@ import pathlib
 import pickletools
 import sys
 import zipfile
-from typing import Any, BinaryIO
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from metaformer_jax import errors
+from metaformer_jax.convert import torch_names
+from metaformer_jax.convert.torch_names import Inert
 
 # The legacy format begins with two pickles: these integers (torch/
 # serialization.py).
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-
-_DTYPES = {
-    "torch.FloatStorage": np.dtype(np.float32),
-    "torch.DoubleStorage": np.dtype(np.float64),
-    "torch.HalfStorage": np.dtype(np.float16),
-    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "torch.LongStorage": np.dtype(np.int64),
-    "torch.IntStorage": np.dtype(np.int32),
-    "torch.ShortStorage": np.dtype(np.int16),
-    "torch.CharStorage": np.dtype(np.int8),
-    "torch.ByteStorage": np.dtype(np.uint8),
-    "torch.BoolStorage": np.dtype(np.bool_),
-}
-_TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
-_PARAMETER = "torch._utils._rebuild_parameter"
-# Saved besides the weights; read as `Inert` and their arguments ignored.
-_INERT = ("argparse.Namespace", "torch.device", "numpy.dtype",
-          "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-          "_codecs.encode")  # In protocol 2, for the bytes of a scalar.
-_ALLOWED = {*_DTYPES, *_TENSORS, *_INERT, _PARAMETER, "torch.Size",
-            "collections.OrderedDict"}
 
 # Opcodes whose argument is the value.
 _PLAIN = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4",
@@ -55,17 +35,24 @@ _PLAIN = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4",
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
-# Limit of memory over the file's size. Tensors may share a storage, so a small
-# file could need any amount of memory; tied weights and copies need less.
+# What a file may ask for. It then takes a few seconds, and 256 MiB besides the
+# tensors, and the tensors at most 16 times the file's size.
+#
+# Instructions of its pickles, each of which makes one object at most. With a
+# moving average and AdamW's state there are some 160 for each parameter, of
+# which the largest models have less than 1,000.
+_MAX_STEPS = 10**6
+# Tensors may share a storage, so a small file could need any amount of memory;
+# tied weights and copies need less.
 _MAX_EXPANSION = 16
-_MAX_NDIM = 64  # NumPy's.
-
-
-@dataclasses.dataclass(frozen=True)
-class Inert:
-  """A placeholder for a Python object that was not created."""
-
-  name: str
+_MAX_NDIM = 16  # A convolution in three dimensions has five.
+# Of an archive's directory: 50,000 storages.
+_MAX_DIRECTORY_BYTES = 2**22
+# Of keys: names of parameters, and in old optimizers addresses. Comparing long
+# ones takes long, and larger integers can have the same hash.
+_MAX_KEY_LENGTH, _MAX_KEY = 4096, 2**60
+_MAX_SIZE = 2**63
+_MAX_ARGUMENTS = 10
 
 
 def read(path: str | pathlib.Path) -> Any:
@@ -79,7 +66,7 @@ def read(path: str | pathlib.Path) -> Any:
     WeightsError: the file is damaged, of another kind, or holds anything else.
   """
   try:
-    with open(path, "rb") as file:
+    with _File(path) as file:
       is_zip = file.read(4) == b"PK\x03\x04"
       return _read_zip(file) if is_zip else _read_legacy(file)
   except errors.WeightsError as error:
@@ -100,8 +87,26 @@ def one_line(path: str | pathlib.Path, message: Any) -> str:
   return errors.one_line(f"{path}: {message}")
 
 
-def _read_zip(file: BinaryIO) -> Any:
+class _File(io.FileIO):
+  """A file of which no more than `most` bytes can be read at once.
+
+  `zipfile` reads the directory of an archive at once, whatever its size.
+  """
+
+  most = sys.maxsize
+
+  def read(self, size: int = -1) -> bytes:
+    if size > self.most:
+      raise errors.WeightsError(
+          f"is an archive with a directory of more than {self.most} bytes, "
+          "which torch.save does not write")
+    return super().read(size)
+
+
+def _read_zip(file: _File) -> Any:
+  file.most = _MAX_DIRECTORY_BYTES
   with zipfile.ZipFile(file) as archive:
+    file.most = sys.maxsize
     entries = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in entries if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -131,7 +136,7 @@ def _read_zip(file: BinaryIO) -> Any:
   return result
 
 
-def _read_legacy(file: BinaryIO) -> Any:
+def _read_legacy(file: _File) -> Any:
   # Mapped, so that reading more bytes than the file has allocates nothing.
   with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
     # Little-endian whatever the third pickle, `sys_info`, says: torch.load
@@ -147,8 +152,10 @@ def _read_legacy(file: BinaryIO) -> Any:
     result = machine.run(stream)
     keys = machine.run(stream)
     # Strings only: comparing other objects of a pickle may never end.
-    if (not all(isinstance(key, str) for key in keys)
-        or sorted(keys) != sorted(machine.storages)):
+    if (type(keys) is not list or len(keys) != len(machine.storages)
+        or not all(isinstance(key, str) and key in machine.storages
+                   for key in keys)
+        or len(set(keys)) < len(keys)):
       raise ValueError("the storages are not those that the tensors use")
     for key in keys:
       dtype, size = machine.storages[key]
@@ -174,6 +181,7 @@ class _Machine:
     self._file_size = file_size
     self._budget = _MAX_EXPANSION * file_size
     self._swap = byte_order != sys.byteorder
+    self._steps = 0
     self._views: dict[str, list] = {}  # Key -> (array, start, strides).
     self.storages: dict[str, tuple[np.dtype, int]] = {}  # Key -> dtype, size.
 
@@ -183,6 +191,7 @@ class _Machine:
     marked: list[list] = []  # The stacks below each mark.
     memo: dict[int, Any] = {}
     for opcode, arg, _ in pickletools.genops(stream):
+      self._count_step()
       match opcode.name:
         case "PROTO" | "FRAME":
           pass
@@ -212,16 +221,19 @@ class _Machine:
           value, key = stack.pop(), stack.pop()
           _set_items(stack[-1], [key, value])
         case "PUT" | "BINPUT" | "LONG_BINPUT":
+          _check_key(arg)
           memo[arg] = stack[-1]
         case "MEMOIZE":
           memo[len(memo)] = stack[-1]
         case "GET" | "BINGET" | "LONG_BINGET":
           stack.append(memo[arg])
         case "GLOBAL":
-          stack.append(_named(arg.replace(" ", ".")))
+          stack.append(torch_names.named(arg.replace(" ", ".")))
         case "STACK_GLOBAL":
           name, module = stack.pop(), stack.pop()
-          stack.append(_named(f"{module}.{name}"))
+          if not isinstance(name, str) or not isinstance(module, str):
+            raise ValueError("a global without a name")
+          stack.append(torch_names.named(f"{module}.{name}"))
         case "REDUCE" | "NEWOBJ":
           args, function = stack.pop(), stack.pop()
           stack.append(self._call(function, args))
@@ -229,39 +241,56 @@ class _Machine:
           # An OrderedDict's attributes (`_metadata`), or an inert object's.
           stack.pop()
           if not isinstance(stack[-1], (dict, Inert)):
-            raise errors.WeightsError(_refusal("attributes of a value"))
+            raise errors.WeightsError(
+                torch_names.refusal("attributes of a value"))
         case "BINPERSID":
           stack.append(self._storage(stack.pop()))
         case name:
-          raise errors.WeightsError(_refusal(f"the opcode {name}"))
+          raise errors.WeightsError(torch_names.refusal(f"the opcode {name}"))
     raise ValueError("truncated")
 
+  def _count_step(self) -> None:
+    self._steps += 1
+    if self._steps > _MAX_STEPS:
+      raise errors.WeightsError(
+          f"has more than {_MAX_STEPS:,} instructions, ten times those of the "
+          "largest models; save the state_dict alone, as safetensors")
+
   def _call(self, function: Any, args: Any) -> Any:
-    match function, args:
-      case Inert(name), (storage, start, shape, strides, *rest) if (
-          name in _TENSORS):
+    name = function.name if isinstance(function, Inert) else ""
+    if name in torch_names.INERT and isinstance(args, tuple):
+      return Inert(name)
+    if not isinstance(args, tuple) or len(args) > _MAX_ARGUMENTS:
+      raise ValueError("a call with unusual arguments")
+    match name, args:
+      case _, (storage, start, shape, strides, *rest) if (
+          name in torch_names.TENSORS):
         if rest[2:] not in ([], [None], [{}]):
-          raise errors.WeightsError(_refusal("a conjugate or negative view"))
+          raise errors.WeightsError(
+              torch_names.refusal("a conjugate or negative view"))
         return self._tensor(storage, start, shape, strides)
-      case Inert(name), (np.ndarray() as array, *_) if name == _PARAMETER:
+      case torch_names.UNTYPED, _:
+        raise torch_names.untyped(args)
+      case torch_names.PARAMETER, (np.ndarray() as array, *_):
         return array
-      case Inert("collections.OrderedDict"), () | ([],):
+      case "collections.OrderedDict", () | ([],):
         return {}
-      case Inert("torch.Size"), (tuple() as shape,):
+      case "torch.Size", (tuple() as shape,):
         return shape
-      case Inert(name), tuple() if name in _INERT:
-        return Inert(name)
     raise ValueError("a call with unusual arguments")
 
   def _storage(self, pid: Any) -> _Storage:
+    unusual = ValueError("an unusual reference to a storage")
+    if not isinstance(pid, tuple) or len(pid) > _MAX_ARGUMENTS:
+      raise unusual
     match pid:
       case "storage", Inert(name), str(key), str(location), int(size), *view:
-        pass
+        _check_key(key)
       case _:
-        raise ValueError("an unusual reference to a storage")
+        raise unusual
     if location == "meta":
       raise errors.WeightsError("holds tensors without values (device 'meta')")
-    dtype = _DTYPES[name]
+    dtype = torch_names.STORAGES[name]
     if not 0 <= size * dtype.itemsize <= self._file_size:
       raise ValueError(f"storage {key} is larger than the file")
     if self.storages.setdefault(key, (dtype, size)) != (dtype, size):
@@ -279,7 +308,8 @@ class _Machine:
     """Returns an array without its values yet."""
     if (not isinstance(storage, _Storage)
         or not len(shape) == len(strides) <= _MAX_NDIM
-        or any(type(n) is not int or n < 0 for n in (start, *shape, *strides))):
+        or any(type(n) is not int or not 0 <= n < _MAX_SIZE
+               for n in (start, *shape, *strides))):
       raise ValueError("a tensor's description is unusual")
     dtype, _ = self.storages[storage.key]
     last = start + sum((n - 1) * s for n, s in zip(shape, strides))
@@ -310,17 +340,6 @@ class _Machine:
             writeable=False)
 
 
-def _named(name: str) -> Inert:
-  if name not in _ALLOWED:
-    raise errors.WeightsError(_refusal(name[:100]))
-  return Inert(name)
-
-
-def _refusal(what: str) -> str:
-  return (f"holds {what}, which this reader does not run; save its state_dict "
-          "as safetensors")
-
-
 def _extend(target: Any, items: list) -> None:
   if type(target) is not list:
     raise ValueError("items of something that is not a list")
@@ -347,9 +366,21 @@ def _set_items(target: Any, items: list) -> None:
   if type(target) is not dict or len(items) % 2:
     raise ValueError("items of something that is not a dictionary")
   for key in items[::2]:
-    # Hashing recurses in C: deeply nested tuples would crash the process.
-    if not isinstance(key, (str, bytes, int, float, type(None))):
-      raise errors.WeightsError(
-          f"holds a dictionary with a {type(key).__name__} as a key, which "
-          "this reader refuses; save its state_dict as safetensors")
+    _check_key(key)
   target.update(zip(items[::2], items[1::2]))
+
+
+def _check_key(key: Any) -> None:
+  """Raises WeightsError for a key that could take long to find."""
+  # Hashing recurses in C: deeply nested tuples would crash the process.
+  if not isinstance(key, (str, bytes, int, float, type(None))):
+    what = f"a {type(key).__name__}"
+  elif isinstance(key, int) and abs(key) >= _MAX_KEY:
+    what = "a huge integer"
+  elif isinstance(key, (str, bytes)) and len(key) > _MAX_KEY_LENGTH:
+    what = f"a text of {len(key):,} characters"
+  else:
+    return
+  raise errors.WeightsError(
+      f"holds a dictionary with {what} as a key, which this reader refuses; "
+      "save its state_dict as safetensors")

@@ -16,6 +16,9 @@ class Record:
     productive_seconds: spent in steps that were not lost since, without input.
     skipped_steps: steps that changed nothing, as they were not finite.
     bad_images: training images that were replaced.
+
+  Raises:
+    ValueError: a value is none of these, as in a damaged or forged checkpoint.
   """
 
   position: int = 0
@@ -23,6 +26,13 @@ class Record:
   productive_seconds: float = 0.0
   skipped_steps: int = 0
   bad_images: int = 0
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      kinds = (int,) if field.type is int else (int, float)
+      if type(value) not in kinds or not 0 <= value < 2**63:  # Nor NaN.
+        raise ValueError(f"{field.name} is {value!r:.50}")
 
 
 class Clock:

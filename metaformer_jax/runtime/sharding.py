@@ -5,14 +5,12 @@ copied along `data` and, if large enough, split along `fsdp` (fully sharded data
 parallelism). Models do not depend on it.
 """
 
-import re
-
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaformer_jax import errors
-from metaformer_jax.config import schema
+from metaformer_jax.config import globs, schema
 
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
@@ -41,18 +39,16 @@ def state_shardings(mesh: Mesh, abstract_state, cfg: schema.Mesh):
 
   An array with at least `cfg.min_size` values is split along its largest axis
   that is divisible by `fsdp`. A rule of `cfg.rules` selects another axis (-1:
-  none) for the parameters with a path that matches its regular expression.
+  none) for the parameters that its pattern matches (`config.globs`).
 
   Raises:
     ConfigError: a rule matches no parameter, or its axis cannot be split.
   """
   names = {path_name(path) for path, _ in
            jax.tree_util.tree_leaves_with_path(abstract_state.params)}
-  for pattern, _ in cfg.rules:
-    if not any(re.search(pattern, name) for name in names):
-      raise errors.ConfigError(
-          f"config.mesh.rules: {pattern!r} matches no parameter"
-          f"{errors.did_you_mean(pattern, names)}")
+  rules = [(rule, {*globs.matching(rule[0], sorted(names),
+                                   "config.mesh.rules")})
+           for rule in cfg.rules]
   fsdp = mesh.shape["fsdp"]
 
   def spec(path, array):
@@ -61,7 +57,7 @@ def state_shardings(mesh: Mesh, abstract_state, cfg: schema.Mesh):
     parts = path_name(path).split("/")
     tails = ("/".join(parts[i:]) for i in range(len(parts)))
     name = next((tail for tail in tails if tail in names), "")
-    rule = name and next((r for r in cfg.rules if re.search(r[0], name)), None)
+    rule = next((rule for rule, found in rules if name in found), None)
     if rule and array.ndim:
       axis = rule[1]
       if axis == -1:

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 
 from metaformer_jax import errors
-from metaformer_jax.config import own, saved, typed
+from metaformer_jax.config import json_data, own, saved
 from metaformer_jax.config.schema import Experiment
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def claim(cfg: Experiment, workdir: pathlib.Path,
     StorageError: the disk is full.
   """
   path = workdir / "config.json"
-  if path.is_file():
+  if path.exists():
     try:
       found = saved.differences(cfg, path)
     except (OSError, ValueError) as e:
@@ -98,7 +98,7 @@ def claim(cfg: Experiment, workdir: pathlib.Path,
       with _writing():
         _clear(workdir)
   with _writing():
-    write(path, typed.to_json(cfg))
+    write(path, saved.text(cfg))
     if parameters is not None:
       write(workdir / "parameters.txt", parameters)
     _note_modules(cfg, workdir)
@@ -127,7 +127,7 @@ def _note_modules(cfg: Experiment, workdir: pathlib.Path) -> None:
     return
   path = workdir / "modules.json"
   try:
-    before = dict(json.loads(path.read_text()))
+    before = dict(json_data.read(path))
   except (OSError, ValueError, TypeError):
     before = {}
   for name in digests:
@@ -141,6 +141,7 @@ def _note_modules(cfg: Experiment, workdir: pathlib.Path) -> None:
 def write(path: pathlib.Path, text: str) -> None:
   """Writes a file atomically: a crash leaves the old or the new one."""
   temporary = path.with_suffix(".tmp")
+  temporary.unlink(missing_ok=True)  # Opening a pipe would wait for a reader.
   with temporary.open("w") as file:
     file.write(text)
     file.flush()

@@ -6,8 +6,10 @@ as these steps are repeated.
 """
 
 import contextlib
+import errno
 import json
 import logging
+import math
 import os
 import pathlib
 import time
@@ -15,12 +17,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from metaformer_jax import errors
-from metaformer_jax.config import schema
+from metaformer_jax.config import paths, schema
 from metaformer_jax.runtime import workdir as workdir_lib
 
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+
+# A long run writes a few megabytes.
+_MAX_BYTES = 2**28
+
+# Of a metric's name, which is shown on the terminal and in plots.
+_MAX_NAME = 200
 
 
 class Writer:
@@ -121,10 +129,19 @@ def read(path: pathlib.Path) -> list[Record]:
 
   An incomplete last line is ignored; other lines that are not records, as on a
   damaged disk, are ignored with a warning.
+
+  Raises:
+    OSError: the file is a pipe, a folder or a device, is too large, or cannot
+      be read.
   """
-  if not path.exists():
+  try:
+    with paths.open_file(path) as file:
+      content = file.read(_MAX_BYTES + 1)
+  except FileNotFoundError:
     return []
-  *lines, _ = path.read_bytes().split(b"\n")
+  if len(content) > _MAX_BYTES:
+    raise OSError(errno.EFBIG, f"has more than {_MAX_BYTES} bytes", str(path))
+  *lines, _ = content.split(b"\n")
   records = [r for r in map(_parse, lines) if r]
   if len(records) < len(lines):
     log.warning("%s: %d of %d lines are not records; ignored", path,
@@ -146,10 +163,24 @@ def _parse(line: bytes) -> Record | None:
     record = json.loads(line)
   except (ValueError, RecursionError):
     return None
-  if (isinstance(record, dict) and type(record.get("step")) is int
-      and isinstance(record.get("split"), str)):
-    return record
-  return None
+  if not isinstance(record, dict):
+    return None
+  step, split = record.get("step"), record.get("split")
+  good = (type(step) is int and 0 <= step < 2**63 and isinstance(split, str)
+          and all(map(_is_metric, record.items())))
+  return record if good else None
+
+
+def _is_metric(item: tuple[str, Any]) -> bool:
+  """Whether a name and a value are those of a metric, or "split"."""
+  name, value = item
+  if name == "split":
+    return True
+  if not name.isprintable() or len(name) > _MAX_NAME:
+    return False
+  if type(value) is float:  # Those of float32, NaN and infinity included.
+    return abs(value) < 2.0**128 or not math.isfinite(value)
+  return type(value) is int and abs(value) < 2**63
 
 
 def _line(record: Record) -> str:

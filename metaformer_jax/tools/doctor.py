@@ -41,6 +41,7 @@ from metaformer_jax import errors
 from metaformer_jax.config import schema
 from metaformer_jax.doctor import machine, versions
 from metaformer_jax.doctor.versions import FAIL, OK, WARN, Line
+from metaformer_jax.runtime import streams
 
 # Modules that are not named as their distributions, or that alone load the
 # compiled part.
@@ -309,5 +310,18 @@ def main(argv: list[str] | None = None) -> int:
   return code
 
 
+def console() -> None:
+  """Runs the tool; `cli.one_line_errors` needs packages that may be missing."""
+  with streams.guarded():
+    try:
+      with streams.flushing():
+        sys.exit(main())
+    except BrokenPipeError:
+      sys.exit(1)
+    except errors.StorageError as e:
+      print(f"StorageError: {e}", file=sys.stderr)
+      sys.exit(e.exit_code)
+
+
 if __name__ == "__main__":
-  raise SystemExit(main())
+  console()

@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 
 from metaformer_jax import cli, errors
-from metaformer_jax.config import checks
+from metaformer_jax.config import checks, json_data
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.data import sources
 from metaformer_jax.preflight import topologies
@@ -153,11 +153,10 @@ def _cached(folder: str, key: str, compile_now):
   path = pathlib.Path(folder, "preflight", f"{key}.json")
   try:
     path = path.expanduser()
-    found = compilation.Compiled.from_json(json.loads(path.read_text()))
-    _say(f"read from the cache: {path}")
-    return found
-  except FileNotFoundError:
-    pass
+    if path.exists():
+      found = compilation.Compiled.from_json(json_data.read(path))
+      _say(f"read from the cache: {path}")
+      return found
   except (OSError, RuntimeError, ValueError, TypeError, KeyError) as e:
     _say(f"the cached result {path} cannot be used, compiling again: {e}")
   compiled = compile_now()

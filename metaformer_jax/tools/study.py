@@ -24,11 +24,12 @@ import statistics
 from typing import Any
 
 from metaformer_jax import cli, errors
-from metaformer_jax.config import typed
+from metaformer_jax.config import json_data, typed
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.config.tasks import Measure
 
 _RESULT = "result.json"  # In the workdir of a finished run.
+_MAX_RESULT_BYTES = 2**20
 
 
 def main(args: argparse.Namespace) -> None:
@@ -123,7 +124,7 @@ def collect(study: dict[str, Any], workdir: pathlib.Path,
   for name, (*_, published) in study["VARIANTS"].items():
     if isinstance(published, tuple):
       published, *_ = published
-    done = [json.loads(path.read_text()) for path in
+    done = [_read_result(path, measure) for path in
             sorted((workdir / name).glob(f"seed_*/{_RESULT}"))]
     if not done:
       continue
@@ -133,6 +134,20 @@ def collect(study: dict[str, Any], workdir: pathlib.Path,
         "macs": done[0]["macs"], measure.name: values, "published": published,
         "diverged": len(done) - len(values)})
   return rows
+
+
+def _read_result(path: pathlib.Path, measure: Measure) -> dict[str, Any]:
+  """What `_train` has written; ConfigError if it is anything else."""
+  try:
+    found = json.loads(json_data.read_text(path, _MAX_RESULT_BYTES))
+    numbers = [found["n_params"], found["macs"],
+               *(found[name] for name in (measure.name,) if name in found)]
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    numbers = [None]
+  if not all(type(n) in (int, float) and abs(n) < 2**63 for n in numbers):
+    raise errors.ConfigError(
+        f"{path}: is not the result of a run; delete it to repeat the run")
+  return found
 
 
 def report(study: dict[str, Any], workdir: pathlib.Path,

@@ -6,7 +6,6 @@ parameters get no gradient, no update, no decay and no optimizer state.
 
 import contextlib
 import dataclasses
-import fnmatch
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from metaformer_jax import errors
+from metaformer_jax.config import globs
 from metaformer_jax.tasks import base
 from metaformer_jax.training import backbone
 
@@ -96,9 +96,8 @@ def find(patterns: Sequence[str], params: Mapping[str, Any],
   """What `config.train.freeze` names.
 
   Args:
-    patterns: shell patterns of parameters' paths, in which * also matches "/";
-      a path stands for all below it. "backbone" stands for everything at the
-      path of `part` but its head.
+    patterns: of parameters' paths, as in `config.globs`. "backbone" stands for
+      everything at the path of `part` but its head.
     params: the parameters, or their shapes.
     part: the backbone; None if there is none.
 
@@ -110,16 +109,9 @@ def find(patterns: Sequence[str], params: Mapping[str, Any],
   names = sorted(traverse_util.flatten_dict(params, sep="/"))
   frozen = set()
   for pattern in patterns:
-    found = (_in_backbone(names, part) if pattern == "backbone" else
-             [name for name in names if any(
-                 fnmatch.fnmatchcase(name, p) for p in (
-                     pattern, f"{pattern}/*"))])
-    if not found:
-      tops = {name.partition("/")[0] for name in names} | {"backbone"}
-      raise errors.ConfigError(
-          f"config.train.freeze: {pattern!r} matches no parameter"
-          f"{errors.did_you_mean(pattern, tops)}")
-    frozen.update(found)
+    frozen.update(
+        (pattern == "backbone" and _in_backbone(names, part))
+        or globs.matching(pattern, names, "config.train.freeze", ["backbone"]))
   if len(frozen) == len(names):
     raise errors.ConfigError(
         f"config.train.freeze: {', '.join(patterns)} freezes all "

@@ -103,3 +103,19 @@ def test_a_checkpoint_of_another_model_is_one_clear_error(tmp_path):
       again.restore(1, abstract(other).trees())
     assert str(tmp_path) in str(e.value)
   again.close()
+
+
+def test_arrays_that_are_far_larger_than_their_files_are_refused(
+    tmp_path, monkeypatch):
+  """Zeros are compressed well, so a small forged step could have any size."""
+  state = make_state(1)
+  state = state.replace(ema_params=jax.tree.map(
+      lambda x: jnp.zeros((1000, 1000)), state.params))
+  checkpoints = opened(tmp_path)
+  save(checkpoints, state)
+  checkpoints.close()
+  found = checkpoints_lib.read_variables(tmp_path)
+  assert found["params"]["b"].nbytes == 4 * 10**6
+  monkeypatch.setattr(checkpoints_lib, "_ALWAYS_READ", 2**20)
+  with pytest.raises(errors.WeightsError, match="8,000,000 bytes, more than"):
+    checkpoints_lib.read_variables(tmp_path)

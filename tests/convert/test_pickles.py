@@ -194,7 +194,7 @@ DICT = b"ccollections\nOrderedDict\n"
     b"K\x01}b.": "attributes",
     b"cos\nsystem\nb.": "os.system",
     b"\x8c\x02os\x8c\x06system\x93.": "os.system",
-    b"K\x01K\x02\x93.": "1.2",
+    b"K\x01K\x02\x93.": "without a name",
     b"K\x01)R.": "unusual arguments",
     DICT + b"(]K\x01atR.": "unusual arguments",
     DICT + b"(K\x01tR.": "unusual arguments",

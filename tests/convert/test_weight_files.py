@@ -168,7 +168,7 @@ def test_what_holds_no_state_dict(file):
       file, tf.zipped(argparse.Namespace()))
   assert "keys: none" in refused(file, tf.zipped({}))
   assert "a key of type int" in refused(
-      file, tf.zipped({10**5000: 1, None: 2}))
+      file, tf.zipped({2**59: 1, None: 2}))
   assert "keys: none" in refused(file, safetensors.numpy.save({}))
   assert "os.system" in refused(file, tf.zipped(tf.Global("os", "system")))
 

@@ -1,14 +1,16 @@
 """Class folders: which images, in which order, and what is an error."""
 
 import os
+import pickle
 
+import numpy as np
 import pytest
 import tiny_imagenet
 from source_files import fails, folder_source, named, records, write
 
 from metaformer_jax.config import imagenet, schema
 from metaformer_jax.data import sources
-from metaformer_jax.data.sources import folders
+from metaformer_jax.data.sources import file_names, folders
 
 
 def image_folder(root):
@@ -343,3 +345,16 @@ def test_words_for_the_classes_of_imagenet():
   names = imagenet.readable(ids)
   assert names[0] == "tench" and names[281] == "tabby cat"
   assert imagenet.readable(("cat", ids[1])) == ("cat", "goldfish")
+
+
+def test_a_long_name_makes_only_itself_longer():
+  given = [b"%d.png" % i for i in range(20_000)] + [b"n" * 3800, b"", b"end"]
+  found = file_names.FileNames(given)
+  assert found.tolist() == given and len(found) == len(given)
+  assert (found[0], found[-1], found[-3]) == (b"0.png", b"end", b"n" * 3800)
+  assert found[5:9].tolist() == given[5:9]
+  chosen = np.array([7, 20_000, 3])
+  assert found[chosen].tolist() == [given[i] for i in chosen]
+  assert len(pickle.dumps(found)) < 400_000
+  with pytest.raises(IndexError):
+    found[len(given)]

@@ -321,7 +321,7 @@ DAMAGE = {
     "half": (lambda d: d[:len(d) // 2], "is truncated"),
     "last byte": (lambda d: d[:-1], "is truncated"),
     "in the next header": (lambda d: d + d[:5], "is truncated"),
-    "length": (lambda d: b"\xff" * 8 + d[8:], "is truncated"),
+    "length": (lambda d: b"\xff" * 8 + d[8:], "at byte 0 differs"),
     "no records": (lambda d: b"", "holds 0 examples, not 12"),
     "twice": (lambda d: d + d, "holds 24 examples, not 12"),
     "missing": (None, "cannot be read"),

@@ -49,7 +49,8 @@ def test_full_disk_is_a_storage_error(tmp_path):
 @pytest.mark.parametrize("name", ["lock", "config.tmp", "config.json"])
 def test_obstacle_is_named(tmp_path, name):
   (tmp_path / name).mkdir()
-  with (pytest.raises(errors.ConfigError, match=f"Is a directory.*{name}"),
+  with (pytest.raises(errors.ConfigError, match=(
+      f"Is a directory.*{name}|{name} cannot be used .is not a file")),
         workdir.hold(tmp_path)):
     workdir.claim(schema.Experiment(), tmp_path)
 

@@ -177,8 +177,8 @@ def test_map_is_the_papers_with_alpha_by_finite_differences(name):
     assert abs(maps[i] - other).max() > 1e-2 * want.max()
 
 
-@pytest.mark.parametrize("stage", [
-    pytest.param("stage1", marks=pytest.mark.slow), "stage2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_any_stage_by_the_gradient_of_a_bias(stage):
   """A bias of the stage's last MLP moves a channel at all pixels."""
   name = "poolformer_s12"
@@ -211,8 +211,7 @@ def test_default_is_the_predicted_class():
       draw(variables, images()), draw(variables, images(), predicted))
 
 
-@pytest.mark.parametrize("name", [
-    "poolformer_s12", pytest.param("pvt_tiny", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["poolformer_s12"])
 def test_features_in_bfloat16_give_nearly_the_same(name):
   model, variables = drawn(name)
   model = model.clone(dtype=jax.numpy.bfloat16)

@@ -119,7 +119,7 @@ def test_odd_files(weights, photos, tmp_path):
        f"--weights={weights}", tmp_path], capture_output=True, timeout=120,
       cwd=command_line.ROOT)
   assert done.stdout.splitlines()[1].startswith(name + b","), done
-  assert b"pipe.jpg is not a regular file" in done.stderr
+  assert b"is not a regular file: '" in done.stderr
   assert b"Traceback" not in done.stderr
 
 

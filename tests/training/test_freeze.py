@@ -57,7 +57,7 @@ def run(cfg, n=2):
                  marks=pytest.mark.slow),
     pytest.param(("stage1",), {"stage2", "norm", "head"}, "sgd",
                  marks=pytest.mark.slow),
-    pytest.param(("stage?", "norm/*"), {"head"}, "lamb",
+    pytest.param(("stage*", "norm/*"), {"head"}, "lamb",
                  marks=pytest.mark.slow),
     pytest.param(("backbone",), {"head"}, "sgd", marks=pytest.mark.slow)])
 def test_what_is_frozen_does_not_move(patterns, trained, name):

@@ -69,7 +69,7 @@ def on_one_device():
     pytest.param({"data": 1, "fsdp": 8, "min_size": 64},
                  marks=pytest.mark.slow),
     {"data": 4, "fsdp": 2, "min_size": 64,
-     "rules": (("head/kernel", -1), ("fc1/kernel", 0))}],
+     "rules": (("head/kernel", -1), ("**/fc1/kernel", 0))}],
     ids=["data parallel", "fsdp", "both"])
 def test_eight_devices_train_as_one(on_one_device, mesh):
   losses, state = run_steps(experiment_of(mesh=mesh), 20)

@@ -79,7 +79,7 @@ class Coco(objects.Source):
 
   def fingerprint(self) -> dict[str, str]:
     """`fingerprints.files` of the images, and a digest of the objects."""
-    return {**fingerprints.files((self._root, self._files.tolist())),
+    return {**fingerprints.files((self._root, self._files)),
             **super().fingerprint()}
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from metaformer_jax import errors
 from metaformer_jax.config import conversion, json_data
-from metaformer_jax.data.sources import objects, outlines
+from metaformer_jax.data.sources import file_names, objects, outlines
 
 # Four times COCO's training split.
 _MAX_BYTES = 2**31
@@ -33,7 +33,7 @@ class Index:
   """What a file says.
 
   Attributes:
-    files: bytes [N], names of the images' files.
+    files: N names of the images' files.
     objects: of the images, in their order in the file; those of an image in
       their order as well.
     outlines: of the objects; None if they were not asked for.
@@ -41,7 +41,7 @@ class Index:
     notes: what is left out, a line for each kind.
   """
 
-  files: np.ndarray
+  files: file_names.FileNames
   objects: objects.Objects
   outlines: outlines.Chosen | None
   class_names: tuple[str, ...]
@@ -112,7 +112,7 @@ def _index(images: "_Images", categories: "_Categories",
   """Joins the parts of a file; ValueError if they do not fit."""
   if not images.ids:
     raise ValueError("it has no images")
-  files = np.array(images.files)
+  files = file_names.FileNames(images.files)
   sizes = np.array(images.sizes, np.int32).reshape(-1, 2)
   order, image_ids = _sorted("images", images.ids)
   of_image = order[_places(annotations, "image_id", image_ids, "images")]

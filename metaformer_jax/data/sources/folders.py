@@ -5,15 +5,14 @@ import hashlib
 import os
 import pathlib
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from metaformer_jax import errors
-from metaformer_jax.config import schema
-from metaformer_jax.data.sources import base, fingerprints
+from metaformer_jax.config import paths, schema
+from metaformer_jax.data.sources import base, file_names, fingerprints
 
 _MAX_IMAGE_BYTES = 2**30  # Encoded; ImageNet's largest file has 15 million.
 
@@ -59,8 +58,7 @@ class ClassFolders:
   """A folder with a folder of images per class.
 
   Classes are numbered in the order of their sorted names, as in torchvision's
-  ImageFolder and timm; images are sorted within a class. One array holds all
-  names, so that millions take little memory and are cheap to send to workers.
+  ImageFolder and timm; images are sorted within a class.
   """
 
   def __init__(self, root: pathlib.Path, classes: Sequence[str],
@@ -92,7 +90,7 @@ class ClassFolders:
       raise errors.ConfigError(
           f"config.data.eval_fraction: no class of {root} has two images, of "
           "which one could be held out")
-    self._files = np.array(files)
+    self._files = file_names.FileNames(files)
     self._labels = np.array(labels, np.int32)
     self._names = tuple(classes)
 
@@ -111,22 +109,16 @@ class ClassFolders:
   def fingerprint(self) -> dict[str, Any]:
     """The classes' names, and `fingerprints.files`."""
     return {"classes": list(self._names),
-            **fingerprints.files((self._root, self._files.tolist()))}
+            **fingerprints.files((self._root, self._files))}
 
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
   """A file to read; OSError if it is a pipe, a device or far too large."""
-
-  def at_once(path, flags):  # Opening a pipe would wait for a writer.
-    return os.open(path, flags | os.O_NONBLOCK)
-
-  with open(path, "rb", opener=at_once) as f:
-    found = os.fstat(f.fileno())
-    if not stat.S_ISREG(found.st_mode):
-      raise OSError(f"{path} is not a regular file")
-    if found.st_size > _MAX_IMAGE_BYTES:
-      raise OSError(f"{path} has {found.st_size} bytes, too many for an image")
+  with paths.open_file(path) as f:
+    size = os.fstat(f.fileno()).st_size
+    if size > _MAX_IMAGE_BYTES:
+      raise OSError(f"{path} has {size} bytes, too many for an image")
     yield f
 
 

@@ -16,7 +16,12 @@ import numpy as np
 from metaformer_jax import errors
 from metaformer_jax.config import ade20k, schema
 from metaformer_jax.data import images
-from metaformer_jax.data.sources import base, fingerprints, folders
+from metaformer_jax.data.sources import (
+  base,
+  file_names,
+  fingerprints,
+  folders,
+)
 
 # The folder that ADE20K's archive unpacks to.
 _ADE20K = "ADEChallengeData2016"
@@ -37,9 +42,7 @@ _MAX_CLASSES = 255
 class LabelMaps:
   """Images and the label maps of the same names, sorted by them.
 
-  A record is {"image": bytes, "label": bytes, "path": of the image}. One array
-  holds all names, so that many take little memory and are cheap to send to
-  workers.
+  A record is {"image": bytes, "label": bytes, "path": of the image}.
   """
 
   def __init__(self, image_root: pathlib.Path, label_root: pathlib.Path,
@@ -70,12 +73,13 @@ class LabelMaps:
             f"config.data.eval_fraction: {image_root} has one image, of which "
             "none can be held out")
       names = part.of(names)
-    self._files = np.array([[os.fsencode(found[name]) for name in names]
-                            for found in (named, labels)])
+    self._files = tuple(
+        file_names.FileNames(os.fsencode(found[name]) for name in names)
+        for found in (named, labels))
     self._sizes: np.ndarray | None = None
 
   def __len__(self) -> int:
-    return self._files.shape[1]
+    return len(self._files[0])
 
   def path(self, index: int) -> str:
     """The path of an image; the file is not opened."""
@@ -84,7 +88,7 @@ class LabelMaps:
   def _path(self, kind: int, index: int) -> str:
     """The path of an image (0) or of a label map (1)."""
     return os.path.join(self._roots[kind],
-                        os.fsdecode(self._files[kind, index]))
+                        os.fsdecode(self._files[kind][index]))
 
   def __getitem__(self, index: int) -> base.Record:
     path = self.path(index)
@@ -93,7 +97,7 @@ class LabelMaps:
 
   def fingerprint(self) -> dict[str, str]:
     """`fingerprints.files` of images and label maps."""
-    return fingerprints.files(*zip(self._roots, self._files.tolist()))
+    return fingerprints.files(*zip(self._roots, self._files))
 
   def sizes(self) -> np.ndarray:
     """Heights and widths of the images by their headers: int32 [N, 2].

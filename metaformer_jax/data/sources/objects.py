@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
+from metaformer_jax.config import tensor_files
 from metaformer_jax.data.sources import fingerprints, outlines
 
 log = logging.getLogger(__name__)
@@ -161,10 +161,9 @@ def load(path: str | os.PathLike[str]) -> tuple[Objects, tuple[int, ...]]:
   Raises:
     OSError, ValueError: it is missing, damaged, or not of `save`.
   """
-  try:
-    arrays = safetensors.numpy.load_file(path)
-  except safetensors.SafetensorError as e:
-    raise ValueError(str(e)) from e
+  with tensor_files.opened(path) as file:
+    arrays = {name: file.get_tensor(name)
+              for name in file.keys()}  # noqa: SIM118
   if arrays.keys() != _TYPES.keys() or any(
       (array.dtype, array.ndim) != _TYPES[name]
       for name, array in arrays.items()):

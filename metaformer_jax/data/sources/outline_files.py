@@ -9,6 +9,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from metaformer_jax.config import tensor_files
 from metaformer_jax.data.sources import outlines
 
 # Of the arrays of a file, which all have one axis.
@@ -71,13 +72,10 @@ def exist(path: str | os.PathLike[str]) -> np.ndarray:
 
 def _read(path: str | os.PathLike[str], *names: str) -> list[np.ndarray]:
   """Some arrays of a file, with their types."""
-  try:
-    with safetensors.safe_open(path, "np") as file:
-      if {*file.keys()} != {*_TYPES}:
-        raise ValueError("it has other arrays than outlines")
-      arrays = [file.get_tensor(name) for name in names]
-  except safetensors.SafetensorError as e:
-    raise ValueError(str(e)) from e
+  with tensor_files.opened(path) as file:
+    if {*file.keys()} != {*_TYPES}:
+      raise ValueError("it has other arrays than outlines")
+    arrays = [file.get_tensor(name) for name in names]
   if any(array.dtype != _TYPES[name] or array.ndim != 1
          for name, array in zip(names, arrays)):
     raise ValueError("it has arrays of other types than outlines")

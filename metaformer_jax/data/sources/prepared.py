@@ -23,7 +23,7 @@ import msgpack
 import numpy as np
 
 from metaformer_jax import errors
-from metaformer_jax.config import json_data, schema
+from metaformer_jax.config import json_data, paths, schema
 from metaformer_jax.data.sources import (
   base,
   fingerprints,
@@ -137,6 +137,8 @@ def check_shard(path: str, n_examples: int) -> None:
   from array_record.python import array_record_module  # noqa: PLC0415  Linux.
 
   try:
+    if "://" not in path:
+      paths.open_file(path).close()  # The library would wait for a pipe.
     reader = array_record_module.ArrayRecordReader(path)
     found = reader.num_records()
     reader.close()

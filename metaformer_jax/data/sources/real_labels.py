@@ -5,7 +5,6 @@ github.com/google-research/reassessed-imagenet has a list of classes for each of
 the images ILSVRC2012_val_00000001 to 50000, in this order.
 """
 
-import json
 import pathlib
 import re
 from typing import Any
@@ -13,7 +12,10 @@ from typing import Any
 import numpy as np
 
 from metaformer_jax import errors
+from metaformer_jax.config import json_data
 from metaformer_jax.data.sources import base, fingerprints, folders
+
+_MAX_BYTES = 2**24  # The official file has 0.5 million.
 
 
 class RealLabels:
@@ -36,8 +38,8 @@ class RealLabels:
     file = pathlib.Path(path).expanduser()
     where = f"config.task.real_path: {file}"
     try:
-      labels = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
+      labels = json_data.read(file, _MAX_BYTES)
+    except (OSError, ValueError) as e:
       raise errors.ConfigError(f"{where} cannot be read as JSON: {e}") from e
     if not isinstance(labels, list) or not labels:
       raise errors.ConfigError(f"{where} is not a list of lists of classes")

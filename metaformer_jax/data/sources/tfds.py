@@ -5,19 +5,17 @@ are read here by index. Images stay encoded; `data.images` decodes them.
 """
 
 import os
-import struct
 from collections.abc import Iterator, Sequence
-from concurrent import futures
 from typing import Any
-
-import numpy as np
 
 from metaformer_jax import errors
 from metaformer_jax.config import schema
-from metaformer_jax.data.sources import base, fingerprints, prepared
-
-_LENGTH = struct.Struct("<Q")
-_PREFIX, _SUFFIX = 12, 4  # Length and its checksum; the data's checksum.
+from metaformer_jax.data.sources import (
+  base,
+  fingerprints,
+  prepared,
+  tfrecords,
+)
 
 
 def create(name: str, data_dir: str | None, split: str | None,
@@ -85,7 +83,7 @@ def create(name: str, data_dir: str | None, split: str | None,
   if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
     records = _ArrayRecords(builder, split, info)
   elif builder.info.file_format == tfds.core.FileFormat.TFRECORD:
-    records = _TFRecords(info.file_instructions)
+    records = tfrecords.Records(info.file_instructions)
   else:
     raise errors.ConfigError(
         f"config.data.path: {name} is prepared as "
@@ -169,64 +167,3 @@ class _ArrayRecords:
 
   def __getstate__(self):
     return {**self.__dict__, "_source": None}  # Each process opens its own.
-
-
-class _TFRecords:
-  """Serialized examples of TFRecord files, by an index of their offsets.
-
-  A record is its length (uint64), the length's checksum (4 bytes), the data,
-  and the data's checksum (4 bytes). The constructor reads the lengths of all
-  records. Checksums are not verified.
-  """
-
-  def __init__(self, file_instructions):
-    self._paths = [os.fspath(part.filename) for part in file_instructions]
-    with futures.ThreadPoolExecutor() as pool:
-      found = list(pool.map(_scan, self._paths))
-    shards, records = [], []
-    for i, (part, record) in enumerate(zip(file_instructions, found)):
-      if len(record) != part.examples_in_shard:
-        raise errors.ConfigError(
-            f"{part.filename}: holds {len(record)} examples, not "
-            f"{part.examples_in_shard}; prepare the data set again")
-      take = part.take if part.take >= 0 else len(record)
-      records.append(record[part.skip:part.skip + take])
-      shards.append(np.full(len(records[-1]), i, np.int32))
-    self._shards = np.concatenate(shards)
-    self._records = np.concatenate(records)
-
-  def __len__(self) -> int:
-    return len(self._shards)
-
-  def __getitem__(self, index: int) -> bytes:
-    path = self._paths[self._shards[index]]
-    offset, length = self._records[index]
-    # Opened for each read: ImageNet has more shards than a process may have
-    # open files.
-    with open(path, "rb", buffering=0) as f:
-      f.seek(offset)
-      data = f.read(length)
-    if len(data) != length:
-      raise OSError(f"{path}: was truncated while it was read")
-    return data
-
-
-def _scan(path: str) -> np.ndarray:
-  """The offset and length of each record's data: int64 [n, 2]."""
-  found = []
-  try:
-    size = os.path.getsize(path)
-    with open(path, "rb", buffering=0) as f:
-      while header := f.read(_PREFIX):
-        start = f.tell()
-        if len(header) == _PREFIX:
-          length, = _LENGTH.unpack_from(header)
-          end = start + length + _SUFFIX
-        if len(header) < _PREFIX or end > size:
-          raise errors.ConfigError(
-              f"{path}: is truncated; prepare the data set again")
-        found.append((start, length))
-        f.seek(end)
-  except OSError as e:
-    raise errors.ConfigError(f"{path}: cannot be read: {e}") from e
-  return np.array(found, np.int64).reshape(-1, 2)
