@@ -350,11 +350,11 @@ def test_words_for_the_classes_of_imagenet():
 def test_a_long_name_makes_only_itself_longer():
   given = [b"%d.png" % i for i in range(20_000)] + [b"n" * 3800, b"", b"end"]
   found = file_names.FileNames(given)
-  assert found.tolist() == given and len(found) == len(given)
+  assert list(found) == given and len(found) == len(given)
   assert (found[0], found[-1], found[-3]) == (b"0.png", b"end", b"n" * 3800)
-  assert found[5:9].tolist() == given[5:9]
+  assert list(found[5:9]) == given[5:9]
   chosen = np.array([7, 20_000, 3])
-  assert found[chosen].tolist() == [given[i] for i in chosen]
+  assert list(found[chosen]) == [given[i] for i in chosen]
   assert len(pickle.dumps(found)) < 400_000
   with pytest.raises(IndexError):
     found[len(given)]
