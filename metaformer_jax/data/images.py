@@ -34,6 +34,10 @@ MAX_SIDE = 65_535
 # slowest decoders take less for them, those that are written in Python more.
 _SECONDS, _PIXELS_PER_SECOND = 10, 5_000_000
 
+# Whatever files of at most so many bytes hold takes less time, and looking at
+# the time would be a part of it; but for TIFFs, which can use bytes again.
+_UNTIMED = 2**20
+
 # Where a PNG has its bits per value.
 _BIT_DEPTH = 24
 
@@ -124,11 +128,13 @@ def decode_labels(labels: bytes | np.ndarray,
 def _open(file: BinaryIO, max_pixels: int,
           formats: tuple[str, ...]) -> Image.Image:
   """Opens an encoded picture; ValueError if it has more than `max_pixels`."""
-  if file.read(2) in (b"II", b"MM"):
-    file.seek(0)
-    image_costs.check_tiff(file.read())
+  is_tiff, n_bytes = file.read(2) in (b"II", b"MM"), file.seek(0, io.SEEK_END)
   file.seek(0)
-  file = image_costs.Timed(file, _SECONDS + max_pixels / _PIXELS_PER_SECOND)
+  if is_tiff:
+    image_costs.check_tiff(file.read())
+    file.seek(0)
+  if is_tiff or n_bytes > _UNTIMED:
+    file = image_costs.Timed(file, _SECONDS + max_pixels / _PIXELS_PER_SECOND)
   # Also limits a GIF's frame and a TIFF's tile, which can exceed the picture.
   Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
   try:
