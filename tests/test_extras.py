@@ -116,7 +116,7 @@ def test_extras_resolve(extra, python, tools, tmp_path):
               if re.match("libtpu|jax-cuda|jax-rocm", name)}
   print(f"{extra} on {python}:", ", ".join(
       f"{name} {found[name].version}" for name in sorted(
-          backends | {"jax", "jaxlib", "flax", "numpy", "numba", "grain",
+          backends | {"jax", "jaxlib", "flax", "numpy", "numba",
                       "optax", "orbax-checkpoint", "nvidia-cudnn-cu12",
                       "tensorflow-cpu", "tensorflow-datasets"} & found.keys())))
   if extra == "tpu":

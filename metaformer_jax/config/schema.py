@@ -177,6 +177,11 @@ class Log:
   hang_seconds: float = option(
       600.0, "when no step ends for this long, the stack of every thread is "
       "written to stderr", low=1, high=1e6)
+  exit_after_seconds: float | None = option(
+      1800.0, "when no step and no batch of an evaluation ends for this long, "
+      "the run ends with exit code 1, without saving; compilations, "
+      "checkpoints and downloads may take any time; None or 0: it waits for "
+      "ever", low=0, high=1e6)
   compilation_cache: str = option(
       "~/.cache/metaformer_jax", "folder of the compiled programs; empty: none")
 

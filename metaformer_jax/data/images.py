@@ -20,10 +20,23 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from metaformer_jax.config import schema
-from metaformer_jax.data import png
+from metaformer_jax.data import image_costs, png
 
-# No others: Pillow's EPS decoder, for example, runs a program.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
+# No others: Pillow's EPS decoder, for example, runs a program; and nothing that
+# can be read off a JPEG 2000 says how long its decoder takes.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
+
+# JPEG's largest side, and more than WebP's. Some work grows with a side alone:
+# a pixel becomes a row of a resized image.
+MAX_SIDE = 65_535
+
+# Processor time of a file: a fixed part, and that of each of `max_pixels`. The
+# slowest decoders take less for them, those that are written in Python more.
+_SECONDS, _PIXELS_PER_SECOND = 10, 5_000_000
+
+# Whatever files of at most so many bytes hold takes less time, and looking at
+# the time would be a part of it; but for TIFFs, which can use bytes again.
+_UNTIMED = 2**20
 
 # Where a PNG has its bits per value.
 _BIT_DEPTH = 24
@@ -42,13 +55,14 @@ def decode(image: bytes | np.ndarray,
     image: encoded, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of
       uint8, or [H, W] of uint16.
     max_pixels: an encoded image with more is refused, by its header, before
-      memory is allocated for its pixels.
+      memory is allocated for its pixels; and so is one that takes far longer
+      than so many pixels do.
 
   Raises:
     Exception: of many types, like Pillow's. The image is truncated, damaged, in
-      another format or too large; its metadata decompresses to too much; its
-      pixels are floats or 32-bit integers, for which white is not defined; or
-      an array has another shape.
+      another format, too large or too slow; its metadata decompresses to too
+      much; its pixels are floats or 32-bit integers, for which white is not
+      defined; or an array has another shape.
   """
   if not isinstance(image, bytes):
     _check_array(image)
@@ -56,6 +70,8 @@ def decode(image: bytes | np.ndarray,
       image = image[..., 0]
     return _rgb(Image.fromarray(image))
   with _open(io.BytesIO(image), max_pixels, FORMATS) as picture:
+    if picture.format == "JPEG":
+      image_costs.check_jpeg(image, picture, max_pixels)
     picture.load()
     return _rgb(picture)
 
@@ -112,6 +128,13 @@ def decode_labels(labels: bytes | np.ndarray,
 def _open(file: BinaryIO, max_pixels: int,
           formats: tuple[str, ...]) -> Image.Image:
   """Opens an encoded picture; ValueError if it has more than `max_pixels`."""
+  is_tiff, n_bytes = file.read(2) in (b"II", b"MM"), file.seek(0, io.SEEK_END)
+  file.seek(0)
+  if is_tiff:
+    image_costs.check_tiff(file.read())
+    file.seek(0)
+  if is_tiff or n_bytes > _UNTIMED:
+    file = image_costs.Timed(file, _SECONDS + max_pixels / _PIXELS_PER_SECOND)
   # Also limits a GIF's frame and a TIFF's tile, which can exceed the picture.
   Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
   try:
@@ -123,12 +146,26 @@ def _open(file: BinaryIO, max_pixels: int,
     raise UnidentifiedImageError(
         f"cannot identify {kind} in {n} bytes that begin with "
         f"{file.read(16)!r}") from e
-  width, height = picture.size
-  if width * height > max_pixels:
+  try:
+    check_size(picture.size, max_pixels)
+    if max(picture.size) > MAX_SIDE:
+      raise ValueError("{} x {} pixels: a side is longer than {}".format(
+          *picture.size, MAX_SIDE))
+  except ValueError:
     picture.close()
-    raise ValueError(f"{width} x {height} pixels are more than "
-                     f"config.data.max_pixels, {max_pixels}")
+    raise
   return picture
+
+
+def check_size(size: tuple[int, int], max_pixels: int, what: str = "") -> None:
+  """ValueError if a picture of (width, height) has more than `max_pixels`.
+
+  `what` says which picture it is, and ends with a space.
+  """
+  width, height = size
+  if width * height > max_pixels:
+    raise ValueError(f"{what}{width} x {height} pixels are more than "
+                     f"config.data.max_pixels, {max_pixels}")
 
 
 def _check_array(image: np.ndarray) -> None:

@@ -5,33 +5,29 @@ of the data set. Step s takes the positions [s B, (s + 1) B) of the stream, and
 each process its own contiguous part of them. The position in the data is
 therefore one integer, whatever the number of processes, workers and threads,
 and a run resumes there exactly. Images of several shapes form a stream for
-each, and a step has images of one (`streams.Turns`). Grain provides threads,
-worker processes and reading ahead.
+each, and a step has images of one (`streams.Turns`). `readers` has the threads
+and worker processes.
 
 An example that cannot be read or transformed is bad. In training it is replaced
 by another, also drawn from (seed, epoch, index); evaluation leaves it out,
 because a replacement would bias the measure. No other example moves.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import logging
 import math
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 
 from metaformer_jax import errors
 from metaformer_jax.config import comparison, schema
-from metaformer_jax.data import streams
+from metaformer_jax.data import readers, streams
 from metaformer_jax.data.sources import base, fingerprints
 
 log = logging.getLogger(__name__)
@@ -40,12 +36,6 @@ Batch = dict[str, np.ndarray]
 
 # Bad examples that a loader reports one by one.
 _NAMED = 10
-
-# The most examples that are prepared as one part of a batch.
-_CHUNK = 64
-
-# More batches than any run takes; grain needs the length of a stream.
-_ENDLESS = 2**40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +73,9 @@ class Loader:
   groups: tuple[np.ndarray, ...] | None = None
   _named: set[int] = dataclasses.field(
       default_factory=set, init=False, repr=False, compare=False)
+  # Workers of the last evaluation, for the next one.
+  _kept: list[readers.Reader] = dataclasses.field(
+      default_factory=list, init=False, repr=False, compare=False)
 
   def __post_init__(self):
     if self.batch_size % self.process_count:
@@ -153,8 +146,8 @@ class Loader:
                        f"{self.batch_size}, which has one group")
     stream = streams.Train(self._examples, self.transform, self.seed,
                            self.repeats, self._groups, self.batch_size)
-    yield from self._read(stream, position, _ENDLESS,
-                          "another example replaces it")
+    yield from self._read(self._parts(stream, position), itertools.count(),
+                          "another example replaces it", [])
 
   def eval_batches(self) -> Iterator[Batch]:
     """The whole data set in order, once; the last batch is padded.
@@ -176,48 +169,43 @@ class Loader:
                                          self.groups, self.batch_size)
     else:
       stream = streams.Evaluation(self.source, self.transform)
-    yield from self._read(stream, 0, self.n_eval_batches,
-                          "evaluation leaves it out")
+    parts = self._parts(stream, 0)
+    yield from self._read(
+        parts, range(self.n_eval_batches * parts.n_per_batch),
+        "evaluation leaves it out", self._kept)
 
-  def _read(self, stream, position: int, n_batches: int,
-            fate: str) -> Iterator[Batch]:
-    """This process's part of batches from a position on; names bad examples."""
-    if not flags.FLAGS.is_parsed():  # Grain reads absl flags.
-      flags.FLAGS.mark_as_parsed()
-    local = self.batch_size // self.process_count
-    # Batches are prepared in chunks, so that all workers share each batch and
-    # about one batch is read ahead, whatever the number of workers.
-    chunk = max(n for n in range(1, min(local, _CHUNK) + 1) if local % n == 0)
-    n_chunks = local // chunk
+  def _parts(self, stream, position: int) -> streams.Parts:
+    return streams.Parts(stream, position, self.batch_size, self.process_index,
+                         self.process_count)
+
+  def _reader(self, parts: streams.Parts) -> readers.Reader:
+    """What reads about one batch ahead, whatever the number of workers."""
+    n = parts.n_per_batch
     workers = (os.cpu_count() or 1) if self.workers == -1 else self.workers
-    part = streams.Part(stream, position, n_batches, self.batch_size,
-                        self.process_index, self.process_count)
-    chunks = grain.MapDataset.source(part).batch(chunk).to_iter_dataset(
-        grain.ReadOptions(
-            num_threads=self.threads,
-            prefetch_buffer_size=self.threads + (0 if workers else n_chunks)))
-    if workers:
-      chunks = chunks.mp_prefetch(
-          grain.MultiprocessingOptions(
-              num_workers=workers,
-              per_worker_buffer_size=1 + -(-n_chunks // workers)),
-          worker_init_fn=_follow_parent)
-    iterator = iter(chunks)
-    try:
-      while parts := list(itertools.islice(iterator, n_chunks)):
-        # Always a copy: workers return shared memory, and jax may keep a
-        # reference to a batch.
-        batch = {name: np.concatenate([part[name] for part in parts])
-                 for name in parts[0]}
+    if not workers:
+      return readers.Threads(parts, self.threads, self.threads + n)
+    read = parts if self.threads == 1 else readers.InThreads(parts,
+                                                             self.threads)
+    return readers.Workers(read, workers, 1 + -(-n // workers))
+
+  def _read(self, parts: streams.Parts, numbers: Iterable[int], fate: str,
+            kept: list[readers.Reader]) -> Iterator[Batch]:
+    """Reads parts by a kept reader, or a new one; names bad examples.
+
+    When all are read, the reader is kept if its processes can read them again.
+    """
+    reader = kept.pop() if kept else self._reader(parts)
+    with contextlib.closing(readers.batches(
+        reader, numbers, parts.n_per_batch)) as batches:
+      for batch in batches:
         bad = batch.pop("bad")
         for index in bad[bad >= 0].tolist():
           self._name(index, fate)
         yield {**batch, "replaced": bad >= 0}
-    except errors.DataError as e:
-      # Grain appends lines of its own.
-      raise errors.DataError(str(e).splitlines()[0]) from e
-    finally:
-      iterator.close()
+    if self.workers:
+      kept.append(reader)
+    else:
+      reader.close()
 
   def _name(self, index: int, fate: str) -> None:
     """Logs what is wrong with a bad example; once, and only the first few."""
@@ -260,20 +248,3 @@ def create(cfg: schema.Experiment, split: str, source: base.Source,
       process_index=process_index, process_count=process_count,
       workers=cfg.data.workers, threads=cfg.data.threads, repeats=repeats,
       groups=groups)
-
-
-def _follow_parent(index: int, count: int) -> None:
-  """Makes a worker exit when its parent does, for any reason, not earlier.
-
-  Schedulers and Ctrl-C signal all processes, but the parent still has to finish
-  its step and save.
-  """
-  del index, count
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, signal.SIG_IGN)
-
-  def wait():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-  threading.Thread(target=wait, daemon=True).start()

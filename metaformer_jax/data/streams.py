@@ -27,6 +27,9 @@ _ORDER, _AUGMENT, _REPLACE, _TURNS = 0, 1, 2, 3
 # Examples that are tried as the replacement of a bad one.
 _TRIES = 20
 
+# The most examples that are prepared as one part of a batch.
+_PART = 64
+
 
 class Train:
   """The endless stream: position -> augmented example."""
@@ -130,24 +133,44 @@ class GroupedEvaluation:
             "bad": np.int64(index if reason else -1)}
 
 
-class Part:
-  """A process's part of each batch of a stream: index -> example."""
+class Parts:
+  """A process's batches of a stream, in parts of a few examples.
 
-  def __init__(self, stream, start: int, n_batches: int, batch_size: int,
-               process_index: int, process_count: int):
-    """The batches are `n_batches`, from the position `start` on."""
+  A batch is prepared in parts, so that all threads and workers share it.
+
+  Attributes:
+    n_per_batch: parts of a batch.
+  """
+
+  def __init__(self, stream, start: int, batch_size: int, process_index: int,
+               process_count: int):
+    """The first batch of all processes is at the position `start`."""
     self._stream, self._start, self._global = stream, start, batch_size
     self._local = batch_size // process_count
     self._offset = process_index * self._local
-    self._n = n_batches * self._local
+    self._size = max(n for n in range(1, min(self._local, _PART) + 1)
+                     if self._local % n == 0)
+    self.n_per_batch = self._local // self._size
 
-  def __len__(self) -> int:
-    return self._n
+  def positions(self, number: int) -> range:
+    """The positions of the examples of a part."""
+    batch, place = divmod(number, self.n_per_batch)
+    first = (self._start + batch * self._global + self._offset +
+             place * self._size)
+    return range(first, first + self._size)
 
-  def __getitem__(self, i: int) -> Example:
-    batch, place = divmod(int(i), self._local)
-    return self._stream[self._start + batch * self._global + self._offset +
-                        place]
+  def example(self, position: int) -> Example:
+    return self._stream[position]
+
+  def __call__(self, number: int) -> dict[str, np.ndarray]:
+    """The examples of a part, stacked."""
+    return stacked([self._stream[i] for i in self.positions(number)])
+
+
+def stacked(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+  """The arrays of examples, along a new first axis."""
+  return {name: np.stack([example[name] for example in examples])
+          for name in examples[0]}
 
 
 def attempt(source: base.Source, transform: Transform, index: int,

@@ -12,7 +12,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from metaformer_jax import errors
 
@@ -22,6 +23,12 @@ _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
 # For an orderly end without a run.
 _GRACE_SECONDS = 2
+
+# How long a run that is asked to stop waits for the batch of its last step.
+# Machines are often taken away 30 seconds after a signal.
+_INPUT_SECONDS = 5
+
+_Batch = TypeVar("_Batch")
 
 
 def name(number: int) -> str:
@@ -101,20 +108,62 @@ class StopSignal:
   def __init__(self):
     self._number = 0
     self._listener = None
+    # In the main thread: whether it waits for input. And whether that has
+    # taken too long since the first signal.
+    self._in_input, self._overdue = False, False
+    self._timer = threading.Timer(_INPUT_SECONDS, self._interrupt_input)
+    self._timer.daemon = True
 
   def __enter__(self):
     return self
 
   def __exit__(self, *exc):
     if self._listener is not None:
+      self._timer.cancel()
+      if self._timer.is_alive():
+        self._timer.join()  # It may be sending a signal.
       self._listener.__exit__(*exc)
 
   def listen(self) -> None:
     """Starts to note signals, if it has not."""
     if self._listener is None:
-      self._listener = Listener(self._note).__enter__()
+      self._listener = Listener(self._note, self._leave_input).__enter__()
+
+  def batches(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    """The same batches, for which a run that is asked to stop waits briefly.
+
+    Raises:
+      Preempted: a batch has not come for some seconds after a signal.
+    """
+    with contextlib.closing(batches):
+      while True:
+        self._in_input = True
+        try:
+          batch = next(batches)
+        except StopIteration:
+          return
+        finally:
+          self._in_input = False
+        yield batch
+
+  def _leave_input(self) -> None:
+    """In the main thread, after each signal."""
+    if self._in_input and self._overdue:
+      self._in_input = False
+      raise errors.Preempted(
+          f"{name(self._number)}: no batch came for {_INPUT_SECONDS} s; the "
+          "same command continues from the last checkpoint")
+
+  def _interrupt_input(self) -> None:
+    self._overdue = True
+    # Interrupts what the main thread waits for, and calls `_leave_input`.
+    signal.pthread_kill(threading.main_thread().ident, self._number)
 
   def _note(self, number: int) -> None:
+    if self._overdue:
+      return
+    if not self._number:
+      self._timer.start()
     log.warning("%s: the run is already ending; it saves first"
                 if self._number else
                 "%s: saving after this step, then ending; further signals "

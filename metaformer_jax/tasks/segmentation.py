@@ -139,7 +139,7 @@ class Segmentation:
         process_index=jax.process_index(), process_count=jax.process_count())
     if train:
       return make(transforms.TrainTransform(cfg.data, cfg.task))
-    sizes = source.sizes()
+    sizes = framing.usable(source.sizes(), cfg.data.max_pixels)
     transform = transforms.EvalTransform(cfg.data, cfg.task,
                                          framing.choose(sizes, cfg.task))
     return make(transform, groups=transform.groups(sizes))

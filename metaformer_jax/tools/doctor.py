@@ -247,7 +247,7 @@ def _names(packages: Mapping[str, versions.Package]) -> list[str]:
   try:
     required = versions.required(packages[versions.OWN])
   except (ImportError, KeyError):
-    required = ("flax", "grain", "jax", "numpy", "optax", "orbax-checkpoint")
+    required = ("flax", "jax", "numpy", "optax", "orbax-checkpoint")
   return [name for name in required if name in packages]
 
 

@@ -1,5 +1,6 @@
 """The part of a task's variables that is a network of the model table."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +9,12 @@ import jax.numpy as jnp
 
 from metaformer_jax import errors
 from metaformer_jax.checkpoints import pretrained, published
+from metaformer_jax.config import imagenet, saved
+from metaformer_jax.config import weights as weights_lib
+from metaformer_jax.config.schema import Experiment
 from metaformer_jax.tasks import base
+
+log = logging.getLogger(__name__)
 
 
 def relative_name(name: str, path: str) -> str | None:
@@ -83,3 +89,26 @@ def read_weights(init: str, part: base.Backbone | None,
   weights = pretrained.read(path, part.family, classifier, part.input_size,
                             kept=own, new_head=True, **head)
   return at_path(weights, part.path)
+
+
+def head(cfg: Experiment, task: base.Task) -> dict[str, Any]:
+  """What becomes of the head of config.init, for `read_weights`.
+
+  It is kept if its classes are this run's, as far as both have names. From one
+  of ImageNet-21K, a run on ImageNet-1K takes its classes, as in the official
+  fine-tuning. Warns if config.model computes something else than the weights'
+  model with the same names.
+  """
+  made = weights_lib.made(cfg.init, None, cfg.model.name)
+  names = getattr(cfg.task, "class_names", None)
+  found = {"head_21k": names in (None, imagenet.ids())}
+  if made is None or made.task.name != cfg.task.name:
+    return found
+  for line in saved.model_differences(made.model, cfg.model):
+    log.warning("config.init: %s was made with another value of %s (made "
+                "with, this run)", cfg.init, line)
+  theirs = getattr(made.task, "class_names", None)
+  if task.pretrained and task.pretrained.path:
+    found["whole"] = getattr(task, "family", cfg.task.name)
+  return found | {"other_classes": None not in (names, theirs)
+                 and tuple(names) != tuple(theirs)}

@@ -32,6 +32,7 @@ class Evaluation:
               step.notes(batch, stop))
 
     self._run = jax.jit(run, out_shardings=sharding.replicated(mesh))
+    self._compiled = set()  # The shapes of batches that it was called with.
 
   def __call__(self, variables: base.Variables, stop: signals.StopSignal,
                watchdog: Watchdog) -> dict[str, float] | None:
@@ -63,17 +64,23 @@ class Evaluation:
       n_bad += int(notes["bad_images"])
       return int(notes["stop"])
 
+    watchdog.beat("batch 0 of an evaluation", limited=True)
     with contextlib.closing(processes.reading(
-        self._data.eval_batches())) as batches:
+        stop.batches(self._data.eval_batches()))) as batches:
       for i, batch in enumerate(batches):
+        shapes = base.signature(batch)
+        watchdog.beat(f"batch {i} of an evaluation",
+                      limited=shapes in self._compiled)
         pending.append(self._run(
             variables, sharding.put_batch(batch, self._mesh),
             stop.flags(self._mesh)))
+        self._compiled.add(shapes)
         if len(pending) > 1 and update(pending.pop(0)):
           return None
-        watchdog.beat(f"batch {i + 1} of an evaluation")
+        watchdog.beat(f"batch {i + 1} of an evaluation", limited=True)
     for found in pending:
       update(found)
+    watchdog.beat("the measures of an evaluation")
     n = self._data.n_examples
     if n_bad > self._cfg.data.max_bad_fraction * n or n_bad == n:
       raise errors.DataError(
@@ -191,7 +198,7 @@ def evaluate_variables(cfg: Experiment, task: base.Task, mesh,
   if jax.process_count() > 1:
     same_data.agree(evaluation=data)
   evaluate = Evaluation(cfg, task, mesh, data)
-  with Watchdog(cfg.log.hang_seconds) as watchdog:
+  with Watchdog(cfg.log.hang_seconds, cfg.log.exit_after_seconds) as watchdog:
     # As nothing is saved, signals have their usual effect.
     measures = evaluate(variables, signals.StopSignal(), watchdog)
   return measures | {kind: evaluate.rows(kind) for kind in details}

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from metaformer_jax import errors
 from metaformer_jax.checkpoints import manager, pretrained
-from metaformer_jax.config import imagenet, saved, weights
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.runtime import (
   accounting,
@@ -144,7 +143,8 @@ class Run:
             program.shapes.params, program.frozen))
     checkpoints = manager.Checkpoints(workdir, cfg.checkpoint, cfg.best_measure)
     stack.callback(checkpoints.close)
-    dog = stack.enter_context(watchdog.Watchdog(cfg.log.hang_seconds))
+    dog = stack.enter_context(watchdog.Watchdog(
+        cfg.log.hang_seconds, cfg.log.exit_after_seconds))
     stack.enter_context(processes.leaving(cfg.mesh.heartbeat_seconds))
     stack.enter_context(errors.fitting_memory(step.advice(cfg)))
     if first:
@@ -161,8 +161,8 @@ class Run:
       log.info("resumed %s at step %d", workdir, restored)
     run = cls(
         cfg, task, mesh, workdir, train_data, data, program, state, record,
-        accounting.Clock(record),
-        processes.reading(train_data.train_batches(record.position)),
+        accounting.Clock(record), processes.reading(
+            stop.batches(train_data.train_batches(record.position))),
         evaluate.Evaluation(cfg, task, mesh, eval_data),
         checkpoints, writers.Writer(workdir, cfg.log, restored,
                                     [*names, "learning_rate"], enabled=first),
@@ -181,9 +181,10 @@ class Run:
   def train(self, i: int) -> None:
     """Dispatches step i, and accounts for the step before."""
     self.clock.switch_to("input")
-    self.watchdog.beat(f"the batch of step {i}")
-    batch = sharding.put_batch(next(self.batches), self.mesh)
-    self.watchdog.beat(f"step {i}")
+    self.watchdog.beat(f"the batch of step {i}", limited=True)
+    with self._saved_if_input_ends(i - 1):
+      batch = sharding.put_batch(next(self.batches), self.mesh)
+    self.watchdog.beat(f"step {i}", limited=bool(self._compiled))
     if not self._compiled:
       self._compile()
       self.stop.listen()
@@ -286,8 +287,9 @@ class Run:
   def evaluate(self, i: int) -> None:
     """Measures the state after step i, unless a process is asked to stop."""
     self.clock.switch_to("evaluation")
-    self.result = self.evaluation(self.state.eval_variables(), self.stop,
-                                  self.watchdog)
+    with self._saved_if_input_ends(i):
+      self.result = self.evaluation(self.state.eval_variables(), self.stop,
+                                    self.watchdog)
     if self.result is None:
       self.stopping = "asked to stop"
       return
@@ -308,6 +310,22 @@ class Run:
     self.record.productive_seconds = self.clock.productive_seconds
     self.checkpoints.save(i, self.state.trees(), self.record, self.result,
                           self.data)
+
+  @contextlib.contextmanager
+  def _saved_if_input_ends(self, i: int) -> Iterator[None]:
+    """If it raises, saves step i first, if that can and need be.
+
+    Of several processes, the others do not know of the error.
+    """
+    try:
+      yield
+    except errors.UserError:
+      if i > self.restored_step and jax.process_count() == 1:
+        self.finish_step(i)
+        self.checkpoints.wait()
+        if self.checkpoints.latest_step() != i:
+          self.save(i)
+      raise
 
   def raise_if_stopped(self, i: int) -> None:
     """Raises Preempted if a process was asked to stop."""
@@ -364,7 +382,8 @@ def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
     initial = cfg.init and backbone.read_weights(
         cfg.init, task.pretrained,
         {"params": shapes.params, **shapes.model_state},
-        lambda: dog.beat(f"the download of {cfg.init}"), **_head(cfg, task))
+        lambda: dog.beat(f"the download of {cfg.init}"),
+        **backbone.head(cfg, task))
   processes.require_same(
       lambda: {"weights of config.init": agreement.of_arrays(initial or {})})
   state = jax.jit(program.create, out_shardings=program.shardings)()
@@ -374,26 +393,3 @@ def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
     params = variables.pop("params")
     state = state.replace(params=params, model_state=variables).start_average()
   return state, accounting.Record()
-
-
-def _head(cfg: Experiment, task: base.Task) -> dict[str, Any]:
-  """What becomes of the head of config.init, for `backbone.read_weights`.
-
-  It is kept if its classes are this run's, as far as both have names. From one
-  of ImageNet-21K, a run on ImageNet-1K takes its classes, as in the official
-  fine-tuning. Warns if config.model computes something else than the weights'
-  model with the same names.
-  """
-  made = weights.made(cfg.init, None, cfg.model.name)
-  names = getattr(cfg.task, "class_names", None)
-  head = {"head_21k": names in (None, imagenet.ids())}
-  if made is None or made.task.name != cfg.task.name:
-    return head
-  for line in saved.model_differences(made.model, cfg.model):
-    log.warning("config.init: %s was made with another value of %s (made "
-                "with, this run)", cfg.init, line)
-  theirs = getattr(made.task, "class_names", None)
-  if task.pretrained and task.pretrained.path:
-    head["whole"] = getattr(task, "family", cfg.task.name)
-  return head | {"other_classes": None not in (names, theirs)
-                 and tuple(names) != tuple(theirs)}

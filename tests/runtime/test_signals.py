@@ -109,6 +109,85 @@ def test_an_evaluation_of_a_checkpoint_has_nothing_to_save(tmp_path):
                                  tmp_path, "last")
 
 
+class Hung(line_task.Points):
+  """At some batch, a signal comes and the next batch does not."""
+
+  def __init__(self, train_at=0, eval_at=0):
+    self._train_at, self._eval_at = train_at, eval_at
+
+  def _hang(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(600)
+
+  def train_batches(self, position):
+    for batch in super().train_batches(position):
+      position += 8
+      if position // 8 == self._train_at:
+        self._hang()
+      yield batch
+
+  def eval_batches(self):
+    for i, batch in enumerate(super().eval_batches(), 1):
+      if i == self._eval_at:
+        self._hang()
+      yield batch
+
+
+def with_data(train, evaluation):
+  task = line_task.LineTask()
+  task.make_data = {"train": train, "eval": evaluation}.get
+  return task
+
+
+@pytest.mark.parametrize("hung,saved", [
+    ({"train_at": 8}, 7), ({"eval_at": 2}, 12)], ids=["train", "eval"])
+def test_an_input_that_hangs_does_not_keep_a_run_from_saving(
+    tmp_path, monkeypatch, hung, saved):
+  """What was trained is saved, and the run continues as if nothing was."""
+  monkeypatch.setattr(signals, "_INPUT_SECONDS", 0.3)
+  cfg = small_runs.line(train={"steps": 20})
+  whole = small_runs.run(cfg, line_task.LineTask(), tmp_path / "whole")
+  data = [Hung(**hung), Hung(**hung)]
+  with pytest.raises(errors.Preempted, match=(
+      r"^SIGTERM: no batch came for 0\.3 s; the same command")) as e:
+    small_runs.run(cfg, with_data(*data), tmp_path / "parts")
+  assert e.value.exit_code == 143
+  steps = [int(p.name) for p in (tmp_path / "parts/checkpoints").iterdir()]
+  assert max(steps) == saved
+  summary = small_runs.run(cfg, line_task.LineTask(), tmp_path / "parts")
+  assert summary["error"] == whole["error"]
+
+
+class Ending(line_task.Points):
+  """Batches that end with an error, as if a worker process was killed."""
+
+  def __init__(self, at):
+    self._at = at
+
+  def train_batches(self, position):
+    for batch in super().train_batches(position):
+      position += 8
+      if position // 8 == self._at:
+        raise errors.WorkerLostError("killed")
+      yield batch
+
+
+@pytest.mark.parametrize("at,saved", [(1, None), (2, 1), (6, 5), (9, 8)])
+def test_a_run_whose_input_ends_saves_its_last_step(tmp_path, at, saved):
+  """At step 5 there is a checkpoint already; before step 1 nothing is saved."""
+  cfg = small_runs.line(train={"steps": 12})
+  task = with_data(Ending(at), line_task.Points())
+  with pytest.raises(errors.WorkerLostError, match="killed"):
+    small_runs.run(cfg, task, tmp_path)
+  steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
+  assert max(steps, default=None) == saved
+  # Resumed, it ends at once, and has nothing more to save.
+  task = with_data(Ending((saved or 0) + 1), line_task.Points())
+  with pytest.raises(errors.WorkerLostError, match="killed"):
+    small_runs.run(cfg, task, tmp_path)
+  assert [int(p.name) for p in (tmp_path / "checkpoints").iterdir()] == steps
+
+
 # A compiler, which does not return to Python for long; and other code.
 IN_C = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 IN_PYTHON = "time.sleep(60)"

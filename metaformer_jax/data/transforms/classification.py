@@ -47,7 +47,8 @@ def random_resized_crop_box(
 
 
 def resize_shorter(picture: Image.Image, size: tuple[int, int],
-                   interpolation: str) -> Image.Image:
+                   interpolation: str,
+                   max_pixels: int = schema.Data.max_pixels) -> Image.Image:
   """Resizes, keeping the aspect ratio, so that both sides reach a size.
 
   Args:
@@ -55,9 +56,16 @@ def resize_shorter(picture: Image.Image, size: tuple[int, int],
     size: (height, width). For a square this is torchvision's resize of the
       shorter side; the other side is rounded down.
     interpolation: name of the filter.
+    max_pixels: of the result.
+
+  Raises:
+    ValueError: there would be more, as of a picture of 40,000 x 1.
   """
-  return picture.resize(_resized(*picture.size, size),
-                        pixels.FILTERS[interpolation])
+  resized = _resized(*picture.size, size)
+  width, height = picture.size
+  images.check_size(resized, max_pixels,
+                    f"{width} x {height} pixels resized to ")
+  return picture.resize(resized, pixels.FILTERS[interpolation])
 
 
 def _resized(w: int, h: int, size: tuple[int, int]) -> tuple[int, int]:
@@ -125,7 +133,7 @@ class EvalTransform:
     del rng
     picture = resize_shorter(
         images.decode(record["image"], self.data.max_pixels), self._before_crop,
-        self.task.interpolation)
+        self.task.interpolation, self.data.max_pixels)
     picture = centre_crop(picture, self.task.input_size)
     labels = {"labels": record["labels"]} if "labels" in record else {}
     return {"image": np.asarray(picture), "label": np.int32(record["label"]),

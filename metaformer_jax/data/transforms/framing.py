@@ -76,6 +76,20 @@ def needed(height: int, width: int, task: tasks.Segmentation,
                 _up((height, width), multiple))
 
 
+def longest(max_pixels: int) -> int:
+  """The longest side of an image that is evaluated, in pixels.
+
+  Images of several shapes share a canvas, which has the longest height and the
+  longest width of all: a few long images would make it far larger than any.
+  """
+  return 2 * math.isqrt(max_pixels)
+
+
+def usable(sizes: np.ndarray, max_pixels: int) -> np.ndarray:
+  """The sizes, int [N, 2], with 0 for images with a side beyond `longest`."""
+  return np.where((sizes > longest(max_pixels)).any(1, keepdims=True), 0, sizes)
+
+
 def fits(inner: Canvas, outer: Canvas) -> bool:
   """Whether all arrays of one canvas fit into those of another."""
   return all(a <= b for a, b in zip(_sides(inner), _sides(outer)))

@@ -253,6 +253,10 @@ class EvalTransform:
               group: int | None) -> framing.Canvas:
     if not self.canvases:
       return framing.needed(height, width, self.task, framing.ALONE)
+    most = framing.longest(self.data.max_pixels)
+    if max(height, width) > most:
+      raise ValueError(f"an image of {width} x {height} pixels is not "
+                       f"evaluated beside others: a side is longer than {most}")
     own = framing.needed(height, width, self.task)
     canvas = self.canvases[self.canvas_of(height, width) if group is None
                            else group]
