@@ -24,7 +24,7 @@ _PACKAGE = pathlib.Path(__file__).parents[1]
 # What the numbers, the order of the data and the files of a run come from.
 _LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin",
               "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint", "numpy",
-              "grain", "pillow", "numba")
+              "pillow", "numba")
 
 # They change what is compiled, or which devices are used.
 _OPTIONS = ("jax_platforms", "jax_enable_x64", "jax_default_matmul_precision",
