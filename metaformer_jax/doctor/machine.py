@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 
-from metaformer_jax.config import schema
 from metaformer_jax.doctor import versions
 from metaformer_jax.doctor.versions import FAIL, OK, WARN, Line
 
@@ -27,8 +26,7 @@ _CHANGING = (
     ("LD_LIBRARY_PATH", "cuda|nvidia", "may hide the CUDA that pip installed"),
 )
 
-_DOCKER_SHM = 64 * 2**20
-_MIB, _GIB = 2**20, 2**30
+_GIB = 2**30
 
 
 def python() -> Line:
@@ -75,21 +73,6 @@ def memory(meminfo: str = "/proc/meminfo",
   if free < 2 * _GIB:  # The quickstart needs 0.9.
     return Line("memory", WARN, f"{text}; may be too little for a run")
   return Line("memory", OK, text)
-
-
-def shared_memory(cfg: schema.Experiment | None,
-                  folder: str = "/dev/shm") -> Line:
-  """The shared memory through which `data.workers` hand over batches."""
-  least = _DOCKER_SHM + 1
-  if cfg is not None:  # A batch that is being read, and the next.
-    height, width = cfg.task.input_size or (0, 0)
-    least = 2 * cfg.train.batch_size * 3 * height * width
-  size = shutil.disk_usage(folder).total
-  text = f"{folder} has {size / _MIB:,.0f} MiB"
-  if size < least and (cfg is None or cfg.data.workers):
-    return Line("shm", WARN, f"{text}; with data.workers, two batches need up "
-                f"to {least / _MIB:,.0f} MiB; use docker run --shm-size")
-  return Line("shm", OK, text)
 
 
 def writing(name: str, folder: str | pathlib.Path, state: str = FAIL,

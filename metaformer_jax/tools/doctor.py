@@ -213,7 +213,6 @@ def examine(args: argparse.Namespace, overrides: list[str]) -> Iterator[Line]:
     yield from machine.environment(os.environ)
     yield from devices(*started.result(), machine.accelerators(), os.environ)
     yield from _guarded("memory", lambda: [machine.memory()])
-    yield from _guarded("shm", lambda: [machine.shared_memory(cfg)])
     yield machine.writing("workdir", workdir)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", (
         cfg.log if cfg else schema.Log()).compilation_cache)

@@ -358,25 +358,6 @@ def test_the_limits_of_a_container_apply(tmp_path):
   assert machine.memory(str(meminfo), str(tmp_path)).state == OK
 
 
-def test_shared_memory_must_hold_two_batches_of_workers(monkeypatch):
-  def line(mib, workers=None):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: type(usage)(
-        mib * 2**20, 0, 0))
-    cfg = None if workers is None else schema.Experiment(
-        task=tasks.Classification(image_size=256),
-        data=schema.Data(workers=workers),
-        train=schema.Train(batch_size=1024))  # 192 MiB each.
-    return machine.shared_memory(cfg)
-
-  usage = shutil.disk_usage("/")
-  assert line(64).state == WARN
-  assert line(100).state == OK
-  assert line(383, workers=8).state == WARN
-  assert "up to 384" in line(383, workers=8).text
-  assert line(384, workers=8).state == OK
-  assert line(64, workers=0).state == OK
-
-
 def test_variables_that_change_jax_are_reported():
   lines = list(machine.environment({
       "HOME": "/root", "JAX_PLATFORMS": "tpu", "JAX_DISABLE_JIT": "0",
