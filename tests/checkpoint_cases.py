@@ -13,15 +13,17 @@ CFG = schema.Checkpoint(keep_last=2, keep_best=1)
 TOP1 = tasks.Measure("top1", higher_is_better=True)
 
 
-def opened(workdir, cfg=CFG, best=TOP1):
+def opened(workdir, cfg=CFG, best=TOP1, lock=None):
   """The checkpoints of a workdir."""
-  return manager.Checkpoints(workdir, cfg, best)
+  return manager.Checkpoints(workdir, cfg, best, lock)
 
 
 def save(checkpoints, state, position=0, metrics=None, **counts):
-  """Saves a state as a run does."""
+  """Saves a state as a run does, then what its evaluation has measured."""
   checkpoints.save(int(state.step), state.trees(),
-                   accounting.Record(position=position, **counts), metrics)
+                   accounting.Record(position=position, **counts))
+  if metrics is not None:
+    checkpoints.add_metrics(int(state.step), metrics)
 
 
 def restore(checkpoints, step, abstract_state):

@@ -275,7 +275,8 @@ def steps(folder: pathlib.Path, canary: pathlib.Path) -> list[pathlib.Path]:
     (step / "params").mkdir(parents=True)
     (step / "params" / "data").write_bytes(VALUES.tobytes())
     found = manifest.write(
-        step, step=1, record={"position": 1}, metrics={}, tree={})
+        step, step=1, record={"position": 1}, metrics={}, data={},
+        tree={})
     facts = {**dataclasses.asdict(found), **changes,
              "version": manifest.VERSION}
     text = json.dumps(facts, indent=1, sort_keys=True)  # Its digest is known.

@@ -95,8 +95,11 @@ LINES = [_case(*row) for row in [
     (f"{GOOD} --workdir", "--workdir", "Missing value"),
     (f"{GOOD} --workdir=TMP/file", "--workdir: TMP/file is a file"),
     (f"{GOOD} --workdir=TMP/file/a/b", "--workdir: TMP/file is a file"),
-    *((f"{GOOD} --workdir='TMP/a{mark}b/x'", f"TMP/a{mark}b/x has {mark} in",
-       "choose a path without [ ] * ?") for mark in "[]*?"),
+    (rf"{GOOD} --workdir='TMP/a\b/x'", "TMP/a\\b/x/ has a backslash",
+     "choose another path"),
+    (f"{GOOD} --workdir='TMP/a\nb'", "TMP/a b/ has control characters"),
+    (f"{GOOD} --workdir=/gs/bucket/x", "/gs/bucket/x/ has a first folder"),
+    (f"{GOOD} --workdir=gs://bucket/x", "gs://bucket/x is not a local folder"),
     (f"{GOOD} --config.data.path=TMP/dat", "config.data.path: TMP/dat",
      "did you mean data?"),
     (f"{GOOD} --config.data.path=TMP/file", "config.data.path: TMP/file is "

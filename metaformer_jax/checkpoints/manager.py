@@ -1,56 +1,33 @@
-"""Saving and restoring; all calls of Orbax are here.
+"""Saves, keeps and restores the steps of a workdir.
 
-A step is saved as separate items, so that variables and their moving averages
-can be read without the optimizer's state, which is larger. Orbax writes them
-into a temporary folder; `manifest` decides when that is a complete step, and
-which steps are still intact. Orbax itself restores much damaged data without an
-error.
+`arrays` writes them into their folders, which are steps when they have their
+manifests (`steps`). `manifest` knows whether they are still intact: Orbax
+itself restores much damaged data without an error.
 """
 
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import pathlib
 import re
-import threading
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from metaformer_jax import errors
-from metaformer_jax.checkpoints import manifest
+from metaformer_jax.checkpoints import arrays, manifest, steps
 from metaformer_jax.config import schema, tasks
-from metaformer_jax.runtime import accounting, processes, sharding
+from metaformer_jax.runtime import accounting, processes
+from metaformer_jax.runtime import workdir as workdir_lib
 
 log = logging.getLogger(__name__)
 
-# The items of a step: trees of arrays, those that are not empty.
-_TREES = ("params", "model_state", "opt_state", "ema_params", "ema_state")
-Trees = Mapping[str, Any]
-
-# Weights take about the memory of their files; 256 MiB may be all zeros.
-_MAX_EXPANSION, _ALWAYS_READ = 20, 2**28
-
-# Orbax warns when single items are read, and about the handler below; its
-# threads log tracebacks of failures that are raised here as well.
-_EXPECTED = ("Metadata file does not exist", "_SignalingThread.run() raised",
-             "Handler Commit operations or the Commit",
-             "Failed to write metadata", "overriding jax.Array")
-logging.getLogger("absl").addFilter(
-    lambda record: not any(s in record.getMessage() for s in _EXPECTED))
-
-# By default each copy of an array writes a part of it, for which Orbax compiles
-# a program per part: for arrays as small as these, far slower than letting one
-# copy write everything.
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(
-        min_slice_bytes_for_replica_parallel=2**24), override=True)
+Trees = arrays.Trees
 
 
 class Checkpoints:
@@ -62,17 +39,20 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: pathlib.Path, cfg: schema.Checkpoint,
-               best: tasks.Measure):
-    """Takes the workdir, how many steps to keep, and what ranks them."""
-    self.directory = workdir.absolute() / "checkpoints"
-    self._cfg, self._best = cfg, best
-    self._orbax = _open_orbax()
-    self._thread: threading.Thread | None = None
+               best: tasks.Measure, lock: workdir_lib.Lock | None = None):
+    """Takes the workdir, how many steps to keep, and what ranks them.
+
+    Each save requires `lock`, which the run's first process holds.
+    """
+    self.directory = workdir_lib.real_path(workdir) / "checkpoints"
+    self._cfg, self._best, self._lock = cfg, best, lock
+    self._store = arrays.Store()
+    self._thread = futures.ThreadPoolExecutor(1, "checkpoints")
+    self._last: futures.Future | None = None
     self._failure: tuple[int, Exception] | None = None
     self._verified: int | None = None
 
   def save(self, step: int, trees: Trees, record: accounting.Record,
-           metrics: Mapping[str, float] | None = None,
            data: Mapping[str, Any] | None = None) -> None:
     """Starts to save a step; returns once it is copied off the devices.
 
@@ -80,53 +60,87 @@ class Checkpoints:
       step: how many steps the state has taken.
       trees: the state, by item.
       record: what the run has counted.
-      metrics: of this state's evaluation, if there was one.
       data: the fingerprint of the data set, by split.
 
     Raises:
-      ConfigError: the metrics do not include the one that ranks checkpoints.
-      StorageError: this save, or the previous one, cannot be written.
+      StorageError: this save, or the previous one, cannot be written; or the
+        workdir's lock is lost.
     """
     self.wait()
-    facts = {"step": step, "record": dataclasses.asdict(record),
-             "metrics": {k: float(v) for k, v in (metrics or {}).items()},
-             "tree": _arrays(trees), "data": dict(data or {})}
+    folder = self.directory / str(step)
+    facts = {"step": step, "record": dataclasses.asdict(record), "metrics": {},
+             "data": dict(data or {}), "tree": arrays.described(trees)}
     try:
-      self._orbax.save(
-          self._temporary(step), force=True, args=ocp.args.Composite(
-              **{name: ocp.args.StandardSave(tree)
-                 for name, tree in trees.items()}))
+      if jax.process_index() == 0:
+        self._require_lock()
+        steps.begin(folder)
+      self._store.save(folder, trees)
     except Exception as e:
       self._failure = step, e
       self.check()
-    self._thread = threading.Thread(
-        target=self._complete, args=(facts,), name="complete_checkpoint")
-    self._thread.start()
+    self._start(self._complete, step, facts)
+
+  def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Adds an evaluation's measures to a step that is saved, or being saved.
+
+    Args:
+      step: its number.
+      metrics: of this step's state.
+
+    Raises:
+      ConfigError: they do not include the one that ranks checkpoints.
+    """
     wanted = self._best.name
-    if metrics is not None and self._cfg.keep_best and wanted not in metrics:
+    if self._cfg.keep_best and wanted not in metrics:
       raise errors.ConfigError(
           f"config.checkpoint.best_metric: {wanted!r} was not measured"
           f"{errors.did_you_mean(wanted, metrics)}")
+    self._start(self._rank, step, {
+        k: v if type(v) is int else float(v) for k, v in metrics.items()})
 
-  def _temporary(self, step: int) -> pathlib.Path:
-    return self.directory / f"{step}.saving"
+  def _start(self, task: Callable[[int, dict], None], step: int,
+             facts: dict[str, Any]) -> None:
+    """Starts a task in the background, after the ones before."""
+    def run():
+      try:
+        if not self._failure:
+          task(step, facts)
+      except Exception as e:
+        self._failure = step, e
+    self._last = self._thread.submit(run)
 
-  def _complete(self, facts: dict[str, Any]) -> None:
-    """In the background: once everything is written, makes it a step."""
-    try:
-      self._orbax.wait_until_finished()  # For every process.
-      if jax.process_index():
-        return
-      temporary = self._temporary(facts["step"])
-      manifest.write(temporary, **facts)
-      os.rename(temporary, self.directory / str(facts["step"]))
-      manifest.sync(self.directory)
-      good, _ = manifest.survey(self.directory)
-      for step in good.keys() - manifest.kept(
-          good, self._cfg.keep_last, self._cfg.keep_best, self._best):
-        manifest.remove(self.directory / str(step))
-    except Exception as e:
-      self._failure = facts["step"], e
+  def _complete(self, step: int, facts: dict[str, Any]) -> None:
+    """Once everything is written, makes it a step."""
+    self._store.wait()  # For every process.
+    if jax.process_index():
+      return
+    folder = self.directory / str(step)
+    arrays.require(folder, facts["tree"])
+    self._require_lock()
+    manifest.write(folder, **facts)
+    steps.finish(folder)
+    self._prune()
+
+  def _rank(self, step: int, metrics: dict[str, float]) -> None:
+    if jax.process_index() == 0:
+      self._require_lock()
+      manifest.add_metrics(self.directory / str(step), metrics)
+      self._prune()
+
+  def _prune(self) -> None:
+    """Deletes the steps that are not to be kept.
+
+    Measures that are still missing change nothing: they can only add the newest
+    step to the best ones, and it is kept anyway.
+    """
+    good, _ = steps.survey(self.directory)
+    for step in good.keys() - manifest.kept(
+        good, self._cfg.keep_last, self._cfg.keep_best, self._best):
+      steps.remove(self.directory / str(step))
+
+  def _require_lock(self) -> None:
+    if self._lock:
+      self._lock.require()
 
   def check(self) -> None:
     """Raises StorageError, once, if a save has failed. Does not wait."""
@@ -134,35 +148,41 @@ class Checkpoints:
       return
     (step, e), self._failure = self._failure, None
     with contextlib.suppress(Exception):  # Orbax raises its failures again.
-      self._orbax.close()
-    self._orbax = _open_orbax()
+      self._store.close()
+    self._store = arrays.Store()
     code = e.errno if isinstance(e, OSError) else None
     found = re.search(r"os_error_code='(\d+)'", str(e))  # TensorStore's.
     code = int(found[1]) if found else code
-    if code is None:
+    if code is None and not isinstance(e, manifest.DamagedError):
       raise e
     raise errors.StorageError(
-        f"{self.directory}: step {step} cannot be saved: {os.strerror(code)}; "
+        f"{self.directory}: step {step} cannot be saved: "
+        f"{e if code is None else os.strerror(code)}; "
         "earlier steps are unchanged; free space or grant write permission, "
         "then run the same command to continue from them") from e
 
   def wait(self) -> None:
     """Waits until everything is written; StorageError if that fails."""
-    if self._thread:
-      self._thread.join()
-      self._thread = None
+    if self._last:
+      self._last.result()
+      self._last = None
     self.check()
 
   def close(self) -> None:
-    """Like `wait`; also ends Orbax's threads."""
+    """Like `wait`; also ends the threads."""
     try:
       self.wait()
     finally:
-      self._orbax.close()
+      self._thread.shutdown()
+      self._store.close()
 
   def steps(self) -> list[int]:
     """The complete steps in ascending order; checksums are not compared."""
-    return sorted(manifest.survey(self.directory)[0])
+    return sorted(steps.survey(self.directory)[0])
+
+  def read(self, step: int) -> manifest.Manifest:
+    """The facts about a complete step, without its arrays."""
+    return manifest.read(self.directory / str(step))
 
   def latest_step(self) -> int | None:
     """The newest of `steps`."""
@@ -170,7 +190,7 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """The step with the best measure; None if none was evaluated."""
-    good, _ = manifest.survey(self.directory)
+    good, _ = steps.survey(self.directory)
     ranked = manifest.ranked(good, self._best)
     return ranked[-1] if ranked else None
 
@@ -183,7 +203,7 @@ class Checkpoints:
     return self._on_first(lambda: self._find(which))
 
   def _find(self, which: str | int) -> int:
-    good, bad = manifest.survey(self.directory)
+    good, bad = steps.survey(self.directory)
     if which in bad:
       raise errors.ConfigError(
           f"--checkpoint: {self.directory / str(which)}: {bad[which]}")
@@ -201,9 +221,9 @@ class Checkpoints:
   def latest_good(self) -> int | None:
     """Returns the newest step of which every byte is intact.
 
-    Newer ones are moved into the folder `damaged`, and the remains of an
-    interrupted save are deleted, with one warning each. Returns None if no step
-    was ever complete.
+    Newer entries with the name of a step are moved into the folder `damaged`,
+    and what an interrupted save has left is deleted, with one warning each.
+    Returns None if no step was ever complete.
 
     Raises:
       ConfigError: there were complete steps, but none is intact; all stay in
@@ -215,7 +235,7 @@ class Checkpoints:
 
   def _choose(self) -> int | None:
     chosen, bad = None, {}
-    for step in reversed(manifest.steps(self.directory)):
+    for step in reversed(steps.found(self.directory)):
       folder = self.directory / str(step)
       try:
         manifest.verify(folder)
@@ -234,22 +254,17 @@ class Checkpoints:
       self.directory.mkdir(parents=True, exist_ok=True)
       for folder, e in bad.items():
         log.warning("%s: %s; moved to %s; continuing from %s", folder, e,
-                    manifest.set_aside(folder), start)
-      for remains in manifest.unfinished(self.directory):
-        if not remains.name.endswith(".deleting"):
-          log.warning("%s: the save was interrupted; deleted; continuing from "
-                      "%s", remains, start)
-        manifest.discard(remains)
+                    steps.set_aside(folder), start)
+      for folder in steps.clean(self.directory):
+        log.warning("%s: the save was interrupted; deleted; continuing from "
+                    "%s", folder, start)
     except OSError as e:
       raise errors.StorageError(
           f"{self.directory}: cannot be cleaned up: {e}") from e
     return chosen
 
-  def data(self, step: int) -> dict[str, Any]:
-    """The fingerprint of the data set that a complete step was saved with."""
-    return manifest.read(self.directory / str(step)).data
-
   def restore(self, step: int, abstract_trees: Trees,
+              position: int | None = None,
               ) -> tuple[dict[str, Any], accounting.Record]:
     """Returns a saved step and what the run had counted then.
 
@@ -257,10 +272,11 @@ class Checkpoints:
       step: its number.
       abstract_trees: shapes, dtypes and shardings of the items to read; other
         items of the step are left unread.
+      position: where the data must continue; None: anywhere.
 
     Raises:
-      ConfigError: the step is damaged, or its arrays differ from those wanted;
-        one line lists all differences.
+      ConfigError: the step is damaged, or its arrays or its position differ
+        from those wanted; one line lists all differences.
     """
     folder = self.directory / str(step)
 
@@ -272,12 +288,15 @@ class Checkpoints:
             f"{folder}: {e}; choose another checkpoint") from e
 
     self._on_first(verify)
-    found = manifest.read(folder)
+    found = self.read(step)
+    if position not in (None, found.record["position"]):
+      raise errors.ConfigError(
+          f"{folder}: its record is of {found.record['position']} examples, "
+          f"but {step} steps of config.train.batch_size take {position}; "
+          "choose another checkpoint")
     self._compare(folder, found.tree, abstract_trees)
-    trees = self._orbax.restore(folder, args=ocp.args.Composite(
-        **{name: ocp.args.StandardRestore(tree)
-           for name, tree in abstract_trees.items()}))
-    return dict(trees.items()), accounting.Record(**found.record)
+    trees = self._store.restore(folder, abstract_trees)
+    return trees, accounting.Record(**found.record)
 
   @staticmethod
   def _compare(folder, have: dict[str, str], abstract_trees: Trees) -> None:
@@ -285,7 +304,7 @@ class Checkpoints:
     items = {name.partition("/")[0] for name in have}
     problems = [f"{item} is missing" for item in abstract_trees.keys() - items]
     shared = items & abstract_trees.keys()
-    want = _arrays({item: abstract_trees[item] for item in shared})
+    want = arrays.described({item: abstract_trees[item] for item in shared})
     have = {name: array for name, array in have.items()
             if name.partition("/")[0] in shared}
     problems += [f"{name} is missing" for name in want.keys() - have]
@@ -329,49 +348,15 @@ def read_variables(path: pathlib.Path) -> dict[str, Any]:
   items = found.items
   params = "ema_params" if "ema_params" in items else "params"
   log.info("%s: reading %s", step, params)
-  reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-
-  def read(item):
-    metadata = reader.metadata(step / item).item_metadata
-    _require_plausible(metadata.tree, found.n_bytes)
-    as_numpy = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
-    return reader.restore(step / item, args=ocp.args.PyTreeRestore(
-        restore_args=as_numpy))
-
   try:
-    variables = {"params": read(params)}
+    variables = {"params": arrays.read(step / params, found.n_bytes)}
     for item in ("model_state", "ema_state"):  # Averages replace values.
       if item in items:
-        variables |= read(item)
+        variables |= arrays.read(step / item, found.n_bytes)
   except Exception as e:  # Orbax and its libraries raise many types.
     reason = " ".join(str(e).split())
     raise errors.WeightsError(f"{step}: cannot be read: {reason}") from e
   return variables
-
-
-def _require_plausible(tree: Any, n_bytes: int) -> None:
-  """Raises ValueError if arrays take far more memory than the step's files.
-
-  Zeros are compressed well, so that forged arrays could have any size.
-  """
-  needed = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize
-               for x in jax.tree.leaves(tree))
-  if needed > max(_MAX_EXPANSION * n_bytes, _ALWAYS_READ):
-    raise ValueError(f"its arrays have {needed:,} bytes, more than "
-                     f"{_MAX_EXPANSION} times its files")
-
-
-def _open_orbax() -> ocp.AsyncCheckpointer:
-  return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(
-      **{name: ocp.StandardCheckpointHandler() for name in _TREES}))
-
-
-def _arrays(tree) -> dict[str, str]:
-  """Name -> "dtype[shape]" for every array of a tree, or its metadata."""
-  return {
-      sharding.path_name(path): f"{x.dtype}{list(x.shape)}"
-      for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def read_metrics(path: pathlib.Path) -> dict[str, float]:
@@ -388,9 +373,10 @@ def _verified(path: pathlib.Path) -> tuple[pathlib.Path, manifest.Manifest]:
   """The folder of the step that a path means, and its manifest."""
   folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
   try:
-    steps = manifest.steps(folder)
-    step = (folder / str(steps[-1]) if steps else folder).absolute()
-    if not steps and not (step / manifest.NAME).is_file():
+    numbers = steps.found(folder)
+    step = (workdir_lib.real_path(folder) / str(numbers[-1]) if numbers
+            else folder.absolute())
+    if not numbers and not (step / manifest.NAME).is_file():
       raise errors.WeightsError(
           f"{path}: has no checkpoint; give a workdir, its checkpoints "
           "folder or one complete step in it, or a file")

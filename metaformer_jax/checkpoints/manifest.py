@@ -1,35 +1,30 @@
 """What a saved step consists of, and whether it is intact.
 
-A step is the folder `checkpoints/STEP`. It gets that name once everything in it
-is on disk, `manifest.json` last: the size and SHA-256 of every other file, the
-shape and dtype of every array, and what the run had counted. A folder without a
-manifest was never complete. Nothing here imports jax, so that a workdir can be
+A step is the folder `checkpoints/STEP` with a `manifest.json`, which is written
+once everything else is on disk: the size and SHA-256 of every other file, the
+shape and dtype of every array, and what the run had counted. A folder without
+one is no step (`steps`). Nothing here imports jax, so that a workdir can be
 inspected without devices.
 """
 
 import dataclasses
 import datetime
 import hashlib
-import itertools
 import json
 import math
 import os
 import pathlib
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from metaformer_jax import errors
 from metaformer_jax.config.tasks import Measure
+from metaformer_jax.runtime import accounting, workdir
 
 NAME = "manifest.json"
-DAMAGED = "damaged"  # The folder that damaged steps are moved to.
-VERSION = 2
-
-_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
-_UNFINISHED = re.compile(
-    r"[0-9]+\.(?:saving.*|deleting|orbax-checkpoint-tmp.*)")
+STEP = re.compile(r"0|[1-9][0-9]{0,17}")  # The name of a step's folder.
+VERSION = 3
 
 
 class DamagedError(Exception):
@@ -47,20 +42,21 @@ class Manifest:
   Attributes:
     step: optimizer steps taken.
     record: what the run had counted, the values of `accounting.Record`.
-    metrics: of this state's evaluation; empty if there was none.
+    metrics: of this state's evaluation; empty until it is done.
+    data: the fingerprint of the data set, JSON values by split; empty if it is
+      not known.
     tree: "item/name" -> "dtype[shape]" of every array.
     time: when it was completed, ISO 8601, UTC.
     files: path in the folder -> [bytes, SHA-256].
-    data: the fingerprint of the data set, JSON values by split.
   """
 
   step: int
   record: dict[str, float]
   metrics: dict[str, float]
+  data: dict[str, Any]
   tree: dict[str, str]
   time: str
   files: dict[str, list]
-  data: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def n_bytes(self) -> int:
@@ -74,7 +70,7 @@ class Manifest:
 
 
 def write(folder: pathlib.Path, **facts: Any) -> Manifest:
-  """Syncs a folder's files to disk, then writes their manifest.
+  """Syncs a folder's files to disk, then writes their manifest, atomically.
 
   Args:
     folder: that becomes a step.
@@ -85,24 +81,33 @@ def write(folder: pathlib.Path, **facts: Any) -> Manifest:
     with open(folder / name, "rb") as f:
       files[name] = [_size(folder / name), _digest(f)]
       os.fsync(f.fileno())
+  for part, _, _ in os.walk(folder):
+    workdir.sync(part)
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
   found = Manifest(time=now, files=files, **facts)
-  with open(folder / NAME, "wb") as f:
-    f.write(_encode(dataclasses.asdict(found)))
-    f.flush()
-    os.fsync(f.fileno())
-  for part, _, _ in os.walk(folder):
-    sync(part)
+  _replace(folder, found)
   return found
 
 
-def sync(folder: str | pathlib.Path) -> None:
-  """Syncs the entries of a folder to disk."""
-  handle = os.open(folder, os.O_RDONLY)
+def add_metrics(folder: pathlib.Path, metrics: Mapping[str, float]) -> None:
+  """Adds what an evaluation has measured to the manifest of a step.
+
+  Args:
+    folder: of the step.
+    metrics: by name.
+
+  Raises:
+    DamagedError: the step has no manifest, or its manifest has changed.
+  """
   try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
+    found = read(folder)
+  except FileNotFoundError as e:
+    raise PartialError(f"has no {NAME}") from e
+  _replace(folder, dataclasses.replace(found, metrics=dict(metrics)))
+
+
+def _replace(folder: pathlib.Path, facts: Manifest) -> None:
+  workdir.write(folder / NAME, _encode(dataclasses.asdict(facts)).decode())
 
 
 def verify(folder: pathlib.Path, *, contents: bool = True) -> Manifest:
@@ -136,9 +141,9 @@ def _verify(folder: pathlib.Path, contents: bool) -> Manifest:
   names = set(_walk(folder))
   if NAME not in names:
     raise PartialError(
-        f"has no {NAME}: the save was never completed")
+        f"has no {NAME}: is not a step that a run has completed")
   found = read(folder)
-  if _STEP.fullmatch(folder.name) and folder.name != str(found.step):
+  if STEP.fullmatch(folder.name) and folder.name != str(found.step):
     raise DamagedError(f"{NAME}: belongs to step {found.step}")
   problems = [f"{name}: is missing" for name in found.files.keys() - names]
   problems += [
@@ -166,32 +171,6 @@ def read(folder: pathlib.Path) -> Manifest:
   return _decode((folder / NAME).read_bytes())
 
 
-def steps(checkpoints: pathlib.Path) -> list[int]:
-  """The steps with an entry in a folder, intact or not, ascending."""
-  try:
-    names = os.listdir(checkpoints)
-  except FileNotFoundError:
-    return []
-  except OSError as e:
-    raise errors.ConfigError(
-        f"{checkpoints}: cannot be read: {e.strerror}") from e
-  return sorted(int(name) for name in names if _STEP.fullmatch(name))
-
-
-def survey(checkpoints: pathlib.Path, *, contents: bool = False,
-           ) -> tuple[dict[int, Manifest], dict[int, DamagedError]]:
-  """The complete steps of a folder, and the others with their problems."""
-  good, bad = {}, {}
-  for step in steps(checkpoints):
-    folder = checkpoints / str(step)
-    try:
-      good[step] = verify(folder, contents=contents)
-    except DamagedError as e:
-      if os.path.lexists(folder):  # Otherwise it was deleted meanwhile.
-        bad[step] = e
-  return good, bad
-
-
 def ranked(found: dict[int, Manifest], best: Measure) -> list[int]:
   """The steps that have a measure, best last; among equals the newest."""
   sign = 1 if best.higher_is_better else -1
@@ -207,53 +186,6 @@ def kept(found: dict[int, Manifest], n_last: int, n_best: int,
   """The steps to keep: the newest and the best ones."""
   by_score = ranked(found, best)
   return {*sorted(found)[-n_last:], *by_score[max(0, len(by_score) - n_best):]}
-
-
-def set_aside(folder: pathlib.Path) -> pathlib.Path:
-  """Moves a step to the folder `damaged`; returns its new path."""
-  aside = folder.parent / DAMAGED
-  aside.mkdir(exist_ok=True)
-  for i in itertools.count():
-    target = aside / (f"{folder.name}.{i}" if i else folder.name)
-    if not os.path.lexists(target):
-      os.rename(folder, target)
-      sync(aside)
-      sync(folder.parent)
-      return target
-
-
-def damaged(checkpoints: pathlib.Path) -> list[pathlib.Path]:
-  """The folders that `set_aside` has moved."""
-  folder = checkpoints / DAMAGED
-  if folder.is_symlink() or not folder.is_dir():
-    return []
-  return sorted(p for p in folder.iterdir()
-                if re.fullmatch(r"[0-9]+(\.[0-9]+)?", p.name))
-
-
-def remove(folder: pathlib.Path) -> None:
-  """Deletes a step; if interrupted, the remains do not look like one."""
-  leaving = folder.with_name(f"{folder.name}.deleting")
-  if os.path.lexists(leaving):
-    discard(leaving)
-  os.rename(folder, leaving)
-  discard(leaving)
-
-
-def discard(path: pathlib.Path) -> None:
-  """Deletes a folder, file or link, without following links."""
-  if path.is_dir() and not path.is_symlink():
-    shutil.rmtree(path)
-  else:
-    path.unlink()
-
-
-def unfinished(checkpoints: pathlib.Path) -> list[pathlib.Path]:
-  """The remains of interrupted saves and deletions."""
-  if not checkpoints.is_dir():
-    return []
-  return sorted(p for p in checkpoints.iterdir()
-                if _UNFINISHED.fullmatch(p.name))
 
 
 def _walk(folder: str | pathlib.Path, prefix: str = "") -> Iterator[str]:
@@ -312,7 +244,7 @@ def _check_types(found: Manifest) -> None:
                 *(size for size, _ in found.files.values())):
     if type(count) is not int or count < 0:
       raise TypeError(count)
-  for text in (found.time, *found.tree.values(),
+  for text in (found.time, *found.data.keys(), *found.tree.values(),
                *(digest for _, digest in found.files.values())):
     if not isinstance(text, str):
       raise TypeError(text)
@@ -321,3 +253,4 @@ def _check_types(found: Manifest) -> None:
   for number in (*found.metrics.values(), *found.record.values()):
     if type(number) not in (int, float):
       raise TypeError(number)
+  accounting.Record(**found.record)

@@ -77,7 +77,7 @@ def memory(meminfo: str = "/proc/meminfo",
 
 def writing(name: str, folder: str | pathlib.Path, state: str = FAIL,
             mounts: str = "/proc/self/mounts") -> Line:
-  """Writes, renames and removes a folder, as saving a checkpoint does.
+  """Writes, replaces and removes a file, as saving a checkpoint does.
 
   Args:
     name: of the line.
@@ -96,8 +96,8 @@ def writing(name: str, folder: str | pathlib.Path, state: str = FAIL,
       file.write(b"checkpoint")
       file.flush()
       os.fsync(file.fileno())
-    made = made.rename(made.with_suffix(".renamed"))
-    if (made / "file").read_bytes() != b"checkpoint":
+    (made / "file").replace(made / "manifest")
+    if (made / "manifest").read_bytes() != b"checkpoint":
       raise OSError(0, "a file read back differs from what was written")
     shutil.rmtree(made)
     free = shutil.disk_usage(where).free
@@ -105,9 +105,6 @@ def writing(name: str, folder: str | pathlib.Path, state: str = FAIL,
     text = f"{folder}: {(isinstance(e, OSError) and e.strerror) or e}"
     if made is not None:
       shutil.rmtree(made, ignore_errors=True)
-      if "gcsfuse" in kind:
-        text += ("; only buckets with a hierarchical namespace can rename "
-                 "folders (docs/tpu.md)")
     return Line(name, state, text)
   text = f"{where} is writable, {kind}"
   if "gcsfuse" in kind:

@@ -1,6 +1,7 @@
 """The folder of a run: one experiment, written by one run at a time."""
 
 import contextlib
+import datetime
 import errno
 import fcntl
 import json
@@ -10,6 +11,7 @@ import pathlib
 import re
 import socket
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from metaformer_jax import errors
 from metaformer_jax.config import json_data, own, saved
@@ -17,22 +19,70 @@ from metaformer_jax.config.schema import Experiment
 
 log = logging.getLogger(__name__)
 
-# Orbax expands these in the whole path, so that nothing could be restored.
-_PATTERN = re.compile(r"[\[\]*?]")
+# What no path of a workdir may have, because Orbax, etils or TensorStore would
+# refuse it, or write to another place.
+_REFUSED = {
+    "bytes that are not UTF-8": r"[\ud800-\udfff]",
+    "control characters": r"[\0-\x1f\x7f-\x9f\u2028\u2029]",
+    "a backslash, which would become a slash": r"\\",
+    "a name that ends with .__lock": r"\.__lock/",
+    "a name that ends with gs:": r"gs:/",
+    "a first folder that stands for object storage": r"^/(gs|s3|az|hf)/",
+}
+# In bytes; Linux takes 4,095, of which files of checkpoints need a part.
+_LONGEST = 4095 - 255
 
 
 def check_path(workdir: pathlib.Path) -> None:
-  """Raises ConfigError if checkpoints in the folder could not be restored."""
-  path = str(workdir.absolute())
-  found = sorted(set(_PATTERN.findall(path)))
-  if found:
+  """Raises ConfigError if checkpoints could not be saved in the folder."""
+  path = f"{real_path(workdir)}/"
+  problem = next((problem for problem, pattern in _REFUSED.items()
+                  if re.search(pattern, path)), None)
+  if not problem and len(os.fsencode(path)) > _LONGEST:
+    problem = f"more than {_LONGEST} bytes"
+  if problem:
     raise errors.ConfigError(
-        f"--workdir: {path} has {' '.join(found)} in it, from which "
-        "checkpoints cannot be restored; choose a path without [ ] * ?")
+        f"--workdir: {errors.one_line(path)[:500]} has {problem}, so that "
+        "checkpoints cannot be saved there; choose another path")
+
+
+def real_path(workdir: pathlib.Path) -> pathlib.Path:
+  """The absolute path without links: libraries resolve `link/..` wrongly."""
+  return pathlib.Path(os.path.realpath(workdir))
+
+
+class Lock:
+  """That this process holds a workdir, as the file `lock` says.
+
+  A file that was deleted does not keep others out. It is its content that is
+  compared, not its inode, which some network file systems change.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    """`path` is that of the file; see `hold`."""
+    self.path = path
+    now = datetime.datetime.now(datetime.UTC).isoformat()
+    self.holder = f"pid {os.getpid()} on {socket.gethostname()} since {now}\n"
+
+  def is_held(self) -> bool:
+    """Whether the file still names this process."""
+    try:
+      with self.path.open("rb") as file:
+        return file.read(len(self.holder) + 1) == self.holder.encode()
+    except OSError:
+      return False
+
+  def require(self) -> None:
+    """Raises StorageError unless the lock is still held."""
+    if not self.is_held():
+      raise errors.StorageError(
+          f"{self.path}: was deleted or replaced while this run held it, so "
+          "that another one may write to the folder; nothing more is saved; "
+          "run the same command to continue from the last checkpoint")
 
 
 @contextlib.contextmanager
-def hold(workdir: pathlib.Path) -> Iterator[None]:
+def hold(workdir: pathlib.Path) -> Iterator[Lock]:
   """Keeps other runs and tools from writing to the folder.
 
   The lock is released when the process ends, however it ends.
@@ -41,23 +91,33 @@ def hold(workdir: pathlib.Path) -> Iterator[None]:
     ConfigError: another process has the lock, or the folder cannot be written.
     StorageError: the disk is full.
   """
-  path = workdir / "lock"
+  lock = Lock(workdir / "lock")
   with _writing():
     workdir.mkdir(parents=True, exist_ok=True)
-    file = path.open("ab+", buffering=0)
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-      file.seek(0)
-      who = file.read(200).decode(errors="replace").strip() or e
-      raise errors.ConfigError(
-          f"--workdir: {workdir} is in use ({who}); wait for it, or choose "
-          "another folder") from e
+  for _ in range(10):
     with _writing():
-      file.truncate(0)
-      file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
-    yield
+      file = lock.path.open("ab+", buffering=0)
+    with file:
+      _lock(file, workdir)
+      with _writing():
+        file.truncate(0)
+        file.write(lock.holder.encode())
+      if lock.is_held():  # Otherwise it was deleted before it was locked.
+        yield lock
+        return
+  lock.require()
+
+
+def _lock(file: BinaryIO, workdir: pathlib.Path) -> None:
+  """Raises ConfigError if another process has locked the file."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as e:
+    file.seek(0)
+    who = file.read(200).decode(errors="replace").strip() or e
+    raise errors.ConfigError(
+        f"--workdir: {workdir} is in use ({who}); wait for it, or choose "
+        "another folder") from e
 
 
 def claim(cfg: Experiment, workdir: pathlib.Path,
@@ -140,13 +200,23 @@ def _note_modules(cfg: Experiment, workdir: pathlib.Path) -> None:
 
 def write(path: pathlib.Path, text: str) -> None:
   """Writes a file atomically: a crash leaves the old or the new one."""
-  temporary = path.with_suffix(".tmp")
+  temporary = path.with_name(f".{path.name}.tmp")
   temporary.unlink(missing_ok=True)  # Opening a pipe would wait for a reader.
   with temporary.open("w") as file:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
   temporary.replace(path)
+  sync(path.parent)
+
+
+def sync(folder: str | pathlib.Path) -> None:
+  """Syncs the entries of a folder to disk."""
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
 
 
 @contextlib.contextmanager

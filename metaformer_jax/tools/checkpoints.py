@@ -18,7 +18,7 @@ import pathlib
 from typing import Any
 
 from metaformer_jax import cli, errors
-from metaformer_jax.checkpoints import manifest
+from metaformer_jax.checkpoints import manifest, steps
 from metaformer_jax.config import paths, saved, schema, tasks
 from metaformer_jax.runtime import workdir as workdir_lib
 
@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
 def list_steps(args: argparse.Namespace, workdir: pathlib.Path,
                folder: pathlib.Path) -> int:
   """Prints a line for each step, those set aside included."""
-  good, bad = manifest.survey(folder)
+  good, bad = steps.survey(folder)
   ranked = manifest.ranked(good, _best_measure(args, workdir))
   rows = []
   for step in sorted(good | bad):
@@ -51,9 +51,9 @@ def list_steps(args: argparse.Namespace, workdir: pathlib.Path,
         "bytes": found.n_bytes, "time": found.time, "metrics": found.metrics,
         "marks": marks})
   rows += [{"step": int(path.name.partition(".")[0]), "state": "set aside",
-            "path": str(path)} for path in manifest.damaged(folder)]
-  rows += [{"step": int(path.name.partition(".")[0]), "state": "unfinished",
-            "path": str(path)} for path in manifest.unfinished(folder)]
+            "path": str(path)} for path in steps.damaged(folder)]
+  rows += [{"step": int(path.name), "state": "unfinished", "path": str(path)}
+           for path in steps.unfinished(folder)]
   _show(args, rows)
   return 0
 
@@ -61,20 +61,20 @@ def list_steps(args: argparse.Namespace, workdir: pathlib.Path,
 def verify(args: argparse.Namespace, workdir: pathlib.Path,
            folder: pathlib.Path) -> int:
   """Prints a line for each step, or for --step; returns 1 if any is damaged."""
-  steps = manifest.steps(folder)
+  found = steps.found(folder)
   if args.step is not None:
-    if args.step not in steps:
+    if args.step not in found:
       raise errors.ConfigError(
           f"--step: {workdir} holds no checkpoint {args.step}; it holds "
-          f"{', '.join(map(str, steps)) or 'none'}")
-    steps = [args.step]
-  if not steps:
+          f"{', '.join(map(str, found)) or 'none'}")
+    found = [args.step]
+  if not found:
     raise errors.ConfigError(f"--workdir: {workdir} holds no checkpoints")
   rows = []
-  for step in steps:
+  for step in found:
     try:
-      found = manifest.verify(folder / str(step))
-      rows.append({"step": step, "state": "intact", "bytes": found.n_bytes})
+      n_bytes = manifest.verify(folder / str(step)).n_bytes
+      rows.append({"step": step, "state": "intact", "bytes": n_bytes})
     except manifest.DamagedError as e:
       rows.append(_failed(step, e))
   _show(args, rows)
@@ -84,7 +84,7 @@ def verify(args: argparse.Namespace, workdir: pathlib.Path,
 def prune(args: argparse.Namespace, workdir: pathlib.Path,
           folder: pathlib.Path) -> int:
   """Deletes complete steps; those that are kept must be intact."""
-  for path in (folder, folder / manifest.DAMAGED):
+  for path in (folder, folder / steps.DAMAGED):
     if path.is_symlink():
       raise errors.ConfigError(
           f"--workdir: {path} is a link, and links are not followed to delete "
@@ -94,7 +94,7 @@ def prune(args: argparse.Namespace, workdir: pathlib.Path,
         f"--workdir: {workdir} is not a run: it has no config.json")
   with (contextlib.nullcontext() if args.dry_run
         else workdir_lib.hold(workdir)):
-    good, _ = manifest.survey(folder)
+    good, _ = steps.survey(folder)
     kept = manifest.kept(good, args.keep_last, args.keep_best,
                          _best_measure(args, workdir))
     leaving = [folder / str(step) for step in sorted(good.keys() - kept)]
@@ -105,16 +105,16 @@ def prune(args: argparse.Namespace, workdir: pathlib.Path,
         raise errors.ConfigError(
             f"{folder / str(step)}: would be kept, but {e}; nothing is deleted"
         ) from e
-    leaving += manifest.damaged(folder) if args.damaged else []
-    for path in () if args.dry_run else leaving:
+    aside = steps.damaged(folder) if args.damaged else []
+    for path in () if args.dry_run else leaving + aside:
       try:
-        manifest.remove(path)
+        (steps.discard if path in aside else steps.remove)(path)
       except OSError as e:
         raise errors.StorageError(
             f"{path}: cannot be deleted: {e.strerror}") from e
   state = "to be deleted" if args.dry_run else "deleted"
   rows = [{"step": int(path.name.partition(".")[0]), "state": state,
-           "path": str(path)} for path in leaving]
+           "path": str(path)} for path in leaving + aside]
   rows += [{"step": step, "state": "kept"} for step in sorted(kept)]
   _show(args, rows)
   return 0

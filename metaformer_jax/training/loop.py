@@ -71,9 +71,9 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh: Mesh,
       run.finish_step(i)
       if run.should_log(i):
         run.log(i)
+      run.save(i)
       if run.should_evaluate(i):
         run.evaluate(i)
-      run.save(i)
       run.raise_if_stopped(i)
     return run.finish()
 
@@ -138,10 +138,11 @@ class Run:
     data = same_data.agree(training=train_data, evaluation=eval_data)
     with processes.agreeing():
       if first:
-        stack.enter_context(workdir_lib.hold(workdir))
+        lock = stack.enter_context(workdir_lib.hold(workdir))
         workdir_lib.claim(cfg, workdir, report.parameters(
             program.shapes.params, program.frozen))
-    checkpoints = manager.Checkpoints(workdir, cfg.checkpoint, cfg.best_measure)
+    checkpoints = manager.Checkpoints(
+        workdir, cfg.checkpoint, cfg.best_measure, lock if first else None)
     stack.callback(checkpoints.close)
     dog = stack.enter_context(watchdog.Watchdog(
         cfg.log.hang_seconds, cfg.log.exit_after_seconds))
@@ -263,7 +264,7 @@ class Run:
     self.checkpoints.check()  # To report a full disk as soon as possible.
 
   def should_save(self, i: int) -> bool:
-    """Whether step i is followed by a save: after evaluations, and to stop."""
+    """Whether step i is followed by a save: for evaluations, and to stop."""
     return (self._is_evaluated(i) or bool(self.stopping)
             or i % self.cfg.checkpoint.every_steps == 0)
 
@@ -285,31 +286,34 @@ class Run:
     return self._is_evaluated(i) and not self.stopping
 
   def evaluate(self, i: int) -> None:
-    """Measures the state after step i, unless a process is asked to stop."""
+    """Measures the saved step i, unless a process is asked to stop."""
     self.clock.switch_to("evaluation")
-    with self._saved_if_input_ends(i):
-      self.result = self.evaluation(self.state.eval_variables(), self.stop,
-                                    self.watchdog)
+    self.result = self.evaluation(self.state.eval_variables(), self.stop,
+                                  self.watchdog)
     if self.result is None:
       self.stopping = "asked to stop"
       return
-    self.writer.write(i, "eval", self.result)
+    # A run that ended before the manifest was written has recorded it.
+    if writers.last_evaluation(self.writer.records, i) is None:
+      self.writer.write(i, "eval", self.result)
+    self.checkpoints.add_metrics(i, self.result)
     self.progress.show_evaluation(i, self.result)
 
   def evaluate_restored(self) -> None:
-    """Does the restored state's evaluation, if it was interrupted."""
+    """Does the restored step's evaluation, if it is due and missing."""
     i = self.restored_step
-    self.result = writers.last_evaluation(self.writer.records, i)
-    if self.result is None and i and self._is_evaluated(i):
+    if i:
+      self.result = self.checkpoints.read(i).metrics or None
+    if i and self._is_evaluated(i) and self.result is None:
       self.evaluate(i)
+      self.raise_if_stopped(i)
 
   def save(self, i: int) -> None:
     """Starts to save the state after step i."""
     self.clock.switch_to("checkpoint")
     self.watchdog.beat(f"the checkpoint of step {i}")
     self.record.productive_seconds = self.clock.productive_seconds
-    self.checkpoints.save(i, self.state.trees(), self.record, self.result,
-                          self.data)
+    self.checkpoints.save(i, self.state.trees(), self.record, self.data)
 
   @contextlib.contextmanager
   def _saved_if_input_ends(self, i: int) -> Iterator[None]:
@@ -376,7 +380,8 @@ def _first_state(cfg: Experiment, task: base.Task, program: step.Program,
     same_data.require_unchanged(cfg, checkpoints, restored, data,
                                 program.n_steps)
     abstract = sharding.abstract(shapes, program.shardings)
-    trees, record = checkpoints.restore(restored, abstract.trees())
+    trees, record = checkpoints.restore(
+        restored, abstract.trees(), restored * cfg.train.batch_size)
     return abstract.with_trees(restored, trees), record
   with processes.agreeing():
     initial = cfg.init and backbone.read_weights(

@@ -70,7 +70,7 @@ def require_unchanged(cfg: Experiment, checkpoints: manager.Checkpoints,
     ConfigError: it is other data, which is not allowed; says what differs. Or
       with this data the run has fewer steps than were taken.
   """
-  before, workdir = checkpoints.data(step), checkpoints.directory.parent
+  before, workdir = checkpoints.read(step).data, checkpoints.directory.parent
   changed = [text for name in now
              for text in _changes(before.get(name, {}), now[name], name)]
   line = (f"--workdir: {workdir} was trained on other data: "

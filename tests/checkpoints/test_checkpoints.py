@@ -16,6 +16,7 @@ from checkpoint_cases import (
 )
 
 from metaformer_jax import errors
+from metaformer_jax.checkpoints import arrays
 from metaformer_jax.checkpoints import manager as checkpoints_lib
 from metaformer_jax.config import schema, tasks
 from metaformer_jax.runtime import accounting, sharding
@@ -116,6 +117,6 @@ def test_arrays_that_are_far_larger_than_their_files_are_refused(
   checkpoints.close()
   found = checkpoints_lib.read_variables(tmp_path)
   assert found["params"]["b"].nbytes == 4 * 10**6
-  monkeypatch.setattr(checkpoints_lib, "_ALWAYS_READ", 2**20)
+  monkeypatch.setattr(arrays, "_ALWAYS_READ", 2**20)
   with pytest.raises(errors.WeightsError, match="8,000,000 bytes, more than"):
     checkpoints_lib.read_variables(tmp_path)

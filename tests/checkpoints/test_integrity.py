@@ -19,7 +19,7 @@ from checkpoint_cases import abstract, assert_same, flip, restore, save
 
 from metaformer_jax import errors
 from metaformer_jax.checkpoints import manager as checkpoints_lib
-from metaformer_jax.checkpoints import manifest
+from metaformer_jax.checkpoints import manifest, steps
 
 
 def make_state(step, seed=0):
@@ -175,10 +175,20 @@ def test_without_an_intact_step_the_run_does_not_start(run, caplog):
   assert names(run) == ["1", "2"] and not caplog.records
 
 
-def test_incomplete_saves_are_moved_aside(tmp_path, caplog):
+def test_only_what_this_program_made_is_deleted(tmp_path, caplog):
+  """What an interruption leaves is; what a user put there stays, or is moved.
+
+  Their folders have the names of steps, or of what other programs leave.
+  """
   folder = tmp_path / "checkpoints"
-  for name in ("1", "2.saving", "3.saving.orbax-checkpoint-tmp", "4.deleting"):
+  theirs = ("20.saving-my-backup", "20.saving", "3.deleting", "notes",
+            "4.unfinished", "07", "damaged/mine")
+  for name in ("1", "2", *theirs):
     (folder / name / "params").mkdir(parents=True)
+  (folder / "5.unfinished").write_text("mine")
+  steps.begin(folder / "6")
+  (folder / "6" / "params").mkdir(parents=True)
+  steps.begin(folder / "7")  # Interrupted before there was anything.
   with opened(tmp_path) as checkpoints:
     assert checkpoints.steps() == [] and checkpoints.latest_step() is None
     with pytest.raises(errors.ConfigError, match="has no checkpoint last"):
@@ -186,11 +196,35 @@ def test_incomplete_saves_are_moved_aside(tmp_path, caplog):
     caplog.clear()
     assert checkpoints.latest_good() is None
     assert [r.getMessage().partition(": ")[0] for r in caplog.records] == [
-        f"{folder}/{name}" for name in
-        ("1", "2.saving", "3.saving.orbax-checkpoint-tmp")]
-    assert names(tmp_path) == ["damaged"]
+        f"{folder}/{name}" for name in "2167"]
     caplog.clear()
     assert checkpoints.latest_good() is None and not caplog.records
+  for name in (*theirs, "damaged/1", "damaged/2"):
+    assert (folder / name / "params").is_dir()
+  assert (folder / "5.unfinished").read_text() == "mine"
+  assert not {"1", "2", "6", "6.unfinished", "7.unfinished"} & {
+      *names(tmp_path)}
+
+
+@pytest.mark.parametrize("name", ["3", "3.unfinished"])
+def test_a_save_deletes_nothing_that_is_in_its_way(run, name):
+  (run / "checkpoints" / name / "mine").mkdir(parents=True)
+  with opened(run) as checkpoints:
+    with pytest.raises(errors.StorageError, match=rf"/{name}: is in the way"):
+      save(checkpoints, make_state(3), 96)
+    assert checkpoints.steps() == [1, 2]
+  assert (run / "checkpoints" / name / "mine").is_dir()
+
+
+def test_an_interrupted_save_may_be_repeated(run, caplog):
+  """Also without a start in between, which would delete what is left."""
+  shutil.copytree(run / "checkpoints/1", run / "checkpoints/3")
+  (run / "checkpoints/3" / manifest.NAME).unlink()
+  steps._write_mark(run / "checkpoints/3", "saving")
+  with opened(run) as checkpoints:
+    assert checkpoints.steps() == [1, 2]
+    save(checkpoints, make_state(3), 96)
+  assert assert_resumes_from(run, 3, caplog) == []
 
 
 def test_damaged_step_is_not_counted_as_kept(run, caplog):
@@ -209,13 +243,13 @@ def test_a_save_that_fails_is_one_error(run, caplog, monkeypatch):
 
   checkpoints = checkpoint_cases.opened(run)
   with monkeypatch.context() as change:
-    change.setattr(manifest, "sync", full)
+    change.setattr(manifest, "_replace", full)
     save(checkpoints, make_state(3), 96)
     with pytest.raises(errors.StorageError, match=r"step 3 .*: No space left"):
       checkpoints.wait()
   checkpoints.close()  # It is reported only once.
   warned = assert_resumes_from(run, 2, caplog)
-  assert len(warned) == 1 and "3.saving: the save was interrupted" in warned[0]
+  assert len(warned) == 1 and "/3: the save was interrupted" in warned[0]
   assert names(run) == ["1", "2"]
 
 
@@ -264,4 +298,4 @@ def test_full_disk(saved, tmp_path, caplog, how, why):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(
             [os.path.dirname(checkpoint_cases.__file__), *sys.path])})
     warned = assert_resumes_from(run, 5, caplog)
-    assert warned and all("was interrupted" in line for line in warned)
+    assert all("was interrupted" in line for line in warned)

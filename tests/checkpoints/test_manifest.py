@@ -11,13 +11,13 @@ import pytest
 from checkpoint_cases import TOP1, flip
 
 from metaformer_jax import errors
-from metaformer_jax.checkpoints import manifest
+from metaformer_jax.checkpoints import manifest, steps
 from metaformer_jax.runtime import workdir as workdir_lib
 from metaformer_jax.tools import checkpoints as tool
 
 FILES = {"params/d/0": b"kernel", "params/_METADATA": b"{}", "model/e": b""}
 FACTS = {"step": 7, "record": {"position": 224, "started": 1.5},
-         "metrics": {"top1": 0.5},
+         "metrics": {"top1": 0.5}, "data": {"train": {"examples": 9}},
          "tree": {"params/a/kernel": "float32[16, 8]"}}
 
 
@@ -121,7 +121,7 @@ def test_steps_without_a_manifest_are_partial(tmp_path):
       manifest.verify(tmp_path / name)
   for name in ("9", "10"):
     assert damage(tmp_path / name) == "is not a folder"
-  good, bad = manifest.survey(tmp_path)
+  good, bad = steps.survey(tmp_path)
   assert not good and bad.keys() == {7, 8, 9, 10}
 
 
@@ -140,6 +140,7 @@ def test_what_systems_leave_is_no_damage(tmp_path):
     ("files", []), ("step", "7"), ("step", True),
     ("record", {"position": -1}), ("record", {"position": 1.5}),
     ("record", {}), ("record", {"position": 1, "started": None}),
+    ("record", {"position": 1, "other": 1}), ("data", []), ("data", None),
     ("metrics", {"top1": "best"}), ("tree", {"a": 1}),
     ("time", None), ("extra", 1)], ids=str)
 def test_a_manifest_that_was_forged_is_damage(tmp_path, key, value):
@@ -154,8 +155,8 @@ def test_a_manifest_that_was_forged_is_damage(tmp_path, key, value):
 def test_names_that_are_no_steps(tmp_path):
   for name in ("7", "0", "07", "-1", "7.saving", "x", "9" * 99, "\u0663"):
     (tmp_path / name).mkdir()
-  assert manifest.steps(tmp_path) == [0, 7]
-  assert manifest.steps(tmp_path / "none") == []
+  assert steps.found(tmp_path) == [0, 7]
+  assert steps.found(tmp_path / "none") == []
 
 
 @pytest.mark.parametrize("last, best, want", [
@@ -165,29 +166,24 @@ def test_the_last_and_the_best_are_kept(tmp_path, last, best, want):
   """Nothing is best by a measure that is NaN; of equals, the newest is."""
   scores = {1: 0.1, 2: 0.9, 3: 0.9, 4: float("nan"), 5: None}
   found = {step: manifest.Manifest(
-      step, {}, {} if score is None else {"top1": score}, {}, "", {})
+      step, {}, {} if score is None else {"top1": score}, {}, {}, "", {})
       for step, score in scores.items()}
   assert manifest.kept(found, last, best, TOP1) == want
 
 
-def test_moved_or_deleted_folders_are_not_steps(tmp_path, monkeypatch):
-  for i in range(3):
-    step = make(tmp_path / "7")
-    (step / "model/e").write_text(str(i))
-    manifest.set_aside(step)
-  assert [(p / "model/e").read_text() for p in manifest.damaged(tmp_path)] == [
-      "0", "1", "2"]
-  step = make(tmp_path / "7")
-  with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
-    def interrupted(path):
-      (path / "params/d/0").unlink()
-      raise KeyboardInterrupt
-    cut.setattr(shutil, "rmtree", interrupted)
-    manifest.remove(step)
-  assert manifest.steps(tmp_path) == []
-  assert [p.name for p in manifest.unfinished(tmp_path)] == ["7.deleting"]
-  manifest.remove(make(tmp_path / "7"))
-  assert os.listdir(tmp_path) == [manifest.DAMAGED]
+def test_measures_are_added(tmp_path):
+  """And nothing else changes; a step that is cut short in it stays intact."""
+  before = manifest.read(make(tmp_path / "7", metrics={}))
+  (tmp_path / "7" / ".manifest.json.tmp").write_bytes(b"{")
+  manifest.verify(tmp_path / "7")
+  manifest.add_metrics(tmp_path / "7", {"top1": 0.25, "bad_images": 0})
+  after = manifest.verify(tmp_path / "7")
+  assert after.metrics == {"top1": 0.25, "bad_images": 0}
+  assert type(after.metrics["bad_images"]) is int
+  assert dataclasses.replace(after, metrics={}) == before
+  (tmp_path / "7" / manifest.NAME).unlink()
+  with pytest.raises(manifest.PartialError):
+    manifest.add_metrics(tmp_path / "7", {"top1": 0.25})
 
 
 @pytest.fixture
@@ -196,7 +192,7 @@ def workdir(tmp_path):
   folder = tmp_path / "run" / "checkpoints"
   for step, top1 in enumerate((0.1, 0.9, 0.3, 0.2), 1):
     make(folder / str(step), step=step, metrics={"top1": top1, "loss": step})
-  manifest.set_aside(make(folder / "9", step=9))
+  steps.set_aside(make(folder / "9", step=9))
   config = {"checkpoint": {"best_metric": "top1"}}
   (tmp_path / "run" / "config.json").write_text(json.dumps(config))
   return tmp_path / "run"
@@ -253,7 +249,7 @@ def test_the_tool_prunes(workdir, capsys):
   keep = ("prune", "--keep_last=1", "--keep_best=1")
   _, rows = use(capsys, workdir, *keep, "--damaged", "--dry_run")
   assert [r["step"] for r in rows if r["state"] == "to be deleted"] == [1, 3, 9]
-  assert manifest.steps(folder) == [1, 2, 3, 4]
+  assert steps.found(folder) == [1, 2, 3, 4]
   # Nothing is deleted while a step that would be kept is damaged.
   content = (folder / "2/params/d/0").read_bytes()
   (folder / "2/params/d/0").write_bytes(b"Kernel")
@@ -261,9 +257,9 @@ def test_the_tool_prunes(workdir, capsys):
     use(capsys, workdir, *keep)
   (folder / "2/params/d/0").write_bytes(content)
   use(capsys, workdir, *keep)
-  assert manifest.steps(folder) == [2, 4] and manifest.damaged(folder)
+  assert steps.found(folder) == [2, 4] and steps.damaged(folder)
   use(capsys, workdir, *keep, "--damaged")
-  assert manifest.steps(folder) == [2, 4] and not manifest.damaged(folder)
+  assert steps.found(folder) == [2, 4] and not steps.damaged(folder)
 
 
 def test_tool_deletes_nothing_elsewhere(workdir, tmp_path, capsys):
@@ -285,7 +281,7 @@ def test_tool_deletes_nothing_elsewhere(workdir, tmp_path, capsys):
   with workdir_lib.hold(workdir), pytest.raises(
       errors.ConfigError, match="is in use"):
     use(capsys, workdir, *keep)
-  assert manifest.steps(workdir / "checkpoints") == [1, 2, 3, 4]
+  assert steps.found(workdir / "checkpoints") == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("name", ["~nobody-here", "x" * 5000])

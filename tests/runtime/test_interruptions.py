@@ -71,10 +71,10 @@ class Runs:
 
   def saved(self) -> list[int]:
     folder = self.workdir / "checkpoints"
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal())
+    return sorted(int(p.parent.name) for p in folder.glob("*/manifest.json"))
 
   def saving(self) -> bool:
-    return any((self.workdir / "checkpoints").glob("*.saving*"))
+    return any((self.workdir / "checkpoints").glob("*.unfinished"))
 
   def end(self, number: signal.Signals, rng: random.Random,
           during_save: bool) -> bool:

@@ -49,6 +49,18 @@ def test_sigterm_to_one_saves_one_step_and_any_number_resumes(tmp_path):
     assert pods.summary(parts)[name] == pods.summary(whole)[name]
 
 
+@pytest.mark.slow
+def test_a_finished_pod_may_be_started_again(tmp_path):
+  """All processes know that its last step is evaluated."""
+  cfg = pods.small(train=schema.Train(batch_size=16, steps=6))
+  summaries = []
+  for _ in range(2):
+    pod = pods.start(cfg, tmp_path / "run", 2, 2, tmp_path)
+    assert pods.finish(pod) == [0, 0], pods.said(tmp_path, tmp_path / "run")
+    summaries.append(pods.summary(tmp_path / "run"))
+  assert summaries[0] == summaries[1]
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("stages", [
     pytest.param([(1, 8), (1, 4), (1, 1), (1, 8)], id="devices"),

@@ -1,5 +1,6 @@
 """The folder of a run: the lock, its config.json, and obstacles."""
 
+import fcntl
 import json
 import pathlib
 import re
@@ -46,7 +47,7 @@ def test_full_disk_is_a_storage_error(tmp_path):
     shutil.rmtree(run)
 
 
-@pytest.mark.parametrize("name", ["lock", "config.tmp", "config.json"])
+@pytest.mark.parametrize("name", ["lock", ".config.json.tmp", "config.json"])
 def test_obstacle_is_named(tmp_path, name):
   (tmp_path / name).mkdir()
   with (pytest.raises(errors.ConfigError, match=(
@@ -67,17 +68,71 @@ def test_keys_of_another_version_are_refused_in_one_line(tmp_path):
   assert path.read_text() == saved
 
 
-@pytest.mark.parametrize("mark", "[]*?")
-def test_path_that_orbax_would_expand_is_refused(tmp_path, mark, monkeypatch):
-  folder = tmp_path / f"a{mark}b"
-  folder.mkdir()
-  monkeypatch.chdir(folder)  # Of a relative path, too.
-  for path in (folder / "run", pathlib.Path("run")):
-    with pytest.raises(errors.ConfigError, match=re.escape(
-        f"--workdir: {folder}/run has {mark} in it, from which checkpoints "
-        "cannot be restored; choose a path without [ ] * ?")):
+@pytest.mark.parametrize("name, problem", [
+    ("a\\b", "a backslash"), ("a\nb", "control characters"),
+    ("a\x1b[2J", "control characters"), ("a\u2028b", "control characters"),
+    ("\udcff", "bytes that are not UTF-8"), ("a.__lock", "ends with .__lock"),
+    ("logs:/gs:", "ends with gs:"), ("/hf/run", "object storage"),
+    ("/".join(["x" * 200] * 19), "more than 3840 bytes")], ids=range(9))
+def test_path_that_a_library_would_take_for_another_is_refused(
+    tmp_path, name, problem, monkeypatch):
+  folder = tmp_path / name
+  linked = tmp_path / "link"
+  linked.symlink_to(folder)
+  paths = [folder, folder / "run", linked / "run"]
+  if folder.is_relative_to(tmp_path) and len(str(folder)) < 200:
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    paths.append(pathlib.Path("run"))
+  for path in paths:
+    with pytest.raises(errors.ConfigError) as e:
       workdir.check_path(path)
-  workdir.check_path(tmp_path / "run")
+    message = str(e.value)
+    assert message.startswith("--workdir: /") and problem in message
+    assert len(message.splitlines()) == 1 and message.isprintable()
+
+
+def test_lock_is_lost_with_its_file(tmp_path):
+  path = tmp_path / "lock"
+  for lose in (path.unlink, lambda: path.write_text("pid 1 on other\n"),
+               lambda: (path.unlink(), path.mkdir())):
+    with workdir.hold(tmp_path) as lock:
+      lock.require()
+      with pytest.raises(errors.ConfigError, match="is in use"), workdir.hold(
+          tmp_path):
+        pass
+      lock.require()
+      lose()
+      with pytest.raises(errors.StorageError, match=r"lock: was deleted or re"):
+        lock.require()
+    if path.is_dir():
+      path.rmdir()
+
+
+def test_a_lock_that_is_deleted_before_it_is_locked_keeps_none_out(
+    tmp_path, monkeypatch):
+  path, n_deleted = tmp_path / "lock", 0
+  flock = fcntl.flock
+
+  def late(file, how):
+    nonlocal n_deleted
+    if n_deleted < 3:
+      n_deleted += 1
+      path.unlink()
+    flock(file, how)
+
+  with monkeypatch.context() as change:
+    change.setattr(fcntl, "flock", late)
+    with workdir.hold(tmp_path) as lock:
+      assert n_deleted == 3 and lock.is_held()
+      with pytest.raises(errors.ConfigError, match="is in use"), workdir.hold(
+          tmp_path):
+        pass
+  with monkeypatch.context() as change:
+    change.setattr(fcntl, "flock", lambda *_: path.unlink())
+    with pytest.raises(errors.StorageError, match="was deleted"), workdir.hold(
+        tmp_path):
+      pass
 
 
 def experiment(seed):

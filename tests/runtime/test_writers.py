@@ -60,7 +60,7 @@ def test_incomplete_last_line_is_ignored(tmp_path, end, caplog):
   assert not caplog.messages
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.tmp"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", ".metrics.jsonl.tmp"])
 def test_obstacle_is_named(tmp_path, name):
   (tmp_path / name).mkdir()
   with pytest.raises(errors.StorageError,

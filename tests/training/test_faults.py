@@ -143,10 +143,9 @@ def test_folder_that_cannot_be_written_is_one_line(tmp_path):
     run(small_runs.line(), Task(), tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("mark", "[*")
-def test_path_that_orbax_would_expand_is_refused(tmp_path, mark):
-  with pytest.raises(errors.ConfigError, match="choose a path without"):
-    run(small_runs.line(), Task(), tmp_path / f"a{mark}b" / "run")
+def test_a_path_in_which_nothing_can_be_saved_is_refused(tmp_path):
+  with pytest.raises(errors.ConfigError, match="choose another path"):
+    run(small_runs.line(), Task(), tmp_path / "a\\b" / "run")
   assert not list(tmp_path.iterdir())
 
 

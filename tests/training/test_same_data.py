@@ -7,7 +7,7 @@ import small_runs
 import thread_pods
 
 from metaformer_jax import errors
-from metaformer_jax.checkpoints import manager
+from metaformer_jax.checkpoints import manager, steps
 from metaformer_jax.training import same_data
 
 
@@ -82,10 +82,10 @@ def test_other_data_can_be_allowed_and_is_then_kept(tmp_path, caplog):
   # As after an interruption: the last steps are done again.
   checkpoints = manager.Checkpoints(tmp_path, cfg.checkpoint, cfg.best_measure)
   for step in checkpoints.steps()[1:]:
-    manager.manifest.remove(checkpoints.directory / str(step))
+    steps.remove(checkpoints.directory / str(step))
   small_runs.run(cfg, longer, tmp_path)
   assert "10 -> 12; config.checkpoint.allow_other_data is on" in caplog.text
-  assert checkpoints.data(10) == {
+  assert checkpoints.read(10).data == {
       "training": {"number of examples": 12},
       "evaluation": {"number of examples": 10, **longer.make_data(
           "eval").fingerprint()}}
