@@ -2,7 +2,7 @@
 
 Each decision depends only on what the cloud says now and on what this
 supervisor has seen before. Nothing is stored: if it is killed, the same command
-continues its work, and the counts and times of its limits begin anew.
+continues its work, and the counts and times of its limits start from zero.
 """
 
 import collections

@@ -120,7 +120,7 @@ def test_a_run_that_never_progresses_is_given_up(launcher, tmp_path, capsys):
       "no checkpoint after step 700 in 3 attempts: giving up"]
 
 
-def test_each_hang_after_progress_counts_anew(launcher, tmp_path):
+def test_each_hang_after_progress_counts_from_zero(launcher, tmp_path):
   def behave(start, seconds):
     done = start == 7 and seconds > HOUR
     return 100 * start + 100 * (seconds > 600), 0 if done else None

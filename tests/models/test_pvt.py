@@ -312,7 +312,7 @@ def test_epsilons_are_those_of_the_official_code():
 
 @pytest.mark.parametrize("setting,key", [
     ({"drop_path_rate": 0.5}, "drop_path"), ({"drop_rate": 0.5}, "dropout")])
-def test_training_draws_anew_for_every_key(setting, key):
+def test_training_draws_differently_for_every_key(setting, key):
   model = pvt.PyramidVisionTransformer(**SMALL, **setting)
   x = images(8)
   variables = perturbed(model, x)

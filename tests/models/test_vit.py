@@ -222,7 +222,7 @@ def test_drop_path_grows_from_nothing_to_its_rate():
 
 @pytest.mark.parametrize("rates,collection", [
     ({"drop_path_rate": 0.9}, "drop_path"), ({"drop_rate": 0.5}, "dropout")])
-def test_training_draws_anew_for_every_key(rates, collection):
+def test_training_draws_differently_for_every_key(rates, collection):
   model = make(**rates)
   x = images(2, 32, 32)
   train = plain.training(model, plain.drawn(model, x), x, collection)
