@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -149,14 +150,21 @@ if __name__ == "__main__":
 """
 
 
-def script(tmp_path, body: str, **kw) -> subprocess.Popen:
+@contextlib.contextmanager
+def script(tmp_path, body: str) -> Iterator[subprocess.Popen]:
+  """A process that runs it; nothing of its group is left at the end."""
   path = tmp_path / "script.py"
   path.write_text(SCRIPT.format(body.strip().replace("\n", "\n  ")))
-  return subprocess.Popen(
+  with subprocess.Popen(
       [sys.executable, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
       stderr=subprocess.PIPE, start_new_session=True,
       env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'data'}"},
-      **kw)
+      ) as process:
+    try:
+      yield process
+    finally:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 # As a run does once it can save, the parent notes signals.
@@ -212,7 +220,9 @@ def test_nothing_is_left_however_the_process_ends(tmp_path, end, code):
   assert not shared_memory() - before
 
 
+# SIGINT may be ignored where the tests run, as in the background of a shell.
 HUNG = """
+signal.signal(signal.SIGINT, signal.default_int_handler)
 made = loader.Loader(loader_cases.Numbers(9), test_readers.Place(600), 3)
 batches = made.train_batches(0)
 threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
