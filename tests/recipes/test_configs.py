@@ -121,15 +121,6 @@ def trains(argument, imagenet, folder):
   assert abs(summary["loss"] / chance - 1) < 0.5
 
 
-# -m configs trains the others.
-CHOSEN = ("configs/poolformer_s12.py",)
-
-
-@pytest.mark.parametrize("argument", CHOSEN)
-def test_config_trains(argument, imagenet, tmp_path):
-  trains(argument, imagenet, tmp_path)
-
-
 @pytest.mark.configs
 @pytest.mark.parametrize("argument", shipped.CONFIGS)
 def test_every_config_trains(argument, imagenet, tmp_path):

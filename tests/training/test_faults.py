@@ -301,6 +301,7 @@ def test_time_is_divided_among_activities(monkeypatch):
   assert 2**24 < figures["host_memory_gib"] * 2**30 < 2**40
 
 
+@pytest.mark.slow
 def test_counts_continue_after_a_restart(tmp_path):
   bad = (3, 12)
   with pytest.raises(errors.DivergedError):

@@ -224,6 +224,7 @@ def test_best_metric_where_the_lowest_is_best(tmp_path):
   assert result["error"] == min(r["error"] for r in measured)
 
 
+@pytest.mark.slow
 def test_workdir_of_an_earlier_version_is_refused(tmp_path):
   """As it is by `workdir.claim`, in one line."""
   saved = json.dumps({"task": "classification", "train": {"mixup": 0.8}})
