@@ -32,6 +32,9 @@ OPTIONS = {
 }
 MEASURES = ("box_ap", "box_ap50", "box_ap75")
 
+# The default tests run Mask R-CNN in this way.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
@@ -47,7 +50,6 @@ def run(home):
   return dense_runs.finished(home, home / "whole")
 
 
-@pytest.mark.slow
 def test_a_killed_run_ends_like_another(home, run):
   dense_runs.check_killed(home, run, "box_ap")
 
@@ -81,7 +83,6 @@ def test_evaluation_of_the_run(home, run):
                              [found[name] for name in MEASURES], atol=2e-3)
 
 
-@pytest.mark.slow
 def test_the_classes_are_in_the_table(run):
   head, *rows = dense_runs.tool("evaluate", f"--workdir={run}", "--per_class",
                                 "--csv").splitlines()
@@ -89,7 +90,6 @@ def test_the_classes_are_in_the_table(run):
   assert [row.split(",")[1] for row in rows] == list(coco_tree.CLASS_NAMES)
 
 
-@pytest.mark.slow
 def test_names_of_mmdetection_and_back(home, run):
   file = home / "run.safetensors"
   dense_runs.tool("convert", f"--input={run}", "--layout=mmdet",
@@ -111,7 +111,6 @@ def test_a_run_starts_from_all_of_another(run):
                                     "params/head/class_out/bias"})
 
 
-@pytest.mark.slow
 def test_predictions_as_pictures_and_json(home, run):
   folder = home / "coco" / "val2017"
   lines = dense_runs.tool("predict", f"--weights={run}", folder, "--json",
@@ -144,11 +143,9 @@ def test_predictions_as_pictures_and_json(home, run):
   np.testing.assert_array_equal(one[0]["boxes"], two[0]["boxes"])
 
 
-@pytest.mark.slow
 def test_processes_measure_what_one_does(run):
   dense_runs.check_processes_measure(run)
 
 
-@pytest.mark.slow
 def test_two_processes_train_like_one(home):
   dense_runs.check_processes_train(home, steps=12)

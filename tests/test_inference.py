@@ -147,6 +147,7 @@ def test_settings_that_show_or_do_not_matter_are_exported(settings, tmp_path):
   convert.main(convert_arguments(path, tmp_path / "out.safetensors", "timm"))
 
 
+@pytest.mark.slow
 def test_runs_of_every_kind_of_override(tmp_path):
   """The model of a run is that of its evaluation, whatever it changed."""
   config = default()

@@ -75,6 +75,7 @@ def state(cfg, task, workdir, step):
   return jax.tree.map(np.asarray, restored.trees())
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_evaluated_converted_and_loaded(
     module, caplog, monkeypatch):
   cfg, task = experiment(module)

@@ -222,9 +222,8 @@ def drawn(shapes):
       lambda s: rng.uniform(0.05, 0.3, s.shape).astype(s.dtype), shapes)
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] * (
-        name != "poolformer_s12")) for name in ROLES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROLES)
 def test_weights_show_what_the_roles_say(name):
   """What the same weights compute otherwise has the role "function"."""
   x = np.random.default_rng(1).standard_normal((1, 64, 64, 3)).astype("f")
