@@ -101,6 +101,16 @@ def check_killed(home: pathlib.Path, whole: pathlib.Path,
   assert measures[0] == measures[1] > 0
 
 
+def check_tree_measures(workdir: pathlib.Path, source: str,
+                        tree: pathlib.Path) -> None:
+  """A tree measures what the files that were prepared from it do."""
+  prepared, plain = (
+      json.loads(tool("evaluate", f"--workdir={workdir}", *flags))
+      for flags in ((), (f"--config.data.source={source}",
+                         f"--config.data.path={tree}")))
+  assert prepared == plain
+
+
 def check_processes_measure(workdir: pathlib.Path) -> None:
   """2 processes with 4 devices each measure what 1 with 8 does."""
   one = json.loads(tool("evaluate", f"--workdir={workdir}", n_devices=8))

@@ -231,18 +231,13 @@ class _Machine:
           stack.append(torch_names.named(arg.replace(" ", ".")))
         case "STACK_GLOBAL":
           name, module = stack.pop(), stack.pop()
-          if not isinstance(name, str) or not isinstance(module, str):
-            raise ValueError("a global without a name")
-          stack.append(torch_names.named(f"{module}.{name}"))
+          stack.append(_global(module, name))
         case "REDUCE" | "NEWOBJ":
           args, function = stack.pop(), stack.pop()
           stack.append(self._call(function, args))
         case "BUILD":
-          # An OrderedDict's attributes (`_metadata`), or an inert object's.
           stack.pop()
-          if not isinstance(stack[-1], (dict, Inert)):
-            raise errors.WeightsError(
-                torch_names.refusal("attributes of a value"))
+          _require_attributes(stack[-1])
         case "BINPERSID":
           stack.append(self._storage(stack.pop()))
         case name:
@@ -344,6 +339,19 @@ def _extend(target: Any, items: list) -> None:
   if type(target) is not list:
     raise ValueError("items of something that is not a list")
   target.extend(items)
+
+
+def _global(module: Any, name: Any) -> Any:
+  """What a global of two strings stands for."""
+  if not isinstance(name, str) or not isinstance(module, str):
+    raise ValueError("a global without a name")
+  return torch_names.named(f"{module}.{name}")
+
+
+def _require_attributes(value: Any) -> None:
+  """Only an OrderedDict (`_metadata`) and an inert object may have some."""
+  if not isinstance(value, (dict, Inert)):
+    raise errors.WeightsError(torch_names.refusal("attributes of a value"))
 
 
 def _collect(opcode: str, items: list, stack: list) -> None:

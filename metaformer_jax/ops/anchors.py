@@ -16,7 +16,7 @@ def base(stride: int, scale: float, octaves: int,
 
   Args:
     stride: pixels from one cell to the next.
-    scale: side of the smallest square anchor, in strides.
+    scale: of the smallest square anchor: its side in strides.
     octaves: sizes of anchors, up to twice the smallest one, which is left out.
     ratios: heights over widths.
 

@@ -78,8 +78,8 @@ class Detection(base.Task):
       low=1)
 
   anchor_scale: float | None = option(
-      None, "side of each level's smallest square anchor, in strides of the "
-      "level; None: 4, R-CNN: 8", above=0)
+      None, "the smallest square anchor of a level has this side, in strides "
+      "of the level; None: 4, R-CNN: 8", above=0)
   anchor_octaves: int | None = option(
       None, "scales of anchors from one level to the next; None: 3, R-CNN: 1",
       low=1, high=16)

@@ -207,7 +207,7 @@ class EvalTransform:
                  for i in range(len(self.canvases)))
 
   def canvas_of(self, height: int, width: int) -> int:
-    """The index in `canvases` of the smallest one that an image fits into.
+    """The index of the smallest canvas that holds an image.
 
     Raises:
       ValueError: it fits into none.
