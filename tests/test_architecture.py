@@ -20,7 +20,7 @@ ALLOWED = {
     "": {"models", "checkpoints", "inference"},
     "errors": set(),
     "imports": set(),
-    "models": set(),
+    "models": {"ops"},
     "config": TABLES,
     "recipes": {"config", *TABLES},
     "data": {"config"},

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from metaformer_jax.models import resnet
+from metaformer_jax.models import layers, resnet
 
 
 class ConvNormRelu(nn.Module):
@@ -39,8 +39,9 @@ class Classifier(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool = False):
     x = nn.Dropout(self.drop_rate, broadcast_dims=(1, 2), name="drop")(
         x, deterministic=not train)
-    return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01),
-                    dtype=jnp.float32, name="conv")(x)
+    return layers.Dense(
+        self.num_classes, kernel_init=nn.initializers.normal(0.01),
+        dtype=jnp.float32, name="conv")(x)
 
 
 def conv(dim: int, kernel_size: int, stride: int = 1, *,
@@ -50,6 +51,7 @@ def conv(dim: int, kernel_size: int, stride: int = 1, *,
          ) -> nn.Conv:
   """A convolution padded by half its kernel, with a bias; Xavier uniform."""
   k, s, p = kernel_size, stride, kernel_size // 2
-  return nn.Conv(dim, (k, k), strides=(s, s), padding=((p, p), (p, p)),
-                 kernel_init=kernel_init or nn.initializers.xavier_uniform(),
-                 bias_init=bias_init, dtype=dtype, name=name)
+  return layers.Conv(
+      dim, (k, k), strides=(s, s), padding=((p, p), (p, p)),
+      kernel_init=kernel_init or nn.initializers.xavier_uniform(),
+      bias_init=bias_init, dtype=dtype, name=name)

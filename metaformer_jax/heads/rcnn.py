@@ -46,8 +46,9 @@ class RPN(nn.Module):
     hidden = convs.conv(self.dim, 3, kernel_init=init, dtype=self.dtype,
                         name="conv")
     class_out, box_out = (
-        nn.Dense(self.n_anchors * n, kernel_init=init, dtype=jnp.float32,
-                 name=name) for n, name in ((1, "class_out"), (4, "box_out")))
+        layers.Dense(self.n_anchors * n, kernel_init=init, dtype=jnp.float32,
+                     name=name)
+        for n, name in ((1, "class_out"), (4, "box_out")))
     logits, deltas = [], []
     for x, mask in zip(maps, masks):
       x = nn.relu(hidden(layers.apply_mask(x, mask)))
@@ -74,12 +75,12 @@ class BoxHead(nn.Module):
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = x.reshape(*x.shape[:-3], -1)
     for name in ("fc1", "fc2"):
-      x = nn.relu(nn.Dense(self.dim, kernel_init=_XAVIER_NORMAL,
-                           dtype=self.dtype, name=name)(x))
-    logits = nn.Dense(
+      x = nn.relu(layers.Dense(self.dim, kernel_init=_XAVIER_NORMAL,
+                               dtype=self.dtype, name=name)(x))
+    logits = layers.Dense(
         self.num_classes + 1, kernel_init=nn.initializers.normal(0.01),
         dtype=jnp.float32, name="class_out")(x)
-    deltas = nn.Dense(
+    deltas = layers.Dense(
         self.num_classes * 4, kernel_init=nn.initializers.normal(0.001),
         dtype=jnp.float32, name="box_out")(x)
     return logits, deltas.reshape(*x.shape[:-1], self.num_classes, 4)
@@ -107,8 +108,8 @@ class MaskHead(nn.Module):
       x = nn.relu(convs.conv(self.dim, 3, kernel_init=init, dtype=self.dtype,
                              name=f"conv{i}")(x))
     x = nn.relu(Deconv(self.dim, dtype=self.dtype, name="deconv")(x))
-    return nn.Dense(self.num_classes, kernel_init=init, dtype=jnp.float32,
-                    name="mask_out")(x)
+    return layers.Dense(self.num_classes, kernel_init=init, dtype=jnp.float32,
+                        name="mask_out")(x)
 
 
 class Deconv(nn.Module):

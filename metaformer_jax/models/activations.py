@@ -18,7 +18,17 @@ def gelu(x: jax.Array) -> jax.Array:
   The gradient is computed from x alone. Automatic differentiation would keep a
   second array of x's size, the largest size in the model.
   """
-  return jax.nn.gelu(x, approximate=False)
+  z = x.astype(jnp.float32)
+  return (z * _normal_cdf(z)).astype(x.dtype)
+
+
+def _normal_cdf(z):
+  """Phi, by erf as in PyTorch: erfc has two branches, of which XLA takes both.
+
+  Phi is wrong by up to 6e-8, which erfc would not be for z < -5, where GELU
+  vanishes: its largest error over [-12, 12] is 1.2e-6, as PyTorch's.
+  """
+  return 0.5 * (1 + lax.erf(z * 0.5**0.5))
 
 
 def _gelu_fwd(x):
@@ -27,9 +37,9 @@ def _gelu_fwd(x):
 
 def _gelu_bwd(x, dy):
   z = x.astype(jnp.float32)
-  cdf = 0.5 * lax.erfc(-z * 0.5**0.5)
   pdf = jnp.exp(-0.5 * z * z) * (2 * jnp.pi) ** -0.5
-  return ((dy.astype(jnp.float32) * (cdf + z * pdf)).astype(x.dtype),)
+  slope = _normal_cdf(z) + z * pdf
+  return ((dy.astype(jnp.float32) * slope).astype(x.dtype),)
 
 
 gelu.defvjp(_gelu_fwd, _gelu_bwd)

@@ -96,6 +96,8 @@ def _jaxpr_macs(jaxpr) -> int:
       total += eqn.outvars[0].aval.size * (
           math.prod(kernel) // kernel[out_axis]) // math.prod(
               params["lhs_dilation"])
+    elif params.get("branches_platforms"):  # `ops.platforms`; default is last.
+      total += _jaxpr_macs(params["branches"][-1].jaxpr)
     else:
       turns = params["length"] if name == "scan" else 1
       total += turns * sum(

@@ -18,10 +18,16 @@ from jax.typing import DTypeLike
 
 from metaformer_jax import errors, imports
 from metaformer_jax.models import activations, norms, parts
+from metaformer_jax.ops import convolution, dense
 
 # timm's trunc_normal_(std=0.02) truncates at +-2, which is 100 standard
 # deviations: a plain normal distribution.
 trunc_normal_02 = nn.initializers.normal(0.02)
+
+# Flax's layers, computed in the form that is fast on the platform.
+Conv = functools.partial(
+    nn.Conv, conv_general_dilated=convolution.conv_general_dilated)
+Dense = functools.partial(nn.Dense, dot_general=dense.dot_general)
 
 # PyTorch's default for convolutions: uniform in +-1/sqrt(fan_in).
 torch_conv_kernel = nn.initializers.variance_scaling(
@@ -143,12 +149,12 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False):
     dim = x.shape[-1]
-    x = nn.Dense(self.hidden_dim, use_bias=self.use_bias, dtype=self.dtype,
-                 kernel_init=trunc_normal_02, name="fc1")(x)
+    x = Dense(self.hidden_dim, use_bias=self.use_bias, dtype=self.dtype,
+              kernel_init=trunc_normal_02, name="fc1")(x)
     x = activation(self.activation)(name="act")(x)
     x = nn.Dropout(self.drop_rate, name="drop1")(x, deterministic=not train)
-    x = nn.Dense(dim, use_bias=self.use_bias, dtype=self.dtype,
-                 kernel_init=trunc_normal_02, name="fc2")(x)
+    x = Dense(dim, use_bias=self.use_bias, dtype=self.dtype,
+              kernel_init=trunc_normal_02, name="fc2")(x)
     return nn.Dropout(self.drop_rate, name="drop2")(x, deterministic=not train)
 
 
@@ -166,13 +172,13 @@ class MlpHead(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False):
-    x = nn.Dense(int(self.ratio * x.shape[-1]), dtype=self.dtype,
-                 kernel_init=trunc_normal_02, name="fc1")(x)
+    x = Dense(int(self.ratio * x.shape[-1]), dtype=self.dtype,
+              kernel_init=trunc_normal_02, name="fc1")(x)
     x = activations.squared_relu(x)
     x = norms.LayerNorm(dtype=self.dtype, name="norm")(x)
     x = nn.Dropout(self.drop_rate, name="drop")(x, deterministic=not train)
-    return nn.Dense(self.num_classes, dtype=self.dtype,
-                    kernel_init=trunc_normal_02, name="fc2")(x)
+    return Dense(self.num_classes, dtype=self.dtype,
+                 kernel_init=trunc_normal_02, name="fc2")(x)
 
 
 class DropPath(nn.Module):
@@ -268,8 +274,8 @@ class Features:
 def patch_embed(dim: int, patch_size: int, **kwargs) -> nn.Conv:
   """Cuts images into patches: [B, H, W, 3] -> [B, H / p, W / p, dim]."""
   p = patch_size
-  return nn.Conv(dim, (p, p), strides=(p, p), padding="VALID",
-                 name="patch_embed", **kwargs)
+  return Conv(dim, (p, p), strides=(p, p), padding="VALID",
+              name="patch_embed", **kwargs)
 
 
 class Downsample(parts.ConvInit, nn.Module):
@@ -297,9 +303,9 @@ class Downsample(parts.ConvInit, nn.Module):
     if self.pre_norm:
       x = self.pre_norm(dtype=self.dtype, name="norm")(
           x, mask=mask, train=train)
-    x = nn.Conv(self.dim, (k, k), strides=(s, s), padding=((p, p), (p, p)),
-                kernel_init=kernel_init, bias_init=bias_init, dtype=self.dtype,
-                name="conv")(apply_mask(x, mask))
+    x = Conv(self.dim, (k, k), strides=(s, s), padding=((p, p), (p, p)),
+             kernel_init=kernel_init, bias_init=bias_init, dtype=self.dtype,
+             name="conv")(apply_mask(x, mask))
     mask = downsample_mask(mask, *x.shape[1:3], kernel_size=k, stride=s,
                            padding=p)
     if self.post_norm:

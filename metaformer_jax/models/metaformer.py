@@ -173,7 +173,7 @@ class MetaFormer(settings.MetaFormer, layers.Features, nn.Module):
   def _head(self) -> nn.Module:
     make = layers.lookup({
         "linear": functools.partial(
-            nn.Dense, kernel_init=layers.trunc_normal_02),
+            layers.Dense, kernel_init=layers.trunc_normal_02),
         "mlp": functools.partial(
             layers.MlpHead, drop_rate=self.head_drop_rate),
     }, "head", self.head)

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import lax
 from jax.typing import DTypeLike
 
 from metaformer_jax.models import layers, parts
+from metaformer_jax.ops import pooling
 
 MixerFactory = Callable[..., nn.Module]
 
@@ -32,13 +32,6 @@ class Identity(nn.Module):
 def _check_odd(name: str, size: int) -> None:
   if size % 2 == 0:
     raise ValueError(f"{name} {size} is not odd: its window has no centre")
-
-
-def _window_sum(x: jax.Array, size: int) -> jax.Array:
-  """Sums of size x size windows at stride 1, zero outside [B, H, W, C]."""
-  return lax.reduce_window(
-      x, np.zeros((), x.dtype), lax.add, window_dimensions=(1, size, size, 1),
-      window_strides=(1, 1, 1, 1), padding="SAME")
 
 
 def _window_count(height: int, width: int, size: int) -> np.ndarray:
@@ -65,14 +58,14 @@ class Pooling(parts.Pooling, nn.Module):
 
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
     _check_odd("pool_size", self.pool_size)
-    total = _window_sum(layers.apply_mask(x, mask), self.pool_size)
+    total = pooling.window_sum(layers.apply_mask(x, mask), self.pool_size)
     if mask is None:
       count = jnp.asarray(
           _window_count(x.shape[1], x.shape[2], self.pool_size), x.dtype)
     else:
       # Counts valid pixels; at least 1, for windows with only padding.
       valid = mask[..., None].astype(x.dtype)
-      count = jnp.maximum(_window_sum(valid, self.pool_size), 1)
+      count = jnp.maximum(pooling.window_sum(valid, self.pool_size), 1)
     mean = total / count
     return mean - x if self.pool_subtract else mean
 
@@ -83,9 +76,9 @@ def depthwise_conv(dim: int, kernel_size: int, *, use_bias: bool,
   k = kernel_size
   _check_odd("conv_kernel_size", k)
   kernel_init, bias_init = layers.conv_inits(conv_init, k * k)
-  return nn.Conv(dim, (k, k), padding=((k // 2, k // 2),) * 2,
-                 feature_group_count=dim, use_bias=use_bias, dtype=dtype,
-                 kernel_init=kernel_init, bias_init=bias_init, name=name)
+  return layers.Conv(dim, (k, k), padding=((k // 2, k // 2),) * 2,
+                     feature_group_count=dim, use_bias=use_bias, dtype=dtype,
+                     kernel_init=kernel_init, bias_init=bias_init, name=name)
 
 
 class DepthwiseConv(parts.Convolution, nn.Module):
@@ -119,14 +112,14 @@ class SepConv(parts.Convolution, parts.Activation, nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
     hidden = int(self.expansion * self.dim)
-    x = nn.Dense(hidden, use_bias=False, dtype=self.dtype,
-                 kernel_init=layers.trunc_normal_02, name="pwconv1")(x)
+    x = layers.Dense(hidden, use_bias=False, dtype=self.dtype,
+                     kernel_init=layers.trunc_normal_02, name="pwconv1")(x)
     x = layers.activation(self.activation)(name="act1")(x)
     x = depthwise_conv(hidden, self.conv_kernel_size, use_bias=False,
                        conv_init=self.conv_init, dtype=self.dtype,
                        name="dwconv")(layers.apply_mask(x, mask))
-    return nn.Dense(self.dim, use_bias=False, dtype=self.dtype,
-                    kernel_init=layers.trunc_normal_02, name="pwconv2")(x)
+    return layers.Dense(self.dim, use_bias=False, dtype=self.dtype,
+                        kernel_init=layers.trunc_normal_02, name="pwconv2")(x)
 
 
 def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, *,
@@ -163,17 +156,17 @@ class Attention(parts.Attention, nn.Module):
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
     b, h, w, _ = x.shape
     n_heads = max(self.dim // self.head_dim, 1)
-    qkv = nn.Dense(3 * n_heads * self.head_dim, use_bias=False,
-                   dtype=self.dtype, kernel_init=layers.trunc_normal_02,
-                   name="qkv")(x)
+    qkv = layers.Dense(3 * n_heads * self.head_dim, use_bias=False,
+                       dtype=self.dtype, kernel_init=layers.trunc_normal_02,
+                       name="qkv")(x)
     # The output channels are ordered (q k v, head, channel of the head).
     qkv = qkv.reshape(b, h * w, 3, n_heads, self.head_dim)
     y = dot_product_attention(
         qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2],
         mask=None if mask is None else mask.reshape(b, h * w))
-    return nn.Dense(self.dim, use_bias=self.attention_proj_bias,
-                    dtype=self.dtype, kernel_init=layers.trunc_normal_02,
-                    name="proj")(y.reshape(b, h, w, -1))
+    return layers.Dense(self.dim, use_bias=self.attention_proj_bias,
+                        dtype=self.dtype, kernel_init=layers.trunc_normal_02,
+                        name="proj")(y.reshape(b, h, w, -1))
 
 
 def _mix_pixels(matrix: jax.Array, x: jax.Array, mask) -> jax.Array:

@@ -84,8 +84,8 @@ class MlpBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array):
-    y = nn.Dense(self.hidden_dim, dtype=self.dtype, name="fc1")(x)
-    return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(
+    y = layers.Dense(self.hidden_dim, dtype=self.dtype, name="fc1")(x)
+    return layers.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(
         activations.gelu(y))
 
 
@@ -145,7 +145,7 @@ class MlpMixer(settings.MlpMixer, PatchMlp):
     self.final_norm = norms.LayerNorm(self.norm_eps, dtype=self.dtype,
                                       name="norm")
     if self.num_classes:
-      self.classifier = nn.Dense(
+      self.classifier = layers.Dense(
           self.num_classes, dtype=self.dtype,
           kernel_init=nn.initializers.zeros, name="head")
 

@@ -53,7 +53,7 @@ class Attention(nn.Module):
     if min(grid) < r:
       raise ValueError(f"{grid[0]} x {grid[1]} tokens are too few to reduce by "
                        f"{r}: the images are too small")
-    dense = functools.partial(nn.Dense, dtype=self.dtype,
+    dense = functools.partial(layers.Dense, dtype=self.dtype,
                               kernel_init=layers.trunc_normal_02)
     q = dense(dim, use_bias=self.qkv_bias, name="q")(x)
     y = x
@@ -61,10 +61,10 @@ class Attention(nn.Module):
       y = x.reshape(b, *grid, dim)
       if mask is not None:
         mask = mask.reshape(b, *grid)
-      y = nn.Conv(dim, (r, r), strides=(r, r), padding="VALID",
-                  kernel_init=layers.torch_conv_kernel,
-                  bias_init=layers.torch_conv_bias(r * r * dim),
-                  dtype=self.dtype, name="sr")(layers.apply_mask(y, mask))
+      y = layers.Conv(dim, (r, r), strides=(r, r), padding="VALID",
+                      kernel_init=layers.torch_conv_kernel,
+                      bias_init=layers.torch_conv_bias(r * r * dim),
+                      dtype=self.dtype, name="sr")(layers.apply_mask(y, mask))
       mask = layers.downsample_mask(mask, *y.shape[1:3], kernel_size=r,
                                     stride=r, padding=0)
       y = norms.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm")(y)
@@ -217,9 +217,9 @@ class PyramidVisionTransformer(settings.PyramidVisionTransformer,
     self.final_norm = norms.LayerNorm(self.norm_eps, dtype=self.dtype,
                                       name="norm")
     if self.num_classes:
-      self.classifier = nn.Dense(self.num_classes, dtype=self.dtype,
-                                 kernel_init=layers.trunc_normal_02,
-                                 name="head")
+      self.classifier = layers.Dense(self.num_classes, dtype=self.dtype,
+                                     kernel_init=layers.trunc_normal_02,
+                                     name="head")
 
   def _stage(self, i: int, drop_path_rates: Sequence[float]) -> Stage:
     last = i + 1 == len(self.depths)

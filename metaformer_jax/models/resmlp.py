@@ -41,8 +41,8 @@ class ResMLPBlock(nn.Module):
                     for name in ("norm1", "norm2"))
     linear_tokens = functools.partial(
         mlp_mixer.over_patches,
-        nn.Dense(x.shape[1], dtype=self.dtype,
-                 kernel_init=layers.trunc_normal_02, name="linear_tokens"))
+        layers.Dense(x.shape[1], dtype=self.dtype,
+                     kernel_init=layers.trunc_normal_02, name="linear_tokens"))
     mlp_channels = functools.partial(
         layers.Mlp(int(x.shape[-1] * self.mlp_ratio), drop_rate=self.drop_rate,
                    dtype=self.dtype, name="mlp_channels"), train=train)
@@ -78,7 +78,7 @@ class ResMLP(settings.ResMLP, mlp_mixer.PatchMlp):
         for i in range(1, self.depth + 1)]
     self.final_norm = Affine(dtype=self.dtype, name="norm")
     if self.num_classes:
-      self.classifier = nn.Dense(
+      self.classifier = layers.Dense(
           self.num_classes, dtype=self.dtype,
           kernel_init=layers.trunc_normal_02, name="head")
 

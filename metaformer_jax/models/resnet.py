@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from metaformer_jax.models import layers, norms, settings, windows
+from metaformer_jax.ops import pooling
 
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -32,9 +33,9 @@ def conv_norm(x: jax.Array, mask, dim: int, kernel_size: int, stride: int = 1,
   "norm", with the suffix, to the module that calls it.
   """
   k, s, p = kernel_size, stride, kernel_size // 2
-  x = nn.Conv(dim, (k, k), strides=(s, s), padding=((p, p), (p, p)),
-              use_bias=False, kernel_init=kaiming_fan_out, dtype=dtype,
-              name=f"conv{suffix}")(layers.apply_mask(x, mask))
+  x = layers.Conv(dim, (k, k), strides=(s, s), padding=((p, p), (p, p)),
+                  use_bias=False, kernel_init=kaiming_fan_out, dtype=dtype,
+                  name=f"conv{suffix}")(layers.apply_mask(x, mask))
   mask = layers.downsample_mask(mask, *x.shape[1:3], kernel_size=k, stride=s,
                                 padding=p)
   x = norm(dtype=dtype, name=f"norm{suffix}")(x, mask=mask, train=train)
@@ -48,7 +49,7 @@ def max_pool(x: jax.Array, mask):
   """
   if mask is not None:
     x = jnp.where(mask[..., None].astype(bool), x, -jnp.inf)
-  x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+  x = pooling.max_pool(x, 3, stride=2, padding=1)
   mask = layers.downsample_mask(mask, *x.shape[1:3], kernel_size=3, stride=2,
                                 padding=1)
   if mask is not None:  # Not a product: 0 * infinity is NaN.
@@ -167,7 +168,7 @@ class ResNet(settings.ResNet, layers.Features, nn.Module):
     self.dropout = nn.Dropout(self.drop_rate, name="drop")
     if self.num_classes:
       fan_in = self.widths[-1] * expansion
-      self.classifier = nn.Dense(
+      self.classifier = layers.Dense(
           self.num_classes, kernel_init=layers.torch_conv_kernel,
           bias_init=layers.torch_conv_bias(fan_in), dtype=self.dtype,
           name="head")

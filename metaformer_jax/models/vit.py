@@ -31,14 +31,14 @@ class Attention(nn.Module):
     b, n, dim = x.shape
     if dim % self.n_heads:
       raise ValueError(f"{self.n_heads} heads do not divide {dim} channels")
-    qkv = nn.Dense(3 * dim, dtype=self.dtype,
-                   kernel_init=layers.trunc_normal_02, name="qkv")(x)
+    qkv = layers.Dense(3 * dim, dtype=self.dtype,
+                       kernel_init=layers.trunc_normal_02, name="qkv")(x)
     # The output channels are ordered (q k v, head, channel of the head).
     q, k, v = jnp.moveaxis(
         qkv.reshape(b, n, 3, self.n_heads, dim // self.n_heads), 2, 0)
     y = mixers.dot_product_attention(q, k, v, mask=mask)
-    y = nn.Dense(dim, dtype=self.dtype, kernel_init=layers.trunc_normal_02,
-                 name="proj")(y.reshape(b, n, dim))
+    y = layers.Dense(dim, dtype=self.dtype, kernel_init=layers.trunc_normal_02,
+                     name="proj")(y.reshape(b, n, dim))
     return nn.Dropout(self.drop_rate, name="drop")(y, deterministic=not train)
 
 
@@ -127,8 +127,8 @@ class VisionTransformer(settings.VisionTransformer, layers.Features,
                                       name="norm")
     if self.num_classes:
       self.heads = [
-          nn.Dense(self.num_classes, dtype=self.dtype,
-                   kernel_init=layers.trunc_normal_02, name=name)
+          layers.Dense(self.num_classes, dtype=self.dtype,
+                       kernel_init=layers.trunc_normal_02, name=name)
           for name in ("head", "head_dist")[:self._n_outputs]]
 
   @property
