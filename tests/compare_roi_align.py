@@ -119,7 +119,7 @@ def program(form, n_boxes, out, with_gradient, device):
 def main_memory(module):
   """Bytes moved to and from the main memory, counting slices as the whole."""
   total = 0
-  for i, operands, turns in module.moves():
+  for i, operands, turns, _ in module.moves():
     # The type of what is started names the operand as well.
     types = [i.type] if i.opcode.endswith("-start") else [i.type, *operands]
     total += turns * sum(hlo.type_bytes(_ON_CHIP.sub("", t)) for t in types)

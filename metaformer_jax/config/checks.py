@@ -57,6 +57,10 @@ def check_task(cfg: Experiment, files: bool) -> Iterator[str]:
   yield from cfg.task.check(cfg, files)
   if isinstance(cfg.task, tasks.Own):
     return
+  if cfg.data.augment_on not in cfg.task.AUGMENTS_ON:
+    yield (f"config.data.augment_on: {cfg.data.augment_on} is not for "
+           f"config.task.name={cfg.task.name}, which augments on the "
+           + " or ".join(cfg.task.AUGMENTS_ON))
   try:
     _ = cfg.best_measure
   except errors.ConfigError as e:

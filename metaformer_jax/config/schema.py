@@ -54,6 +54,10 @@ class Data:
       0, "processes that prepare batches; 0: threads of this process; -1: one "
       "per core", low=-1, high=1024)
   threads: int = option(4, "reading threads of each process", low=1, high=256)
+  augment_on: str = option(
+      "host", "classification: where task.auto_augment and color_jitter are "
+      "computed: host: by the workers; device: in the training step, from "
+      "draws of the same distributions", choices=("device", "host"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,7 +70,8 @@ def of_inputs(model: nn.Module, *inputs: Any) -> Cost:
 def count_macs(fn: Callable[..., Any], *args: Any) -> int:
   """Multiply-accumulates of a function's matrix products and convolutions.
 
-  Additions, activations and pooling are not counted; loops, each iteration.
+  Additions, activations and pooling are not counted; loops, each iteration; of
+  branches, the mean.
 
   Args:
     fn: a function that jax can trace.
@@ -99,8 +100,9 @@ def _jaxpr_macs(jaxpr) -> int:
     elif params.get("branches_platforms"):  # `ops.platforms`; default is last.
       total += _jaxpr_macs(params["branches"][-1].jaxpr)
     else:
-      turns = params["length"] if name == "scan" else 1
-      total += turns * sum(
-          _jaxpr_macs(inner)
-          for inner in extend_core.jaxprs_in_params(params))
+      inner = [_jaxpr_macs(inner)
+               for inner in extend_core.jaxprs_in_params(params)]
+      turns = (params["length"] if name == "scan" else
+               params["mesh"].size if name == "shard_map" else 1)
+      total += turns * sum(inner) // (len(inner) if name == "cond" else 1)
   return total

@@ -71,31 +71,32 @@ class Module:
     """Ratio of the bytes accessed in a step to those with each loop run once.
 
     Both are counted from the types of operands and results in the text, outside
-    of fusions. A loop without a constant trip count counts once.
+    of fusions. A loop without a constant trip count counts once; of branches,
+    the mean counts.
     """
     once = every = 0
-    for i, operands, turns in self.moves():
-      amount = sum(map(type_bytes, (i.type, *operands)))
+    for i, operands, turns, share in self.moves():
+      amount = share * sum(map(type_bytes, (i.type, *operands)))
       once, every = once + amount, every + turns * amount
     return every / once if once else 1.0
 
-  def moves(self) -> Iterator[tuple[Instruction, list[str], int]]:
+  def moves(self) -> Iterator[tuple[Instruction, list[str], int, float]]:
     """Instructions that read or write memory, outside of fusions.
 
     Yields:
-      The instruction, the types of its operands, and how often it runs in a
-      step.
+      The instruction, the types of its operands, how often it runs in a step,
+      and how probable that is: below 1 within branches.
     """
-    for name, turns in self._runs(within_fusions=False):
+    for name, turns, share in self._runs(within_fusions=False):
       types = {i.name: i.type for i in self._computations[name]}
       for i in self._computations[name]:
         if i.opcode not in _FREE and not i.opcode.endswith("-done"):
-          yield i, [types[o] for o in i.operands if o in types], turns
+          yield i, [types[o] for o in i.operands if o in types], turns, share
 
   def collectives(self, n_devices: int) -> list[Collective]:
     """All collectives; those of the same kind and size are one entry."""
     found = {}
-    for name, turns in self._runs(within_fusions=True):
+    for name, turns, _ in self._runs(within_fusions=True):
       computation = self._computations[name]
       types = {i.name: i.type for i in computation}
       for i in computation:
@@ -109,20 +110,27 @@ class Module:
     return sorted(Collective(kind, dtype, count, n_bytes, group)
                   for (kind, dtype, n_bytes, group), count in found.items())
 
-  def _runs(self, within_fusions: bool) -> Iterator[tuple[str, int]]:
-    """(computation, how often it runs in a step), once for each call site."""
-    waiting = [(self._entry, 1)]
+  def _runs(self, within_fusions: bool) -> Iterator[tuple[str, int, float]]:
+    """Each computation, once for each call site.
+
+    Yields:
+      Its name, how often it runs in a step if all branches do, and how probable
+      that is if each branch is as probable.
+    """
+    waiting = [(self._entry, 1, 1.0)]
     while waiting:
-      name, turns = waiting.pop()
-      yield name, turns
+      name, turns, share = waiting.pop()
+      yield name, turns, share
       for i in self._computations[name]:
         if i.opcode == "fusion" and not within_fusions:
           continue
         inner = turns * (self._trip_count(i) if i.opcode == "while" else 1)
-        for called in _called(i):
+        branches = list(_called(i))
+        part = share / len(branches) if i.opcode == "conditional" else share
+        for called in branches:
           if called in self._computations and not (
               i.opcode in _COLLECTIVES or "reduce" in i.opcode):
-            waiting.append((called, inner))
+            waiting.append((called, inner, part))
 
   def _trip_count(self, loop: Instruction) -> int:
     """Trip count of a `while` that counts to a constant; 1 for others."""

@@ -15,12 +15,19 @@ from metaformer_jax import imports
 from metaformer_jax.config import checks, derived, imagenet, typed
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.data import loader, sources
+from metaformer_jax.data.augment import pixels
 from metaformer_jax.data.sources import real_labels
 from metaformer_jax.data.transforms import classification as transforms
 from metaformer_jax.evaluation import topk
 from metaformer_jax.models import registry
 from metaformer_jax.ops import images as image_ops
-from metaformer_jax.tasks import base, classes, mixing, own_models
+from metaformer_jax.tasks import (
+  auto_augment,
+  base,
+  classes,
+  mixing,
+  own_models,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +66,29 @@ class Classification:
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         "replaced": jax.ShapeDtypeStruct((batch_size,), jnp.bool_)}]
 
-  def _images(self, batch: base.Batch) -> jax.Array:
+  def _normalized(self, images: jax.Array) -> jax.Array:
     data = self.cfg.data
-    return image_ops.normalize(batch["image"], data.mean, data.std)
+    return image_ops.normalize(images, data.mean, data.std)
+
+  def _augmented(self, images: jax.Array, rng: jax.Array) -> jax.Array:
+    """What the host left out, on uint8 [B, H, W, 3]."""
+    cfg = self.cfg
+    if cfg.data.augment_on == "host":
+      return images
+    drawn = auto_augment.draw(rng, len(images), cfg.task)
+    return images if drawn is None else auto_augment.apply(
+        images, drawn, pixels.fill_colour(cfg.data.mean))
 
   def loss(self, variables, batch, rngs, train):
     cfg = self.cfg.task
-    images = self._images(batch)
+    images = batch["image"]
+    if train:
+      key_mix, key_erase, key_ops = jax.random.split(rngs["augment"], 3)
+      images = self._augmented(images, key_ops)
+    images = self._normalized(images)
     targets = mixing.smooth_one_hot(
         batch["label"], cfg.num_classes, cfg.label_smoothing)
     if train:
-      key_mix, key_erase = jax.random.split(rngs["augment"])
       images, targets = mixing.mixup_cutmix(
           key_mix, images, targets, mixup_alpha=cfg.mixup,
           cutmix_alpha=cfg.cutmix, prob=cfg.mixup_prob,
@@ -92,7 +111,8 @@ class Classification:
 
   def predict(self, variables, batch):
     """Returns float32 logits [B, num_classes]."""
-    logits = self.model.apply(variables, self._images(batch), train=False)
+    logits = self.model.apply(variables, self._normalized(batch["image"]),
+                              train=False)
     return logits.astype(jnp.float32)
 
   def make_data(self, split: str) -> loader.Loader:

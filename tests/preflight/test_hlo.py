@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from metaformer_jax.models import cost
 from metaformer_jax.preflight import hlo, topologies
 
 # With every notation for groups.
@@ -71,6 +72,27 @@ def test_bytes_of_loops():
   once = outside + body + condition
   assert hlo.Module(TEXT).loop_factor() == pytest.approx(
       (outside + 5 * (body + condition)) / once)
+
+
+def test_of_branches_the_mean_counts():
+  text = TEXT.replace(
+      "fusion(%ar), kind=kLoop, calls=%inner",
+      "conditional(%i, %ar, %ar), branch_computations={%inner, %nothing}")
+  text = text.replace("ENTRY", """\
+%nothing (q: f32[8]) -> f32[8] {
+  ROOT %q = f32[8]{0} parameter(0)
+}
+
+ENTRY""")
+  # As above, with half of the 64 for the negation in the place of the fusion.
+  rest, body = 40 + 48 + 40 + 64 + 96, 64 + 64 / 2 + 9
+  assert hlo.Module(text).loop_factor() == pytest.approx(
+      (rest + 5 * body) / (rest + body))
+
+  def step(x, i):
+    return jax.lax.switch(i, [lambda x: x @ x, lambda x: x], x)
+
+  assert cost.count_macs(step, jnp.ones((8, 8)), 0) == 8**3 // 2
 
 
 @pytest.mark.parametrize("text,n_bytes", [

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +193,45 @@ def test_statistics_are_averaged_and_counters_are_not():
   found = state_lib.average(new, old, 0.75)
   assert found["mean"] == 1.25 and found["n_batches"] == 7
   assert found["n_batches"].dtype == jnp.int32
+
+
+def augmented_on_the_device(**sections):
+  return experiment_of(
+      data={"augment_on": "device"}, task={
+          "auto_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.2}, **sections)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_augmentation_on_eight_devices_is_that_on_one(accumulate):
+  one, eight = (
+      run_steps(augmented_on_the_device(
+          mesh=mesh, train={"accumulate": accumulate}), 6)[0]
+      for mesh in ({"data": 1}, {"data": 4, "fsdp": 2, "min_size": 64}))
+  np.testing.assert_allclose(one, eight, atol=1e-5)
+  if accumulate == 1:
+    plain, _ = run_steps(experiment_of(
+        mesh={"data": 1}, task={"mixup": 0.2}), 6)
+    assert np.abs(one - plain).min() > 1e-3  # The images are others.
+
+
+@pytest.mark.slow
+def test_a_run_that_augments_on_the_device_resumes_bit_by_bit(tmp_path):
+  cfg = augmented_on_the_device(
+      mesh={"data": 1}, train={"steps": 4}, checkpoint={"every_steps": 2},
+      log={"every_steps": 1, "tensorboard": False})
+  cfg, task = classification.create(cfg)
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  small_runs.run(cfg, task, whole)
+  shutil.copytree(whole, parts)
+  shutil.rmtree(parts / "checkpoints" / "4")
+  small_runs.run(cfg, task, parts)
+  assert [r["loss"] for r in small_runs.records(whole)] == [
+      r["loss"] for r in small_runs.records(parts)]
+  last, resumed = (jax.tree.leaves(small_runs.restore(cfg, task, run, 4)[0])
+                   for run in (whole, parts))
+  for a, b in zip(last, resumed, strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_no_decay_of_the_average_is_no_average():

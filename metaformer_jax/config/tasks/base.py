@@ -35,11 +35,13 @@ class Task:
     MEASURES: by which checkpoints can be ranked, the default one first.
     RESUMABLE: keys that may change when a run is resumed.
     PER_HOST: keys that may differ among the processes of a run, as paths.
+    AUGMENTS_ON: values of `config.data.augment_on` that it follows.
   """
 
   MEASURES: ClassVar[tuple[Measure, ...]]
   RESUMABLE: ClassVar[tuple[str, ...]] = ()
   PER_HOST: ClassVar[tuple[str, ...]] = ()
+  AUGMENTS_ON: ClassVar[tuple[str, ...]] = ("host",)
 
   name: str
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
   from metaformer_jax.config.schema import Experiment
 
 _MAX_OPERATIONS = 100  # Of RandAugment, per image.
+_MAX_SIDE_ON_DEVICE = 4096  # `ops.augment.MAX_SIDE`; sums are in 32 bits.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Classification(base.Task):
               base.Measure("loss", False))
   RESUMABLE = ("eval_labels", "real_path")
   PER_HOST = ("real_path",)
+  AUGMENTS_ON = ("device", "host")
 
   name: str = option("classification", "what is learned")
   num_classes: int | None = option(
@@ -99,6 +101,11 @@ class Classification(base.Task):
         raise ValueError(f"has an n above {_MAX_OPERATIONS}")
     except ValueError as e:
       yield f"config.task.auto_augment: {self.auto_augment!r} {e}"
+    if cfg.data.augment_on == "device" and (
+        self.image_size or 0) > _MAX_SIDE_ON_DEVICE:
+      yield (f"config.task.image_size: {self.image_size} is above "
+             f"{_MAX_SIDE_ON_DEVICE}, the largest for "
+             "config.data.augment_on=device")
     if self.eval_labels != "split" and cfg.data.source != "folder":
       yield (f"config.task.eval_labels: {self.eval_labels} needs "
              f"config.data.source=folder, not {cfg.data.source}")

@@ -97,7 +97,10 @@ def _centre(w: int, h: int,
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-  """Crop, resize, flip, augment: record, rng -> {"image", "label"}."""
+  """Crop, resize, flip, augment: record, rng -> {"image", "label"}.
+
+  With `data.augment_on="device"` the last comes later (`tasks.auto_augment`).
+  """
 
   data: schema.Data
   task: tasks.Classification
@@ -112,9 +115,10 @@ class TrainTransform:
       interpolation = ("bilinear", "bicubic")[rng.integers(2)]
     image = pixels.crop_resize(picture, box, task.input_size, interpolation,
                                flip=rng.random() < task.flip)
-    fill = pixels.fill_colour(self.data.mean)
-    for op in draw.draw(task, rng):
-      image = pixels.apply(image, op, fill)
+    if self.data.augment_on == "host":
+      fill = pixels.fill_colour(self.data.mean)
+      for op in draw.draw(task, rng):
+        image = pixels.apply(image, op, fill)
     return {"image": image, "label": np.int32(record["label"])}
 
 
