@@ -19,6 +19,7 @@ TABLES = {"models.options", "models.registry", "models.settings",
 ALLOWED = {
     "": {"models", "checkpoints", "inference"},
     "errors": set(),
+    "command": {"runtime.signals", "runtime.streams"},
     "imports": set(),
     "models": set(),
     "config": TABLES,
@@ -34,14 +35,13 @@ ALLOWED = {
     "training": {"tasks.base", "checkpoints", "runtime", "config"},
     "preflight": {"training.step", "tasks.base", "models", "config", "runtime"},
     "doctor": {"config"},
-    "cli": {"config", "data", "runtime", "tasks"},
+    "cli": {"command", "config", "data", "runtime", "tasks"},
     "main": {"cli", "config", "training"},
     "inference": {"checkpoints", "config", "convert", "data", "models",
                   "recipes", "tasks"},
     "testing": {"models"},
-    "tools": {"checkpoints", "cli", "config", "convert", "data", "doctor",
-              "evaluation", "inference", "models", "ops", "preflight",
-              "runtime", "tasks", "training"},
+    "tools": {"checkpoints", "cli", "command", "config", "convert", "data", "doctor", "evaluation", "inference", "models",
+              "ops", "preflight", "runtime", "tasks", "training"},
 }
 
 HEAVY = {"tensorflow", "tensorflow_datasets", "torch"}
