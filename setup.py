@@ -57,7 +57,9 @@ setuptools.setup(
     ]},
     extras_require={
         "tpu": ["jax[tpu]"],
+        # CUDA 12 and 13: two plugins, of which one must be installed.
         "cuda": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
         "hub": HUB,
         "tfds": TFDS,
         "test": [*HUB, *TFDS, "tensorflow-cpu>=2.21,<2.22", "jax[tpu]",

@@ -1,4 +1,4 @@
-"""What all entry points share: flags, config, one-line errors, exit codes.
+"""What entry points with an experiment share: its flags, and its checks.
 
 An entry point is
 
@@ -13,8 +13,6 @@ these functions as console commands. Nothing here imports jax, so that a mistake
 in a config is reported at once.
 """
 
-import argparse
-import contextlib
 import functools
 import logging
 import os
@@ -29,11 +27,10 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from metaformer_jax import errors
+from metaformer_jax import command, errors
 from metaformer_jax.config import explain, paths, saved, typed
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config.schema import Experiment
-from metaformer_jax.runtime import signals, streams
 from metaformer_jax.runtime import workdir as workdir_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -80,57 +77,10 @@ def run(main: Callable[[Experiment, pathlib.Path], None], *,
       config; `given` has what it may depend on.
     train: whether the training data must be on this machine.
   """
-  with one_line_errors():
+  with command.one_line_errors():
     cfg, workdir = parse(elsewhere, otherwise, train, main.__module__)
-    start_logging()
+    command.start_logging()
     main(cfg, workdir)
-
-
-def start_logging() -> None:
-  """Shows the package's log on stderr."""
-  # Imported libraries may have configured logging.
-  logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-  logging.getLogger("metaformer_jax").setLevel(logging.INFO)
-
-
-class Parser(argparse.ArgumentParser):
-  """The argument parser of tools without an experiment: one-line errors."""
-
-  def __init__(self, doc: str, module: str):
-    """Takes the docstring and the name of the tool's module."""
-    super().__init__(prog=_program(f"metaformer_jax.tools.{module}"),
-                     description=doc,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-
-  def error(self, message: str):
-    raise errors.ConfigError(f"command line: {message}; see --help")
-
-
-def _program(module: str) -> str:
-  """How the program was started: by a console command, or as a module."""
-  name = pathlib.Path(sys.argv[0]).name
-  return name if name.startswith("metaformer-") else f"python -m {module}"
-
-
-@contextlib.contextmanager
-def one_line_errors():
-  """Turns a `UserError` into one line on stderr and its exit code.
-
-  SIGTERM and Ctrl-C are one line, too, and end the process soon, unless a run
-  has something to save.
-  """
-  with streams.guarded(), signals.ending():
-    try:
-      with streams.flushing():
-        yield
-    except errors.UserError as e:
-      print(f"{type(e).__name__}: {errors.one_line(e)}", file=sys.stderr,
-            flush=True)
-      sys.exit(e.exit_code)
-    except KeyboardInterrupt:  # `ending` has said it.
-      sys.exit(errors.Preempted.exit_code)
-    except BrokenPipeError:  # The reader of stdout has ended, as of `| head`.
-      sys.exit(1)
 
 
 def resolve(config: Mapping[str, Any], files: bool = True,
@@ -371,7 +321,7 @@ def start(cfg: Experiment, mesh=None, workdir: pathlib.Path | None = None):
 def _help(module: types.ModuleType) -> str:
   """An entry point's flags, and every key of a config with its meaning."""
   name = module.__spec__.name if module.__spec__ else module.__name__
-  lines = [f"usage: {_program(name)} [--flag=value ...]", "",
+  lines = [f"usage: {command.program(name)} [--flag=value ...]", "",
            (module.__doc__ or "").strip(), "", "Flags:"]
   lines += [f"  --{flag.name}  {flag.help}" for where in (__name__, module)
             for flag in flags.FLAGS.get_key_flags_for_module(where)]

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaformer_jax import errors, imports
-from metaformer_jax.checkpoints import manager as checkpoints
 from metaformer_jax.checkpoints import published
 from metaformer_jax.config import paths, saved
 from metaformer_jax.config.hub import folders
@@ -201,7 +200,10 @@ def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         f"{path}: has a config.json, but no weights: {folders.WEIGHTS} or "
         "pytorch_model.bin, or an index of several")
   if where is None:
-    return layouts.flatten(checkpoints.read_variables(path))
+    # Orbax, which only weights of runs need, takes a second.
+    from metaformer_jax.checkpoints import manager  # noqa: PLC0415
+
+    return layouts.flatten(manager.read_variables(path))
   if isinstance(where, pathlib.Path):
     return files.read_tensors(where)
   return files.read_shards(where)

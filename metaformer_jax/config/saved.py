@@ -8,8 +8,6 @@ import json
 import pathlib
 from typing import Any
 
-import ml_collections
-
 from metaformer_jax import errors, imports
 from metaformer_jax.config import (
   comparison,
@@ -17,6 +15,7 @@ from metaformer_jax.config import (
   json_data,
   own,
   tensor_files,
+  trees,
   typed,
 )
 from metaformer_jax.config.hub import folders
@@ -40,7 +39,7 @@ METADATA = "experiment"
 
 
 def read_json(path: pathlib.Path,
-              allowed: own.Allowed = ()) -> ml_collections.ConfigDict:
+              allowed: own.Allowed = ()) -> trees.ConfigDict:
   """Reads an experiment as data, as runs write it to config.json.
 
   Absent keys take their defaults.

@@ -9,31 +9,28 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import ml_collections
-from ml_collections import config_dict
-
 from metaformer_jax import errors, imports
-from metaformer_jax.config import conversion, model, tasks
+from metaformer_jax.config import conversion, model, tasks, trees
 from metaformer_jax.config.schema import Experiment
 
 
 def default(task: str = tasks.Classification.name,
-            ) -> ml_collections.ConfigDict:
+            ) -> trees.ConfigDict:
   """Every key of an experiment at its default, for a config file to change."""
   return as_config(Experiment(task=tasks.TASKS[task]()))
 
 
-def as_config(cfg: Any) -> ml_collections.ConfigDict:
+def as_config(cfg: Any) -> trees.ConfigDict:
   """A dataclass as a ConfigDict in which optional keys keep their type."""
   if isinstance(cfg, tasks.Own):
-    return ml_collections.ConfigDict({"name": cfg.name, **cfg.settings})
-  config = ml_collections.ConfigDict()
+    return trees.ConfigDict({"name": cfg.name, **cfg.settings})
+  config = trees.ConfigDict()
   for f in dataclasses.fields(cfg):
     value = getattr(cfg, f.name)
     if dataclasses.is_dataclass(f.type):
       value = as_config(value)
     elif value is None or conversion.base_type(f.type) is object:
-      value = config_dict.FieldReference(
+      value = trees.FieldReference(
           value, field_type=conversion.base_type(f.type))
     config[f.name] = value
   return config
@@ -125,7 +122,7 @@ def typed(config: Mapping[str, Any]) -> Experiment:
     ConfigError: one line that names every wrong key, its value, the reason and
       the nearest valid choice.
   """
-  if isinstance(config, ml_collections.ConfigDict):
+  if isinstance(config, trees.ConfigDict):
     config = config.to_dict()
   problems = []
   cfg = _build(Experiment, config, "config", problems)

@@ -67,6 +67,18 @@ class Module:
   def __init__(self, text: str):
     self._computations, self._entry = _parse(text)
 
+  def instructions(self) -> dict[str, Instruction]:
+    """All instructions by name, those inside fusions and loops included."""
+    return {i.name: i for computation in self._computations.values()
+            for i in computation}
+
+  def fused(self, i: Instruction) -> Iterator[Instruction]:
+    """An instruction, and those of what it calls, if anything."""
+    yield i
+    for name in _called(i):
+      for inner in self._computations.get(name, ()):
+        yield from self.fused(inner)
+
   def loop_factor(self) -> float:
     """Ratio of the bytes accessed in a step to those with each loop run once.
 

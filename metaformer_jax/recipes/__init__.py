@@ -7,9 +7,8 @@ reads.
 from collections.abc import Mapping
 from typing import Any
 
-import ml_collections
-
 from metaformer_jax import errors
+from metaformer_jax.config import trees
 from metaformer_jax.models import registry
 from metaformer_jax.recipes import detection, segmentation
 
@@ -34,7 +33,7 @@ def variant(table: Mapping[str, Any], name: str | None) -> Any:
   return table[name]
 
 
-def published(name: str) -> ml_collections.ConfigDict:
+def published(name: str) -> trees.ConfigDict:
   """The model of published checkpoints of a dense task.
 
   Args:

@@ -5,13 +5,11 @@ train/ and val/; with `config.data.source="tfds"` and
 `config.data.name="imagenet2012"` it is read from TFDS.
 """
 
-import ml_collections
-
-from metaformer_jax.config import typed
+from metaformer_jax.config import trees, typed
 from metaformer_jax.models import registry
 
 
-def imagenet(name: str, *, drop_path_rate: float) -> ml_collections.ConfigDict:
+def imagenet(name: str, *, drop_path_rate: float) -> trees.ConfigDict:
   """What the recipes have in common: DeiT's (arXiv 2012.12877, table 9).
 
   AdamW; 300 epochs, 5 of them warm-up, and 10 of cool-down; a cosine schedule
@@ -47,7 +45,7 @@ def imagenet(name: str, *, drop_path_rate: float) -> ml_collections.ConfigDict:
 
 
 def poolformer(name: str, *, drop_path_rate: float = 0.1,
-               batch_size: int = 4096) -> ml_collections.ConfigDict:
+               batch_size: int = 4096) -> trees.ConfigDict:
   """PoolFormer and its ablation (arXiv 2111.11418, section 4.1 and table 6).
 
   Settings of the official train.py, with the paper's batch size. The paper
@@ -61,7 +59,7 @@ def poolformer(name: str, *, drop_path_rate: float = 0.1,
 def metaformer_baseline(
     name: str, *, drop_path_rate: float, head_drop_rate: float | None = None,
     optimizer: str = "adamw", base_lr: float = 1e-3,
-    warmup_epochs: float = 5.0) -> ml_collections.ConfigDict:
+    warmup_epochs: float = 5.0) -> trees.ConfigDict:
   """The models of arXiv 2210.13452 on ImageNet-1K (scripts/*/train_*.sh).
 
   A batch of 4096. The scripts of ConvFormer and CAFormer set warmup_epochs to
@@ -78,7 +76,7 @@ def metaformer_baseline(
 
 def metaformer_finetune(
     name: str, *, init: str, drop_path_rate: float, head_drop_rate: float,
-    base_lr: float, optimizer: str = "adamw") -> ml_collections.ConfigDict:
+    base_lr: float, optimizer: str = "adamw") -> trees.ConfigDict:
   """30 epochs from trained weights (scripts/*/finetune_*_384.sh).
 
   A constant learning rate, no mixup and no cutmix; the moving average of the
@@ -102,7 +100,7 @@ def metaformer_finetune(
 def metaformer_in21k(
     name: str, *, drop_path_rate: float, head_drop_rate: float,
     optimizer: str = "adamw", base_lr: float = 1e-3,
-    ) -> ml_collections.ConfigDict:
+    ) -> trees.ConfigDict:
   """A starting point for ImageNet-21K, 21,841 classes (arXiv 2210.13452).
 
   Not the recipe of the published weights: the repository has no script for it,
@@ -118,7 +116,7 @@ def metaformer_in21k(
   return config
 
 
-def deit(name: str) -> ml_collections.ConfigDict:
+def deit(name: str) -> trees.ConfigDict:
   """DeiT on ImageNet-1K (arXiv 2012.12877; main.py of the official code).
 
   Repeated augmentation, three times per image; bicubic crops.
@@ -130,7 +128,7 @@ def deit(name: str) -> ml_collections.ConfigDict:
 
 
 def pvt(name: str, *, drop_path_rate: float = 0.1,
-        clip_norm: float | None = None) -> ml_collections.ConfigDict:
+        clip_norm: float | None = None) -> trees.ConfigDict:
   """PVT on ImageNet-1K (arXiv 2102.12122; classification/ of its code).
 
   DeiT's recipe, with the drop path and the clipping of the code's configs/pvt.
@@ -141,7 +139,7 @@ def pvt(name: str, *, drop_path_rate: float = 0.1,
   return config
 
 
-def resmlp(name: str) -> ml_collections.ConfigDict:
+def resmlp(name: str) -> trees.ConfigDict:
   """ResMLP on ImageNet-1K (arXiv 2105.03404, section 3).
 
   LAMB at 5e-3, weight decay 0.2 and 400 epochs are published. The rest, with
@@ -155,7 +153,7 @@ def resmlp(name: str) -> ml_collections.ConfigDict:
   return config
 
 
-def rsb_a2(name: str) -> ml_collections.ConfigDict:
+def rsb_a2(name: str) -> trees.ConfigDict:
   """ResNets by the recipe A2 of arXiv 2110.00476, table 2.
 
   LAMB at 5e-3 for a batch of 2048, RandAugment of magnitude 7, mixup 0.1, no

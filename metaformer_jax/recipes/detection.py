@@ -2,10 +2,8 @@
 
 from collections.abc import Callable
 
-import ml_collections
-
 from metaformer_jax.config import coco as data
-from metaformer_jax.config import typed
+from metaformer_jax.config import trees, typed
 from metaformer_jax.models import registry
 
 # Images of train2017 with objects, which a run trains on.
@@ -23,7 +21,7 @@ CLASSES = {"class_names": data.CLASSES, "category_ids": data.CATEGORY_IDS}
 
 def coco(name: str, *, init: str | None, base_lr: float, weight_decay: float,
          drop_path_rate: float, warmup_steps: int = 500, batch_size: int = 16,
-         ) -> ml_collections.ConfigDict:
+         ) -> trees.ConfigDict:
   """What the recipes on COCO have in common: mmdetection's 1x schedule.
 
   12 epochs on 8 GPUs, with 2 images each by default; the rate falls to a tenth
@@ -63,7 +61,7 @@ def coco(name: str, *, init: str | None, base_lr: float, weight_decay: float,
 
 
 def poolformer(name: str, init: str | None = None, *, base_lr: float = 1e-4,
-               batch_size: int = 16) -> ml_collections.ConfigDict:
+               batch_size: int = 16) -> trees.ConfigDict:
   """A detector with PoolFormer (arXiv 2111.11418, section 4.2).
 
   Settings of detection/configs of the official repository,
@@ -77,7 +75,7 @@ def poolformer(name: str, init: str | None = None, *, base_lr: float = 1e-4,
 
 
 def pvt(name: str, init: str | None = None, *, base_lr: float = 1e-4,
-        batch_size: int = 16) -> ml_collections.ConfigDict:
+        batch_size: int = 16) -> trees.ConfigDict:
   """A detector with PVT, without its class token (github.com/whai362/PVT).
 
   Settings of detection/configs/retinanet_pvt_*_fpn_1x_coco.py and mask_rcnn_*,
@@ -90,7 +88,7 @@ def pvt(name: str, init: str | None = None, *, base_lr: float = 1e-4,
 
 
 def resnet(name: str, init: str | None = None, *,
-           base_lr: float = 0.01) -> ml_collections.ConfigDict:
+           base_lr: float = 0.01) -> trees.ConfigDict:
   """A detector with ResNet (mmdetection's *_r50_fpn_1x_coco.py).
 
   SGD at 0.01 or 0.02 with a momentum of 0.9 and coupled weight decay of 1e-4;
@@ -109,7 +107,7 @@ def resnet(name: str, init: str | None = None, *,
 
 
 def metaformer_baseline(name: str, init: str | None = None,
-                        ) -> ml_collections.ConfigDict:
+                        ) -> trees.ConfigDict:
   """A detector with the models of arXiv 2210.13452; a starting point.
 
   Nothing is published: neither the paper nor its repository has detection.
@@ -121,18 +119,18 @@ def metaformer_baseline(name: str, init: str | None = None,
               drop_path_rate=0.2, warmup_steps=1000)
 
 
-def retinanet(name: str, init: str | None = None) -> ml_collections.ConfigDict:
+def retinanet(name: str, init: str | None = None) -> trees.ConfigDict:
   """RetinaNet, by the recipe of the backbone's family; `init` as in that."""
   return _recipe(name)(name, init)
 
 
 def faster_rcnn(name: str,
-                init: str | None = None) -> ml_collections.ConfigDict:
+                init: str | None = None) -> trees.ConfigDict:
   """Faster R-CNN, by the settings of Mask R-CNN, as in mmdetection."""
   return _rcnn("faster_rcnn", name, init)
 
 
-def mask_rcnn(name: str, init: str | None = None) -> ml_collections.ConfigDict:
+def mask_rcnn(name: str, init: str | None = None) -> trees.ConfigDict:
   """Mask R-CNN, by the recipe of the backbone's family; `init` as in that.
 
   The rates are twice those of RetinaNet, except for the models of arXiv
@@ -141,7 +139,7 @@ def mask_rcnn(name: str, init: str | None = None) -> ml_collections.ConfigDict:
   return _rcnn("mask_rcnn", name, init)
 
 
-def _rcnn(head: str, name: str, init: str | None) -> ml_collections.ConfigDict:
+def _rcnn(head: str, name: str, init: str | None) -> trees.ConfigDict:
   recipe = _recipe(name)
   settings = {poolformer: {"base_lr": 2e-4}, resnet: {"base_lr": 0.02},
               pvt: _PVT_RCNN.get(name, {"base_lr": 2e-4}),
@@ -151,7 +149,7 @@ def _rcnn(head: str, name: str, init: str | None) -> ml_collections.ConfigDict:
   return config
 
 
-def _recipe(name: str) -> Callable[..., ml_collections.ConfigDict]:
+def _recipe(name: str) -> Callable[..., trees.ConfigDict]:
   """That of the backbone's family; PoolFormer's for families without one."""
   return {"pvt": pvt, "resnet": resnet,
           "metaformer_baselines": metaformer_baseline}.get(

@@ -1,9 +1,7 @@
 """Recipes of semantic segmentation: functions that return a ConfigDict."""
 
-import ml_collections
-
 from metaformer_jax.config import ade20k as data
-from metaformer_jax.config import typed
+from metaformer_jax.config import trees, typed
 from metaformer_jax.models import registry
 
 # Images of the training split of ADE20K.
@@ -15,7 +13,7 @@ CLASSES = {"class_names": data.CLASSES}
 
 def ade20k(name: str, *, init: str | None, batch_size: int, steps: int,
            base_lr: float, weight_decay: float, drop_path_rate: float,
-           eval_steps: int) -> ml_collections.ConfigDict:
+           eval_steps: int) -> trees.ConfigDict:
   """What the recipes on ADE20K have in common.
 
   Args:
@@ -51,7 +49,7 @@ def ade20k(name: str, *, init: str | None, batch_size: int, steps: int,
 
 
 def semantic_fpn_poolformer(name: str, init: str | None = None,
-                            ) -> ml_collections.ConfigDict:
+                            ) -> trees.ConfigDict:
   """Semantic FPN with PoolFormer (arXiv 2111.11418, section 4.3).
 
   Settings of segmentation/configs/sem_fpn/PoolFormer of the official
@@ -67,7 +65,7 @@ def semantic_fpn_poolformer(name: str, init: str | None = None,
 
 
 def semantic_fpn_pvt(name: str, init: str | None = None,
-                     ) -> ml_collections.ConfigDict:
+                     ) -> trees.ConfigDict:
   """Semantic FPN with PVT, without its class token (github.com/whai362/PVT)."""
   config = semantic_fpn_poolformer(name, init)
   config.model.class_token = False
@@ -76,7 +74,7 @@ def semantic_fpn_pvt(name: str, init: str | None = None,
 
 
 def semantic_fpn_resnet(name: str, init: str | None = None,
-                        ) -> ml_collections.ConfigDict:
+                        ) -> trees.ConfigDict:
   """Semantic FPN with ResNet-V1c (sem_fpn/fpn_r50_512x512_40k_ade20k.py).
 
   SGD at 0.02 for a batch of 32, with a momentum of 0.9 and coupled weight
@@ -92,7 +90,7 @@ def semantic_fpn_resnet(name: str, init: str | None = None,
 
 
 def upernet(name: str, *, drop_path_rate: float = 0.0,
-            ) -> ml_collections.ConfigDict:
+            ) -> trees.ConfigDict:
   """UPerNet with the models of arXiv 2210.13452; a starting point.
 
   The repository has no code or settings for segmentation. The head is
@@ -113,7 +111,7 @@ def upernet(name: str, *, drop_path_rate: float = 0.0,
 
 
 def semantic_fpn(name: str, init: str | None = None,
-                 ) -> ml_collections.ConfigDict:
+                 ) -> trees.ConfigDict:
   """The recipe of the backbone's family; `init` as in the family's own."""
   recipe = {"pvt": semantic_fpn_pvt, "resnet": semantic_fpn_resnet}.get(
       registry.get_spec(name).family, semantic_fpn_poolformer)

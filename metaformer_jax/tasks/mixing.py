@@ -58,6 +58,7 @@ def cutmix(images: jax.Array, box: tuple[jax.Array, ...],
   return jnp.where(mask, images[::-1], images), lam
 
 
+@jax.named_scope("augment")
 def mixup_cutmix(rng: jax.Array, images: jax.Array, targets: jax.Array, *,
                  mixup_alpha: float, cutmix_alpha: float, prob: float = 1.0,
                  switch_prob: float = 0.5) -> tuple[jax.Array, jax.Array]:
@@ -126,6 +127,7 @@ def erasing_boxes(rng: jax.Array, n: int, height: int, width: int, *,
   return top, top + jnp.where(do, h, 0), left, left + jnp.where(do, w, 0)
 
 
+@jax.named_scope("augment")
 def random_erasing(rng: jax.Array, images: jax.Array, prob: float) -> jax.Array:
   """Fills a box of each image with noise (arXiv 1708.04896; mode pixel)."""
   if not prob:

@@ -38,7 +38,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from metaformer_jax import cli, errors
+from metaformer_jax import command, errors
 from metaformer_jax.config import derived, schema, tasks
 from metaformer_jax.data import loader, sources
 from metaformer_jax.data.transforms import classification as transforms
@@ -209,7 +209,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse() -> argparse.Namespace:
   """The command line."""
-  parser = cli.Parser(__doc__, "benchmark_input")
+  parser = command.Parser(__doc__, "benchmark_input")
   parser.add_argument("--path", help="folder with train/CLASS/*.jpg")
   parser.add_argument("--timm-python", help="an interpreter that has timm")
   parser.add_argument("--rounds", type=int, default=5,
@@ -223,5 +223,5 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  with cli.one_line_errors():
+  with command.one_line_errors():
     main(parse())

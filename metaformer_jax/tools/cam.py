@@ -27,7 +27,7 @@ import numpy as np
 from flax import linen as nn
 from PIL import Image
 
-from metaformer_jax import cli, errors, inference
+from metaformer_jax import command, errors, inference
 from metaformer_jax.config import tasks
 from metaformer_jax.data import images
 from metaformer_jax.data.transforms import classification as transforms
@@ -246,7 +246,7 @@ def class_number(text: str, n: int, names: Sequence[str] | None) -> int:
 
 def parse() -> argparse.Namespace:
   """The command line."""
-  parser = cli.Parser(__doc__, "cam")
+  parser = command.Parser(__doc__, "cam")
   parser.add_argument("--model", help="a name of metaformer_jax.list_models(), "
                       "for weights that do not record it")
   parser.add_argument("--allow_import", default="", help="modules of your own "
@@ -263,6 +263,6 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  cli.start_logging()
-  with cli.one_line_errors():
+  command.start_logging()
+  with command.one_line_errors():
     main(parse())

@@ -17,7 +17,7 @@ import json
 import pathlib
 from typing import Any
 
-from metaformer_jax import cli, errors
+from metaformer_jax import command, errors
 from metaformer_jax.checkpoints import manifest, steps
 from metaformer_jax.config import paths, saved, schema, tasks
 from metaformer_jax.runtime import workdir as workdir_lib
@@ -173,12 +173,12 @@ def _count(low: int):
 class _Command(argparse.ArgumentParser):
   """The arguments of one command; errors are one line, too."""
 
-  error = cli.Parser.error
+  error = command.Parser.error
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
   """The command line."""
-  parser = cli.Parser(__doc__, "checkpoints")
+  parser = command.Parser(__doc__, "checkpoints")
   commands = parser.add_subparsers(required=True, metavar="COMMAND",
                                    parser_class=_Command)
 
@@ -212,6 +212,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  cli.start_logging()
-  with cli.one_line_errors():
+  command.start_logging()
+  with command.one_line_errors():
     raise SystemExit(main(parse()))

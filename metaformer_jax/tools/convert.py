@@ -34,7 +34,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from metaformer_jax import cli, errors, imports, inference, tasks
+from metaformer_jax import command, errors, imports, inference, tasks
 from metaformer_jax.checkpoints import manager, pretrained
 from metaformer_jax.config import paths, saved, schema, typed
 from metaformer_jax.config import tasks as config_tasks
@@ -211,7 +211,7 @@ def _description(cfg: schema.Experiment) -> str:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   """The command line."""
-  parser = cli.Parser(__doc__, "convert")
+  parser = command.Parser(__doc__, "convert")
   parser.add_argument("--model", help="a name of metaformer_jax.list_models(), "
                       "for an input that does not record it; with a decoder, "
                       "semantic_fpn/NAME, upernet/NAME, retinanet/NAME, "
@@ -241,6 +241,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  cli.start_logging()
-  with cli.one_line_errors():
+  command.start_logging()
+  with command.one_line_errors():
     main(parse())

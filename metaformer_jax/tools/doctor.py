@@ -37,11 +37,10 @@ from concurrent import futures
 from typing import Any
 
 # The installation may be broken: these need nothing but Python itself.
-from metaformer_jax import errors
+from metaformer_jax import command, errors
 from metaformer_jax.config import schema
 from metaformer_jax.doctor import machine, versions
 from metaformer_jax.doctor.versions import FAIL, OK, WARN, Line
-from metaformer_jax.runtime import streams
 
 # Modules that are not named as their distributions, or that alone load the
 # compiled part.
@@ -260,20 +259,11 @@ def _experiment(args: argparse.Namespace, overrides: list[str],
   return cli.parse()
 
 
-class _Parser(argparse.ArgumentParser):
-  """Like cli.Parser, which needs packages that may be missing."""
-
-  def error(self, message: str):
-    text = errors.one_line(f"ConfigError: command line: {message}; see --help")
-    self.exit(errors.ConfigError.exit_code, f"{text}\n")
-
-
 def parse(argv: list[str] | None = None,
           ) -> tuple[argparse.Namespace, list[str]]:
   """The parsed command line, and the flags of a run: config and overrides."""
-  parser = _Parser(
-      prog="python -m metaformer_jax.tools.doctor", description=__doc__,
-      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+  parser = command.Parser(
+      __doc__, "doctor", allow_abbrev=False,
       epilog="--config, --config_json and overrides are as for a run.")
   parser.add_argument("--workdir", help="folder of the run; default: runs, or "
                       "the config's")
@@ -310,16 +300,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def console() -> None:
-  """Runs the tool; `cli.one_line_errors` needs packages that may be missing."""
-  with streams.guarded():
-    try:
-      with streams.flushing():
-        sys.exit(main())
-    except BrokenPipeError:
-      sys.exit(1)
-    except errors.StorageError as e:
-      print(f"StorageError: {e}", file=sys.stderr)
-      sys.exit(e.exit_code)
+  """Runs the tool."""
+  with command.one_line_errors():
+    sys.exit(main())
 
 
 if __name__ == "__main__":

@@ -40,17 +40,24 @@ def write(rows: Rows, form: str, header: bool = True) -> None:
   sys.stdout.flush()
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Rows with the same keys, as aligned columns below their names."""
+def table(rows: Sequence[Mapping[str, Any]],
+          digits: Mapping[str, int] | None = None) -> str:
+  """Rows with the same keys, as aligned columns below their names.
 
-  def shown(value):
+  Args:
+    rows: one or more.
+    digits: after the point, by column; by default 4.
+  """
+
+  def shown(key, value):
     if value is None:
       return ""
     if isinstance(value, float):
-      return f"{value:.4f}"
+      return f"{value:,.{(digits or {}).get(key, 4)}f}"
     return f"{value:,}" if type(value) is int else errors.one_line(value)
 
-  cells = [list(rows[0]), *([shown(v) for v in row.values()] for row in rows)]
+  cells = [list(rows[0]),
+           *([shown(*item) for item in row.items()] for row in rows)]
   widths = [max(map(len, column)) for column in zip(*cells)]
   left = [isinstance(value, str) for value in rows[0].values()]
   return "\n".join("  ".join(

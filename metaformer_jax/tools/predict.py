@@ -26,7 +26,7 @@ from typing import Any
 
 from tqdm import auto as tqdm
 
-from metaformer_jax import cli, errors, inference
+from metaformer_jax import command, errors, inference
 from metaformer_jax.config import schema
 from metaformer_jax.data.sources import folders
 from metaformer_jax.runtime import devices
@@ -183,7 +183,7 @@ def _show(path: str, found: base.Rows | errors.DataError, form: str,
 
 def parse() -> argparse.Namespace:
   """The command line."""
-  parser = cli.Parser(__doc__, "predict")
+  parser = command.Parser(__doc__, "predict")
   parser.add_argument("images", nargs="+", help="files and folders of images")
   parser.add_argument("--weights", required=True, help="the name of a model "
                       "with published weights, a file, or a run's folder")
@@ -215,8 +215,8 @@ def _positive(text: str) -> int:
 
 def console() -> None:
   """The command metaformer-predict."""
-  cli.start_logging()
-  with cli.one_line_errors():
+  command.start_logging()
+  with command.one_line_errors():
     main(parse())
 
 

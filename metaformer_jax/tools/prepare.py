@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from metaformer_jax import cli, errors
+from metaformer_jax import command, errors
 from metaformer_jax.config import paths, schema, tasks
 from metaformer_jax.convert import files
 from metaformer_jax.data import sources
@@ -244,7 +244,7 @@ def _output(name: str) -> pathlib.Path:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   """The command line."""
-  parser = cli.Parser(__doc__, "prepare")
+  parser = command.Parser(__doc__, "prepare")
   parser.add_argument("--source", required=True,
                       choices=("ade20k", "coco", "label_maps"),
                       help="the form of the data, as in config.data.source")
@@ -272,6 +272,6 @@ def count(text: str) -> int:
 
 
 if __name__ == "__main__":
-  cli.start_logging()
-  with cli.one_line_errors():
+  command.start_logging()
+  with command.one_line_errors():
     main(parse())

@@ -23,7 +23,7 @@ import runpy
 import statistics
 from typing import Any
 
-from metaformer_jax import cli, errors
+from metaformer_jax import cli, command, errors
 from metaformer_jax.config import json_data, typed
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.config.tasks import Measure
@@ -249,7 +249,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def parse() -> argparse.Namespace:
   """The command line."""
-  parser = cli.Parser(__doc__, "study")
+  parser = command.Parser(__doc__, "study")
   parser.add_argument("--config", required=True, help="the study's file")
   parser.add_argument("--workdir", required=True, help="folder of the runs")
   parser.add_argument("--only", default="*", help="shell pattern of variants")
@@ -262,6 +262,6 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  cli.start_logging()
-  with cli.one_line_errors():
+  command.start_logging()
+  with command.one_line_errors():
     main(parse())

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from metaformer_jax import cli, errors
+from metaformer_jax import command, errors
 from metaformer_jax import tasks as task_lib
 from metaformer_jax.checkpoints import published
 from metaformer_jax.config import resolve as config_lib
@@ -234,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse() -> argparse.Namespace:
   """The command line."""
-  parser = cli.Parser(__doc__, "summarize")
+  parser = command.Parser(__doc__, "summarize")
   parser.add_argument("pattern", nargs="?", default="*",
                       help="shell pattern of model names, all by default")
   parser.add_argument("--configs", help="a folder of config files; instead of "
@@ -244,5 +244,5 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-  with cli.one_line_errors():
+  with command.one_line_errors():
     main(parse())

@@ -39,20 +39,24 @@ def train_step(state: TrainState, batch: base.Batch, *, task: base.Task,
   grads, metrics, model_state = gradients(task, state, batch, rngs, accumulate,
                                           frozen)
   trained, fixed = frozen.split(state.params)
-  updates, opt_state = tx.update(grads, state.opt_state, trained)
-  params = freeze.merge(optax.apply_updates(trained, updates), fixed)
+  with jax.named_scope("optimizer"):
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    params = freeze.merge(optax.apply_updates(trained, updates), fixed)
   ema_params, ema_state = state.ema_params, state.ema_state
   if ema_params is not None:
-    ema_params, ema_state = state_lib.average_trained(
-        (params, state_lib.averaged(model_state)), (ema_params, ema_state),
-        ema_decay, frozen)
-  ok = finite.of_step(metrics["loss"], grads)
-  metrics |= {"learning_rate": schedule(state.step),
-              "grad_norm": optax.tree.norm(grads), "finite": ok}
+    with jax.named_scope("average"):
+      ema_params, ema_state = state_lib.average_trained(
+          (params, state_lib.averaged(model_state)), (ema_params, ema_state),
+          ema_decay, frozen)
+  with jax.named_scope("checks"):
+    ok = finite.of_step(metrics["loss"], grads)
+    metrics |= {"learning_rate": schedule(state.step),
+                "grad_norm": optax.tree.norm(grads), "finite": ok}
   new = TrainState(step=state.step, params=params, opt_state=opt_state,
                    model_state=model_state, ema_params=ema_params,
                    ema_state=ema_state)
-  state = jax.tree.map(functools.partial(jnp.where, ok.all()), new, state)
+  with jax.named_scope("optimizer"):  # The update is fused with the choice.
+    state = jax.tree.map(functools.partial(jnp.where, ok.all()), new, state)
   return state.replace(step=state.step + 1), metrics
 
 

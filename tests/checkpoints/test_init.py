@@ -16,7 +16,7 @@ from flax import traverse_util
 from test_pretrained import tensors_of
 
 import metaformer_jax
-from metaformer_jax import cli, errors
+from metaformer_jax import command, errors
 from metaformer_jax import main as main_lib
 from metaformer_jax.checkpoints import manager as checkpoints
 from metaformer_jax.checkpoints import manifest
@@ -226,7 +226,7 @@ def test_a_misfit_ends_the_run_in_one_line(weights, tmp_path, capsys):
   """For the channels, and for the image size of a mixing matrix."""
   model = dataclasses.replace(CFG.model, dims=(24,))
   task = dataclasses.replace(CFG.task, image_size=32)
-  with pytest.raises(SystemExit) as e, cli.one_line_errors():
+  with pytest.raises(SystemExit) as e, command.one_line_errors():
     start(tmp_path, init=str(weights[0]), model=model, task=task)
   assert e.value.code == 2
   line, = (line for line in capsys.readouterr().err.splitlines()
@@ -335,7 +335,7 @@ def test_tool_tells_a_mistake_in_one_line(args, says, tmp_path, capsys):
   path = tmp_path / "weights.safetensors"
   files.write_safetensors(path, {"a": np.zeros(2, np.float32)}, {})
   out = tmp_path / "out.safetensors"
-  with pytest.raises(SystemExit) as e, cli.one_line_errors():
+  with pytest.raises(SystemExit) as e, command.one_line_errors():
     tool(f"--input={path}", f"--output={out}", *args.split())
   assert e.value.code == 2
   out_, err = capsys.readouterr()

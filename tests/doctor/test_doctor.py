@@ -13,6 +13,7 @@ import command_line
 import pytest
 import source_files
 
+from metaformer_jax import command
 from metaformer_jax.config import schema, tasks
 from metaformer_jax.doctor import machine, versions
 from metaformer_jax.doctor.versions import FAIL, OK, WARN, Package
@@ -123,7 +124,7 @@ def test_an_image_that_cannot_be_read_is_reported(tmp_path):
 @pytest.mark.parametrize("argv", [
     ["--nope"], ["more"], ["--timeout=so\non"], ["--a\x1b[2J"]])
 def test_a_wrong_command_line_is_one_line(argv, capsys):
-  with pytest.raises(SystemExit) as e:
+  with pytest.raises(SystemExit) as e, command.one_line_errors():
     doctor.main(argv)
   assert e.value.code == 2
   out, err = capsys.readouterr()

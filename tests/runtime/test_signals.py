@@ -70,7 +70,7 @@ def test_a_listener_gets_every_signal_and_restores_the_handlers():
 
 def test_before_the_first_step_nothing_is_saved(tmp_path):
   cfg = small_runs.line(log={"every_steps": 5})
-  with pytest.raises(KeyboardInterrupt):  # Its usual effect outside `cli`.
+  with pytest.raises(KeyboardInterrupt):  # Its usual effect outside `command`.
     small_runs.run(cfg, Signalled(1), tmp_path)
   assert not any((tmp_path / "checkpoints").iterdir())
   assert not small_runs.records(tmp_path)
@@ -193,8 +193,8 @@ IN_C = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
 IN_PYTHON = "time.sleep(60)"
 SCRIPT = """
 import hashlib, sys, time
-from metaformer_jax import cli
-with cli.one_line_errors():
+from metaformer_jax import command
+with command.one_line_errors():
   try:
     print("ready", flush=True)
     {work}

@@ -9,9 +9,9 @@ import pytest
 
 CODE = """
 import contextlib, logging, os, sys, tqdm
-from metaformer_jax import cli, errors
-with cli.one_line_errors():
-  cli.start_logging()
+from metaformer_jax import command, errors
+with command.one_line_errors():
+  command.start_logging()
   with open("result", "w") as file:
     logging.getLogger("metaformer_jax").warning("%s", "w" * 10**5)
     for _ in tqdm.tqdm(range(3), ncols=70):

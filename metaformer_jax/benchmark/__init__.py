@@ -1,0 +1,1 @@
+"""What `tools.benchmark` measures, each program in a process of its own."""
