@@ -167,8 +167,8 @@ def compare(args: argparse.Namespace, path: str) -> None:
   for workers in (0, os.cpu_count() or 1):
     rates = {kind: [] for kind in commands}
     for _ in range(args.rounds):
-      for kind, command in commands.items():
-        rates[kind].append(run([*command, f"--workers={workers}"])["core"])
+      for kind, measuring in commands.items():
+        rates[kind].append(run([*measuring, f"--workers={workers}"])["core"])
     print(f"workers={workers}\n" + "\n".join(table(rates, args.rate)),
           flush=True)
 
