@@ -243,8 +243,8 @@ def test_every_change_is_refused(data):
 
 
 def test_changes_as_json(data, tmp_path):
-  part = [*in_turn(step=5)]
-  assert len(part) >= 200
+  part = [*in_turn(step=10)]
+  assert len(part) >= 100
   refused(*as_files(part, data, tmp_path))
 
 

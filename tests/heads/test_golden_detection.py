@@ -55,7 +55,7 @@ def test_outputs_on_a_canvas(name, canvas):
     assert all(m.all() for m in detectors.alone(of_image["mask"], size, canvas))
 
 
-@cases("poolformer_s12")
+@cases()
 def test_losses_and_gradients(name):
   """In training mode; one image has no objects."""
   golden, model, family, variables = load(name)

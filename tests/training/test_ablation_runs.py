@@ -70,9 +70,9 @@ def interrupt_after(monkeypatch, n_batches):
   monkeypatch.setattr(loader.Loader, "train_batches", train_batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model,collection", [
-    pytest.param({"norm": "batch_norm"}, "batch_stats",
-                 marks=pytest.mark.slow),
+    ({"norm": "batch_norm"}, "batch_stats"),
     ({"token_mixers": ("random",), "activation": "star_relu",
       "res_scale_init": (1.0,), "layer_scale_init": 0.0}, "frozen")],
     ids=["batch norm", "like randformer"])
