@@ -85,7 +85,8 @@ def forms(kernel_shape: tuple[int, ...], window: Window) -> platforms.Forms:
       map(any, window.padding)):
     return platforms.Forms(_pointwise, _pointwise_input_gradient,
                            _pointwise_kernel_gradient)
-  if window.groups == 1 and max(window.strides) > 1:
+  # Not of images: with few channels, XLA is as fast, and patches are large.
+  if window.groups == 1 and max(window.strides) > 1 and in_channels > 3:
     return platforms.Forms(kernel_gradient=_patches_kernel_gradient)
   if (in_channels == 1 and window.groups == out_channels
       and window.strides == (1, 1)):

@@ -25,7 +25,7 @@ def plain(x, kernel, window):
 def case(kind, rng):
   """Shapes of x and of the kernel, and the window, at random."""
   b, h, w = rng.integers(1, 4), *rng.integers(7, 24, 2)
-  c_in, c_out = rng.integers(2, 7, 2)
+  c_in, c_out = rng.integers(4, 8, 2)
   strides = tuple(int(v) for v in rng.integers(1, 4, 2))
   size = tuple(int(v) for v in rng.choice([1, 2, 3, 4, 5, 7], 2))
   padding = tuple(tuple(int(v) for v in pair)
@@ -99,7 +99,7 @@ def test_a_layer_is_flaxs(size, kwargs):
 
 
 def test_the_gradient_of_images_is_neither_computed_nor_counted():
-  x, kernel = arrays([(2, 28, 28, 3), (7, 7, 3, 8)], "float32")
+  x, kernel = arrays([(2, 28, 28, 4), (7, 7, 4, 8)], "float32")
   window = convolution.Window((4, 4), ((2, 2), (2, 2)), 1)
 
   def loss(fn):
