@@ -223,6 +223,7 @@ TIMM = """
 """
 
 
+@pytest.mark.slow
 def test_the_command_compares_and_prints_the_same_in_both_forms(
     tmp_path, monkeypatch, capfd):
   python = interpreter(tmp_path / "python", TIMM)
