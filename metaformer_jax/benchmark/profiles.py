@@ -98,7 +98,7 @@ def by(operations: Iterable[Mapping[str, Any]],
 
   Args:
     operations: as `Operation._asdict`.
-    *keys: that are told apart.
+    *keys: fields of an operation to group by.
   """
   total = collections.Counter()
   for operation in operations:

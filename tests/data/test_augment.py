@@ -7,6 +7,7 @@ import dataclasses
 import math
 import pathlib
 
+import distributions
 import image_files
 import numpy as np
 import preprocessing
@@ -25,15 +26,6 @@ N = 10_000
 
 
 # Draws.
-
-
-def ks(got, want):
-  """Kolmogorov-Smirnov's two-sample statistic over its 0.1 % critical value."""
-  at = np.concatenate([got, want])
-  one, other = (np.searchsorted(np.sort(v), at, side="right") / len(v)
-                for v in (got, want))
-  critical = 1.95 * math.sqrt((len(got) + len(want)) / len(got) / len(want))
-  return np.abs(one - other).max() / critical
 
 
 def chi_square(counts, expected):
@@ -71,7 +63,7 @@ def test_arguments_are_distributed_as_timms(drawn, index, name):
   theirs = TIMM["draw argument"][TIMM["draw op"] == index]
   if name.startswith("translate"):  # As float32 in the file.
     assert np.abs(ours).max() <= 0.45 and np.abs(theirs).max() <= 0.4501
-  assert ks(ours.astype(np.float32), theirs) < 1
+  assert distributions.ks(ours.astype(np.float32), theirs) < 1
 
 
 def test_noise_can_be_uniform_none_or_clipped_elsewhere():
@@ -85,7 +77,7 @@ def test_noise_can_be_uniform_none_or_clipped_elsewhere():
 
   assert set(magnitudes("rand-m9-inc1")) == {9.0}
   uniform = magnitudes("rand-m9-mstd101-inc1-p1-n3")
-  assert ks(uniform, np.linspace(0, 9, N)) < 1
+  assert distributions.ks(uniform, np.linspace(0, 9, N)) < 1
   wide = magnitudes("rand-m12-mstd0.5-mmax13-inc1")
   assert wide.min() > 10 and wide.max() <= 13
 
@@ -109,9 +101,10 @@ def test_crops_are_distributed_as_timms():
   left, top, right, bottom = boxes.T
   ours = np.stack([top, left, bottom - top, right - left], -1)
   for got, want in zip(ours.T, TIMM["draw crop"].T):
-    assert ks(got, want) < 1
-  assert ks(ours[:, 2] * ours[:, 3],
-            TIMM["draw crop"][:, 2].astype(int) * TIMM["draw crop"][:, 3]) < 1
+    assert distributions.ks(got, want) < 1
+  theirs = TIMM["draw crop"]
+  assert distributions.ks(
+      ours[:, 2] * ours[:, 3], theirs[:, 2].astype(int) * theirs[:, 3]) < 1
 
 
 def test_three_augment_is_one_of_three_and_jitter_all_in_any_order():
@@ -123,12 +116,12 @@ def test_three_augment_is_one_of_three_and_jitter_all_in_any_order():
                      for name in ("solarize", "color", "blur")])
   assert abs(chi_square(counts, np.full(3, 1000))) < 4
   assert {op.argument for op in firsts if op.name != "blur"} == {128, 0.0}
-  assert ks(np.array([op.argument for op in firsts if op.name == "blur"]),
-            np.linspace(0.1, 2.0, N)) < 1
+  radii = np.array([op.argument for op in firsts if op.name == "blur"])
+  assert distributions.ks(radii, np.linspace(0.1, 2.0, N)) < 1
   orders = {tuple(op.name for op in one[1:]) for one in ops}
   assert len(orders) == 6 and {len(order) for order in orders} == {3}
   factors = np.array([op.argument for one in ops for op in one[1:]])
-  assert ks(factors, np.linspace(0.7, 1.3, N)) < 1
+  assert distributions.ks(factors, np.linspace(0.7, 1.3, N)) < 1
 
 
 def test_only_rand_augment_disables_jitter():

@@ -4,6 +4,7 @@
 import dataclasses
 import math
 
+import distributions
 import image_files
 import jax
 import jax.numpy as jnp
@@ -21,15 +22,6 @@ from metaformer_jax.tasks import auto_augment
 
 RECIPE = "rand-m9-mstd0.5-inc1"
 N = 10_000
-
-
-def ks(got, want):
-  """Kolmogorov-Smirnov's two-sample statistic over its 0.1 % critical value."""
-  at = np.concatenate([got, want])
-  one, other = (np.searchsorted(np.sort(v), at, side="right") / len(v)
-                for v in (got, want))
-  critical = 1.95 * math.sqrt((len(got) + len(want)) / len(got) / len(want))
-  return np.abs(one - other).max() / critical
 
 
 def alike(one, other):
@@ -85,7 +77,8 @@ def test_draws_are_distributed_as_the_hosts(task):
     ours, theirs = (v[1][v[0] == number] for v in (device, host))
     assert (len(ours) > 0) == (len(theirs) > 0)
     if len(ours):
-      assert ks(ours.astype(np.float32), theirs.astype(np.float32)) < 1, number
+      assert distributions.ks(ours.astype(np.float32),
+                              theirs.astype(np.float32)) < 1, number
   ours, theirs = (v[2][v[0] > 0].astype(int) for v in (device, host))
   if task.auto_augment.startswith("rand"):
     assert alike(*(np.bincount(v, minlength=2) for v in (ours, theirs)))

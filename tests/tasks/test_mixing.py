@@ -7,6 +7,7 @@ import functools
 import math
 import pathlib
 
+import distributions
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,15 +22,6 @@ from metaformer_jax.tasks import classification, mixing
 TIMM = np.load(
     pathlib.Path(__file__).parents[1] / "golden" / "augment-timm.npz")
 N = 10_000
-
-
-def ks(got, want):
-  """Kolmogorov-Smirnov's two-sample statistic over its 0.1 % critical value."""
-  at = np.concatenate([got, want])
-  one, other = (np.searchsorted(np.sort(v), at, side="right") / len(v)
-                for v in (got, want))
-  critical = 1.95 * math.sqrt((len(got) + len(want)) / len(got) / len(want))
-  return np.abs(one - other).max() / critical
 
 
 # With given random draws.
@@ -96,10 +88,10 @@ def is_cut(images):
 def test_lambdas_are_distributed_as_timms():
   lam, _ = mix(jax.random.key(0), N, 1, 1, 0.8, 0.0)
   theirs = TIMM["draw lambda"][~TIMM["draw cutmix"]]
-  assert ks(np.asarray(lam), theirs) < 1
+  assert distributions.ks(np.asarray(lam), theirs) < 1
   lam, images = mix(jax.random.key(1), 3000, 96, 128, 0.0, 1.0)
   assert is_cut(images).all()
-  assert ks(np.asarray(lam), TIMM["draw cutmix area"]) < 1
+  assert distributions.ks(np.asarray(lam), TIMM["draw cutmix area"]) < 1
   np.testing.assert_allclose(1 - lam, images.mean((1, 2)), atol=1e-5)
 
 
@@ -129,10 +121,10 @@ def test_erasing_is_distributed_as_timms():
   assert (boxes >= 0).all() and boxes[:, 1].max() <= 64
   assert boxes[:, 3].max() <= 48
   for i in range(4):
-    assert ks(boxes[:, i], theirs[:, i]) < 1
+    assert distributions.ks(boxes[:, i], theirs[:, i]) < 1
   sizes = [(b[:, 1] - b[:, 0]).astype(int) * (b[:, 3] - b[:, 2])
            for b in (boxes, theirs)]
-  assert ks(*sizes) < 1
+  assert distributions.ks(*sizes) < 1
 
 
 def test_erasing_puts_noise_into_the_box_and_leaves_the_rest():
