@@ -86,26 +86,28 @@ def read(folder: pathlib.Path, text: str, n_calls: int) -> list[Operation]:
   if not total:
     raise errors.ConfigError(f"--trace: {path} has no times of {name}: the "
                              "device's profiler is not available")
-  training = "transpose(jvp(" in text
+  training = is_training(text)
   return sorted(
-      (_operation(module, known.get(op), op, ns / 1e6 / n_calls, training)
+      (Operation(op, *classify(module, known.get(op), training),
+                 ns / 1e6 / n_calls)
        for op, ns in total.items()), key=lambda o: -o.ms)
 
 
-def by(operations: Iterable[Mapping[str, Any]],
-       *keys: str) -> list[dict[str, Any]]:
-  """Sums of the times: rows with the keys, "ms" and "share", slowest first.
+def by(operations: Iterable[Mapping[str, Any]], *keys: str,
+       unit: str = "ms") -> list[dict[str, Any]]:
+  """Sums: rows with the keys, the unit and "share", the largest first.
 
   Args:
     operations: as `Operation._asdict`.
     *keys: fields of an operation to group by.
+    unit: the field that is summed.
   """
   total = collections.Counter()
   for operation in operations:
-    total[tuple(operation[key] for key in keys)] += operation["ms"]
+    total[tuple(operation[key] for key in keys)] += operation[unit]
   whole = sum(total.values())
-  return [dict(zip(keys, values)) | {"ms": ms, "share": ms / whole}
-          for values, ms in total.most_common()]
+  return [dict(zip(keys, values)) | {unit: amount, "share": amount / whole}
+          for values, amount in total.most_common()]
 
 
 def _events(plane: str, line: Any,
@@ -139,15 +141,25 @@ def _own_times(events: Iterable[tuple[float, float, str]]) -> dict[str, float]:
   return own
 
 
-def _operation(module: hlo.Module, instruction: hlo.Instruction | None,
-               name: str, ms: float, training: bool) -> Operation:
+def classify(module: hlo.Module, instruction: hlo.Instruction | None,
+             training: bool) -> tuple[str, str, str]:
+  """(kind, phase, part) of an instruction, as in `Operation`.
+
+  Args:
+    module: the compiled program.
+    instruction: one of it; None for what belongs to none.
+    training: whether the program is a training step (`is_training`).
+  """
   if instruction is None:
-    return Operation(name, "other", "update" if training else "forward",
-                     "other", ms)
+    return "other", "update" if training else "forward", "other"
   inside = list(module.fused(instruction))
   scope = next(filter(None, map(_scope, (instruction, *reversed(inside)))), "")
-  return Operation(name, _kind(instruction, inside), *_place(scope, training),
-                   ms)
+  return _kind(instruction, inside), *_place(scope, training)
+
+
+def is_training(text: str) -> bool:
+  """Whether the text of a program is that of a training step."""
+  return "transpose(jvp(" in text
 
 
 def _scope(i: hlo.Instruction) -> str:

@@ -6,6 +6,7 @@ Each stays alive, so that it compiles once, and only one computes at a time.
 
 import contextlib
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -15,6 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from metaformer_jax import errors
+from metaformer_jax.config import schema
+from metaformer_jax.config import tasks as sections
+from metaformer_jax.config.hub import timm
 
 _THEIRS = pathlib.Path(__file__).with_name("theirs.py")
 
@@ -197,3 +201,30 @@ def theirs(python: str, spec: Mapping[str, Any]) -> Worker:
   """timm's model in another interpreter; `theirs.Program`."""
   return Worker(f"timm {spec['form']}", [python, str(_THEIRS)], spec,
                 foreign=True)
+
+
+def timm_spec(cfg: schema.Experiment, mode: str) -> dict[str, Any]:
+  """What `benchmark.theirs` is to prepare, but for the form and the platform.
+
+  Raises:
+    ConfigError: timm does not have the model.
+  """
+  if not isinstance(cfg.task, sections.Classification):
+    raise errors.ConfigError(f"--against=timm: timm has classifiers only, no "
+                             f"models for {cfg.task.name}")
+  try:
+    found = timm.write(cfg, in_chans=3)
+  except ValueError as e:
+    raise errors.ConfigError(f"--against=timm: {e}") from e
+  optim, n = cfg.optim, cfg.train.batch_size
+  return {
+      "model": found["architecture"],
+      "model_args": found.get("model_args", {}), "mode": mode,
+      "batch_size": n, "dtype": cfg.model.dtype,
+      "image_size": cfg.task.image_size, "num_classes": cfg.task.num_classes,
+      "drop_path_rate": cfg.model.drop_path_rate or 0.0,
+      "label_smoothing": cfg.task.label_smoothing,
+      "optim": {"lr": optim.base_lr * n / 1024,
+                "weight_decay": optim.weight_decay,
+                "betas": (optim.beta1, optim.beta2), "eps": optim.eps or 1e-8},
+      "threads": len(os.sched_getaffinity(0))}

@@ -137,7 +137,7 @@ def compile_step(lowered: Lowered,
   mesh, program = lowered.mesh, lowered.program
   start = time.monotonic()
   with _Ticker(f"compiling {lowered.name}", say):
-    compiled, needed = _compile(lowered.step)
+    compiled, needed = try_compile(lowered.step)
   common = {
       "seconds": time.monotonic() - start, "available": available(mesh),
       "flops":
@@ -148,14 +148,21 @@ def compile_step(lowered: Lowered,
     return Compiled(fits=False, needed=needed, **common)
   memory = compiled.memory_analysis()
   module = hlo.Module(compiled.as_text())
-  counted = compiled.cost_analysis()["bytes accessed"]
   # The sum of arguments, results and temporaries would be too large: some of
   # them share memory.
   return Compiled(
       fits=True, needed=memory.peak_memory_in_bytes,
       code=memory.generated_code_size_in_bytes,
-      accessed=counted * module.loop_factor(),
+      accessed=bytes_accessed(compiled, module),
       collectives=tuple(module.collectives(mesh.size)), **common)
+
+
+def bytes_accessed(compiled: jax.stages.Compiled, module: hlo.Module) -> float:
+  """Bytes that a program reads and writes, as the compiler counts them.
+
+  The compiler counts the body of a loop once; here it is as often as it runs.
+  """
+  return compiled.cost_analysis()["bytes accessed"] * module.loop_factor()
 
 
 def state_on_device(program: step_lib.Program) -> int:
@@ -185,7 +192,7 @@ def read_too_large(message: str) -> tuple[int, int] | None:
   return None
 
 
-def _compile(lowered: jax.stages.Lowered) -> tuple[Any, int]:
+def try_compile(lowered: jax.stages.Lowered) -> tuple[Any, int]:
   """(compiled program, 0), or (None, bytes needed) if it does not fit."""
   try:
     return lowered.compile(), 0

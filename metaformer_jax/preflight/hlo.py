@@ -6,13 +6,15 @@ about communication; the text has the trip counts and the collectives.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 # Bits per value.
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64,
          "c128": 128, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+_LAYOUT = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]"
+                     r"(?:\{([\d,]*)(?::([^}]*))?\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|condition|body|true_computation|"
                      r"false_computation)=%?([\w.\-]+)|"
@@ -171,6 +173,42 @@ def type_bytes(text: str) -> int:
       bits = int(width[1]) if width else 0
     total += bits * math.prod(int(n) for n in shape.split(",") if n) // 8
   return total
+
+
+def hbm_bytes(i: Instruction, operands: Sequence[str]) -> int:
+  """Bytes that an instruction reads from and writes to the chip's main memory.
+
+  What the compiler has placed in the memory next to the cores (S(1) in a
+  layout) is left out, and arrays count with the padding of their tiles. Of a
+  copy or a slice that is started, as those into that memory, the part that is
+  copied counts, once at either end.
+
+  Args:
+    i: an instruction outside of fusions.
+    operands: the types of its operands.
+  """
+  if i.opcode in ("copy-start", "slice-start"):
+    found = list(_LAYOUT.finditer(i.type))
+    source, copied = (found[1], found[0]) if i.opcode == "copy-start" else (
+        found[0], found[-2])
+    return _padded_bytes(copied) * sum(
+        "S(" not in (end[4] or "") for end in (source, copied))
+  return sum(_padded_bytes(array) for text in (i.type, *operands)
+             for array in _LAYOUT.finditer(text)
+             if "S(" not in (array[4] or ""))
+
+
+def _padded_bytes(array: re.Match) -> int:
+  """Size of an array with its layout: kind[shape]{minor to major:T(tile)}."""
+  kind, shape, order, tiles = array.groups()
+  shape = [int(n) for n in shape.split(",") if n]
+  tile = re.match(r"T\(([\d,]+)\)", tiles or "")
+  if tile and order and shape:
+    minor = [int(axis) for axis in order.split(",")]
+    sides = [int(n) for n in tile[1].split(",")][::-1]
+    for axis, side in zip(minor, sides):
+      shape[axis] = -(-shape[axis] // side) * side
+  return type_bytes(f"{kind}[{','.join(map(str, shape))}]")
 
 
 def _widest_dtype(types: str) -> str:

@@ -54,19 +54,11 @@ class Subject:
     return train.batch_size // (self.n_devices * train.accumulate)
 
 
-def bounds(subject: Subject, compiled: Compiled) -> dict[str, float]:
-  """Lower bounds on the seconds of a step, by the resource that limits it.
-
-  "compute": matrix products at the published rate; "memory": the bytes that the
-  compiler counts, at the published bandwidth; "links": the bytes that a chip
-  must send. Some of the bytes counted as "memory" may stay on the chip, so only
-  "compute" and "links" are strict bounds.
-  """
-  chip = topologies.GENERATIONS[subject.target.generation]
-  sent = sum(c.sent_bytes for c in compiled.collectives)
-  return {"compute": compiled.flops * chip.n_devices / chip.flops,
-          "memory": compiled.accessed * chip.n_devices / chip.hbm,
-          "links": sent * chip.n_devices / chip.links}
+def bounds(target: topologies.Slice, compiled: Compiled) -> dict[str, float]:
+  """Lower bounds on the seconds of a step: `Generation.least_seconds`."""
+  return topologies.GENERATIONS[target.generation].least_seconds(
+      compiled.flops, compiled.accessed,
+      sum(c.sent_bytes for c in compiled.collectives))
 
 
 def to_json(subject: Subject, compiled: Compiled,
@@ -99,7 +91,7 @@ def to_json(subject: Subject, compiled: Compiled,
       "compile_seconds": compiled.seconds, "versions": subject.versions,
       "warnings": list(warnings(subject, compiled))}
   if compiled.fits:
-    seconds = bounds(subject, compiled)
+    seconds = bounds(target, compiled)
     step = max(seconds.values())
     report |= {
         "bytes_per_image":
@@ -125,7 +117,7 @@ def to_json(subject: Subject, compiled: Compiled,
                 "fits": c.fits, "needed": c.needed,
                 "images_per_second_per_chip":
                     train.accumulate * batch * chip.n_devices / max(
-                        bounds(subject, c).values()) if c.fits else None}
+                        bounds(target, c).values()) if c.fits else None}
             for batch, c in tried.items()}}
   return report
 

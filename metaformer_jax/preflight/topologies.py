@@ -33,6 +33,24 @@ class Generation(NamedTuple):
   most: int
   chip_config: str
 
+  def least_seconds(self, flops: float, accessed: float,
+                    sent: float) -> dict[str, float]:
+    """Lower bounds on a step's seconds, by the resource that limits it.
+
+    "compute": matrix products at the published rate; "memory": the bytes that
+    the compiler counts, at the published bandwidth; "links": the bytes that a
+    device must send. Some of the bytes counted as "memory" may stay on the
+    chip, so only "compute" and "links" are strict bounds.
+
+    Args:
+      flops: of matrix products, on a device.
+      accessed: bytes that a device reads and writes.
+      sent: bytes that a device sends to others.
+    """
+    return {"compute": flops * self.n_devices / self.flops,
+            "memory": accessed * self.n_devices / self.hbm,
+            "links": sent * self.n_devices / self.links}
+
 
 # Sources: cloud.google.com/tpu/docs/v2, v3, v4, v5e, v5p, v6e, tpu7x; links of
 # v2 and v3: doi.org/10.1145/3360307, table 3.
@@ -89,8 +107,8 @@ class Slice(NamedTuple):
     return (2, 2, 1)
 
 
-def parse(name: str) -> Slice:
-  """Parses a name: "v5litepod-8", "v5e-1", "v4-32", "v5p:4x4x12".
+def parse(name: str, flag: str = "--topology") -> Slice:
+  """Parses the value of a flag: "v5litepod-8", "v5e-1", "v4-32", "v5p:4x4x12".
 
   After a hyphen comes the number of chips (of cores for v2 to v4, v5p and
   tpu7x), after a colon the shape.
@@ -102,16 +120,16 @@ def parse(name: str) -> Slice:
                        name.lower())
   if not match:
     raise errors.ConfigError(
-        f"--topology: {name!r} is not the name of a slice, e.g. v5litepod-8, "
+        f"{flag}: {name!r} is not the name of a slice, e.g. v5litepod-8, "
         "v4-32, v6e-16 or v5p:4x4x12")
   kind, number, shape = match.groups()
   kind = _SYNONYMS.get(kind, kind)
   if kind not in GENERATIONS:
     raise errors.ConfigError(
-        f"--topology: {name!r} is not a known generation of TPU"
+        f"{flag}: {name!r} is not a known generation of TPU"
         f"{errors.did_you_mean(kind, GENERATIONS)}")
   if number:
-    shape = _shape(name, kind, int(number))
+    shape = _shape(name, kind, int(number), flag)
   else:
     shape = tuple(map(int, shape.split("x")))
   generation = GENERATIONS[kind]
@@ -120,13 +138,13 @@ def parse(name: str) -> Slice:
       0 < found.n_chips <= generation.most) or any(
           side % part for side, part in zip(shape, found.host_shape)):
     raise errors.ConfigError(
-        f"--topology: there is no {name}: a {kind} slice has up to "
+        f"{flag}: there is no {name}: a {kind} slice has up to "
         f"{generation.most} chips on {generation.n_axes} axes, and hosts of "
         f"{'x'.join(map(str, found.host_shape))} chips")
   return found
 
 
-def _shape(name: str, kind: str, number: int) -> tuple[int, ...]:
+def _shape(name: str, kind: str, number: int, flag: str) -> tuple[int, ...]:
   """The shape of the slice named by a number of chips or cores."""
   generation = GENERATIONS[kind]
   cores = 2 if generation.counts_cores else 1
@@ -138,7 +156,7 @@ def _shape(name: str, kind: str, number: int) -> tuple[int, ...]:
   if number not in valid:
     nearest = min(valid, key=lambda n: abs(math.log((number or 1) / n)))
     raise errors.ConfigError(
-        f"--topology: there is no {name}; nearest: "
+        f"{flag}: there is no {name}; nearest: "
         f"{name.rpartition('-')[0]}-{nearest}; or give a shape, e.g. "
         f"{kind}:{'x'.join('4' * generation.n_axes)}")
   n_chips = number // cores
@@ -162,7 +180,7 @@ def devices(found: Slice) -> list:
   """
   if util.find_spec("libtpu") is None:
     raise errors.ConfigError(
-        "--topology: the TPU's compiler, libtpu, is not installed; pip install "
+        "libtpu: the TPU's compiler, is not installed; pip install "
         "'metaformer-jax[tpu]'")
   import jax  # noqa: PLC0415  Parsing names works without jax.
   from jax.experimental import topologies  # noqa: PLC0415
@@ -175,5 +193,5 @@ def devices(found: Slice) -> list:
         chips_per_host_bounds=found.host_shape)
   except jax.errors.JaxRuntimeError as e:
     raise errors.ConfigError(
-        f"--topology: libtpu does not accept {found.topology}: {e}") from e
+        f"libtpu: does not accept {found.topology}: {e}") from e
   return list(description.devices)

@@ -26,6 +26,13 @@ the backward pass and AdamW, without mixing and erasing; bfloat16 is autocast.
 Then both use one device. --trace=FOLDER writes a profile for TensorBoard or
 Perfetto, and prints where the time goes, in the kinds of operations and in the
 parts of the model.
+
+--compiled_for=v5litepod-8 measures nothing: the TPU's compiler, libtpu,
+compiles the programs for a slice that is not here, and its counts are printed.
+Of an image: GFLOP and MB read and written, also by kind of operation and by
+part of the model; HBM is the part of these MB that is not in the memory next to
+the cores. Of a chip: images, GiB at most, MB sent in a step, and the images/s
+that the chip's published rates allow, with the rate that sets this limit.
 """
 
 import argparse
@@ -45,8 +52,8 @@ from metaformer_jax.benchmark import workers
 from metaformer_jax.config import paths, schema, typed
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config import tasks as sections
-from metaformer_jax.config.hub import timm
 from metaformer_jax.models import registry
+from metaformer_jax.preflight import topologies
 from metaformer_jax.recipes import classification
 from metaformer_jax.tools import output
 
@@ -56,7 +63,8 @@ _HEADS = {"classification": "", "segmentation": "semantic_fpn/",
 _MODES, _FORMS = ("train", "infer"), ("eager", "channels_last", "compile")
 _DIGITS = {"images/s": 1, "p50 ms": 2, "p90 ms": 2, "p99 ms": 2, "MiB": 0,
            "compile s": 1, "GFLOP": 3, "MFU": 3, "median": 2, "min": 2,
-           "max": 2, "ms": 2, "share": 3}
+           "max": 2, "ms": 2, "share": 3, "MB": 1, "HBM": 1, "GiB": 2,
+           "MB sent": 1, "a chip": 0}
 _SHOWN = 25  # Rows of the largest parts; --json has all.
 
 
@@ -148,33 +156,6 @@ def _replaced(cfg: schema.Experiment, section: str,
       section: dataclasses.replace(getattr(cfg, section), **values)})
 
 
-def timm_spec(cfg: schema.Experiment, mode: str) -> dict[str, Any]:
-  """What `benchmark.theirs` is to prepare, but for the form and the platform.
-
-  Raises:
-    ConfigError: timm does not have the model.
-  """
-  if not isinstance(cfg.task, sections.Classification):
-    raise errors.ConfigError(f"--against=timm: timm has classifiers only, no "
-                             f"models for {cfg.task.name}")
-  try:
-    found = timm.write(cfg, in_chans=3)
-  except ValueError as e:
-    raise errors.ConfigError(f"--against=timm: {e}") from e
-  optim, n = cfg.optim, cfg.train.batch_size
-  return {
-      "model": found["architecture"],
-      "model_args": found.get("model_args", {}), "mode": mode,
-      "batch_size": n, "dtype": cfg.model.dtype,
-      "image_size": cfg.task.image_size, "num_classes": cfg.task.num_classes,
-      "drop_path_rate": cfg.model.drop_path_rate or 0.0,
-      "label_smoothing": cfg.task.label_smoothing,
-      "optim": {"lr": optim.base_lr * n / 1024,
-                "weight_decay": optim.weight_decay,
-                "betas": (optim.beta1, optim.beta2), "eps": optim.eps or 1e-8},
-      "threads": len(os.sched_getaffinity(0))}
-
-
 def measure(mode: str, cfg: schema.Experiment,
             args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
   """Measures one mode and batch size.
@@ -185,8 +166,7 @@ def measure(mode: str, cfg: schema.Experiment,
   Raises:
     UserError: our program cannot be measured.
   """
-  case = {"model": _name(cfg), "mode": mode, "batch": cfg.train.batch_size,
-          "dtype": cfg.model.dtype}
+  case = _case(mode, cfg)
   found = {"measured": [], "ratios": [], "failed": [], "operations": []}
   with contextlib.ExitStack() as stack:
     ours = _ours(stack, case, cfg, args)
@@ -210,6 +190,30 @@ def measure(mode: str, cfg: schema.Experiment,
   return found
 
 
+def compile_for(mode: str, cfg: schema.Experiment,
+                args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+  """Compiles one mode and batch size for `--compiled_for`.
+
+  Returns:
+    As `measure`, of which only "measured" and "operations" have rows.
+
+  Raises:
+    ConfigError: the program does not fit the slice, or libtpu is missing.
+  """
+  from metaformer_jax.benchmark import compiled  # noqa: PLC0415  Imports jax.
+
+  case = _case(mode, cfg) | {"program": args.compiled_for.name}
+  _say(case, "compiling; a large model takes minutes")
+  found = compiled.measure(cfg, mode, args.compiled_for)
+  return {"ratios": [], "failed": []} | {
+      key: [case | row for row in rows] for key, rows in found.items()}
+
+
+def _case(mode: str, cfg: schema.Experiment) -> dict[str, Any]:
+  return {"model": _name(cfg), "mode": mode, "batch": cfg.train.batch_size,
+          "dtype": cfg.model.dtype}
+
+
 def _ours(stack: contextlib.ExitStack, case: Mapping[str, Any],
           cfg: schema.Experiment, args: argparse.Namespace) -> workers.Worker:
   """Our program, ready."""
@@ -224,7 +228,8 @@ def _theirs(stack: contextlib.ExitStack, case: Mapping[str, Any],
             found: dict[str, list[dict[str, Any]]]) -> Iterator[workers.Worker]:
   """timm's programs that can be prepared; adds why others cannot."""
   for form in _FORMS if args.against else ():
-    other = workers.theirs(args.timm_python, timm_spec(cfg, case["mode"]) | {
+    spec = workers.timm_spec(cfg, case["mode"])
+    other = workers.theirs(args.timm_python, spec | {
         "form": form, "platform": platform})
     _say(case, f"{other.name}: preparing")
     try:
@@ -276,14 +281,21 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     raise errors.ConfigError("--against=timm: needs --timm-python, the "
                              "interpreter that has timm, and the other way "
                              "round")
+  if args.compiled_for:
+    if args.against or args.trace:
+      raise errors.ConfigError("--compiled_for: measures nothing; leave out "
+                               "--against and --trace")
+    args.compiled_for = topologies.parse(args.compiled_for, "--compiled_for")
+    os.environ.update(topologies.ENVIRONMENT)
   if args.trace:
     args.trace = _folder(args.trace)
   every = list(cases(experiment(args, overrides), args))
   for mode, cfg in every if args.against else ():
-    timm_spec(cfg, mode)  # What is wrong is said first.
+    workers.timm_spec(cfg, mode)  # What is wrong is said first.
   found = {}
   for mode, cfg in every:
-    for key, rows in measure(mode, cfg, args).items():
+    for key, rows in (compile_for if args.compiled_for else measure)(
+        mode, cfg, args).items():
       found[key] = found.get(key, []) + rows
   if args.json:
     print(json.dumps(found))
@@ -301,13 +313,15 @@ def tables(found: Mapping[str, list[dict[str, Any]]]) -> Iterator[str]:
   for case in found["measured"] if found["operations"] else ():
     own = [row for row in found["operations"]
            if all(row[key] == case[key] for key in ("mode", "batch"))]
-    if case["program"] == "metaformer_jax":
-      name = f"{case['model']} {case['mode']} {case['batch']}"
-      yield (f"{name}: ms of a call by kind of operation\n"
-             + output.table(profiles.by(own, "kind"), _DIGITS))
-      parts = profiles.by(own, "phase", "part")
-      yield (f"{name}: ms of a call by part, the {_SHOWN} slowest of "
-             f"{len(parts)}\n" + output.table(parts[:_SHOWN], _DIGITS))
+    if case["program"].startswith("timm"):
+      continue
+    unit, of = ("HBM", "an image") if "HBM" in own[0] else ("ms", "a call")
+    name = f"{case['model']} {case['mode']} {case['batch']}: {unit} of {of}"
+    yield (f"{name} by kind of operation\n"
+           + output.table(profiles.by(own, "kind", unit=unit), _DIGITS))
+    parts = profiles.by(own, "phase", "part", unit=unit)
+    yield (f"{name} by part, the {_SHOWN} largest of {len(parts)}\n"
+           + output.table(parts[:_SHOWN], _DIGITS))
 
 
 def _folder(value: str) -> pathlib.Path:
@@ -347,6 +361,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument("--against", choices=("timm",), help="also measure timm")
   parser.add_argument("--timm-python", help="an interpreter that has timm")
   parser.add_argument("--trace", help="a folder for profiles")
+  parser.add_argument("--compiled_for", metavar="SLICE", help="a TPU slice, as "
+                      "v5litepod-8: compile for it, and measure nothing")
   parser.add_argument("--json", action="store_true", help="print one JSON "
                       "object instead of tables")
   args, rest = parser.parse_known_args()

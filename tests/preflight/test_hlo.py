@@ -166,3 +166,27 @@ def test_groups_follow_the_mesh_axis(chips):
   largest = max(hlo.Module(compiled.as_text()).collectives(8),
                 key=lambda c: c.n_bytes)
   assert largest.group == 4
+
+
+@pytest.mark.parametrize("line,operands,n_bytes", [
+    # Channels in the lanes: 64 take the space of 128.
+    ("%a = bf16[2,56,56,64]{3,2,1,0:T(8,128)(2,1)} negate(%b)",
+     ["bf16[2,56,56,64]{3,2,1,0:T(8,128)(2,1)}"],
+     2 * 2 * 2 * 56 * 56 * 128),
+    # 7 rows take the space of 8; the batch fills the lanes.
+    ("%a = f32[128,3,7]{0,2,1:T(8,128)} negate(%b)",
+     ["f32[128,3,7]{0,2,1:T(8,128)}"], 2 * 4 * 128 * 3 * 8),
+    # Next to the cores, and in the main memory.
+    ("%a = f32[8,128]{1,0:T(8,128)S(1)} add(%b, %c)",
+     ["f32[8,128]{1,0:T(8,128)S(1)}", "f32[8,128]{1,0:T(8,128)}"], 4096),
+    # A prefetch reads the main memory, and writes that next to the cores.
+    ("%a = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]) "
+     "copy-start(%b)", ["f32[8,128]{1,0:T(8,128)}"], 4096),
+    # Of a slice, only what is sliced.
+    ("%a = ((f32[64,128]{1,0:T(8,128)}), f32[16,128]{1,0:T(8,128)S(1)}, s32[]) "
+     "slice-start(%b)", ["f32[64,128]{1,0:T(8,128)}"], 8192),
+    ("%a = f32[]{} add(%b, %c)", ["f32[]", "f32[]"], 12),
+])
+def test_main_memory_is_counted_with_padding_and_without_the_cores(
+    line, operands, n_bytes):
+  assert hlo.hbm_bytes(hlo._instruction("  " + line), operands) == n_bytes
