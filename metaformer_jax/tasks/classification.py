@@ -70,6 +70,10 @@ class Classification:
     data = self.cfg.data
     return image_ops.normalize(images, data.mean, data.std)
 
+  def _targets(self, labels: jax.Array) -> jax.Array:
+    cfg = self.cfg.task
+    return mixing.smooth_one_hot(labels, cfg.num_classes, cfg.label_smoothing)
+
   def _augmented(self, images: jax.Array, rng: jax.Array) -> jax.Array:
     """What the host left out, on uint8 [B, H, W, 3]."""
     cfg = self.cfg
@@ -81,19 +85,11 @@ class Classification:
 
   def loss(self, variables, batch, rngs, train):
     cfg = self.cfg.task
-    images = batch["image"]
+    images, labels = batch["image"], batch["label"]
     if train:
-      key_mix, key_erase, key_ops = jax.random.split(rngs["augment"], 3)
-      images = self._augmented(images, key_ops)
-    images = self._normalized(images)
-    targets = mixing.smooth_one_hot(
-        batch["label"], cfg.num_classes, cfg.label_smoothing)
-    if train:
-      images, targets = mixing.mixup_cutmix(
-          key_mix, images, targets, mixup_alpha=cfg.mixup,
-          cutmix_alpha=cfg.cutmix, prob=cfg.mixup_prob,
-          switch_prob=cfg.mixup_switch_prob)
-      images = mixing.random_erasing(key_erase, images, cfg.erasing)
+      images, targets = self._mixed(images, labels, rngs["augment"])
+    else:
+      images, targets = self._normalized(images), self._targets(labels)
     logits, updates = self.model.apply(
         variables, images, train=train, rngs=rngs, mutable=["batch_stats"])
     logits = logits.astype(jnp.float32)
@@ -108,6 +104,21 @@ class Classification:
     top1 = (logits.argmax(-1) == targets.argmax(-1)).mean()
     state = {k: v for k, v in variables.items() if k != "params"}
     return loss, {"loss": loss, "top1": top1}, {**state, **updates}
+
+  def _mixed(self, images, labels, rng):
+    """Normalised images and targets of training, augmented on the device."""
+    cfg = self.cfg.task
+    key_mix, key_erase, key_ops = jax.random.split(rng, 3)
+    images = self._augmented(images, key_ops)
+    # Reversed while they are bytes: partners are on other devices.
+    examples, partners = (
+        (self._normalized(x), self._targets(y))
+        for x, y in ((images, labels), (images[::-1], labels[::-1])))
+    images, targets = mixing.mixup_cutmix(
+        key_mix, examples, partners, mixup_alpha=cfg.mixup,
+        cutmix_alpha=cfg.cutmix, prob=cfg.mixup_prob,
+        switch_prob=cfg.mixup_switch_prob)
+    return mixing.random_erasing(key_erase, images, cfg.erasing), targets
 
   def predict(self, variables, batch):
     """Returns float32 logits [B, num_classes]."""

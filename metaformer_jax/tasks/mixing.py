@@ -19,9 +19,9 @@ def smooth_one_hot(labels: jax.Array, n_classes: int,
           + smoothing / n_classes)
 
 
-def blend(x: jax.Array, lam: jax.Array) -> jax.Array:
-  """lam * example + (1 - lam) * partner; partners are the batch reversed."""
-  return lam * x + (1 - lam) * x[::-1]
+def blend(x: jax.Array, partners: jax.Array, lam: jax.Array) -> jax.Array:
+  """lam * example + (1 - lam) * partner."""
+  return lam * x + (1 - lam) * partners
 
 
 def cutmix_box(height: int, width: int, lam: jax.Array, y: jax.Array,
@@ -48,26 +48,27 @@ def inside(height: int, width: int, box: tuple[jax.Array, ...]) -> jax.Array:
   return (top <= y) & (y < bottom) & (left <= x) & (x < right)
 
 
-def cutmix(images: jax.Array, box: tuple[jax.Array, ...],
-           ) -> tuple[jax.Array, jax.Array]:
-  """Pastes the partners' box; returns (images, the fraction that is kept)."""
-  height, width = images.shape[1:3]
+def cutmix_weights(height: int, width: int, box: tuple[jax.Array, ...],
+                   ) -> tuple[jax.Array, jax.Array]:
+  """Of the example: each pixel's share [H, W], 0 inside the box, and lambda."""
   top, bottom, left, right = box
   lam = 1 - (bottom - top) * (right - left) / (height * width)
-  mask = inside(height, width, box)[None, :, :, None]
-  return jnp.where(mask, images[::-1], images), lam
+  return jnp.where(inside(height, width, box), 0.0, 1.0), lam
 
 
 @jax.named_scope("augment")
-def mixup_cutmix(rng: jax.Array, images: jax.Array, targets: jax.Array, *,
-                 mixup_alpha: float, cutmix_alpha: float, prob: float = 1.0,
+def mixup_cutmix(rng: jax.Array, examples: tuple[jax.Array, jax.Array],
+                 partners: tuple[jax.Array, jax.Array], *, mixup_alpha: float,
+                 cutmix_alpha: float, prob: float = 1.0,
                  switch_prob: float = 0.5) -> tuple[jax.Array, jax.Array]:
-  """Mixes a batch with its reverse; one lambda for the whole batch.
+  """Mixes a batch with its partners; one lambda for the whole batch.
+
+  Both methods weigh pixels, so that one pass over the images does either.
 
   Args:
     rng: a key.
-    images: float [B, H, W, C].
-    targets: [B, C], smoothed.
+    examples: images, float [B, H, W, C], and targets [B, C], smoothed.
+    partners: likewise; in timm the batch reversed.
     mixup_alpha, cutmix_alpha: lambda is Beta(alpha, alpha); 0: never.
     prob: probability that the batch is mixed.
     switch_prob: probability of cutmix where both are possible.
@@ -76,28 +77,24 @@ def mixup_cutmix(rng: jax.Array, images: jax.Array, targets: jax.Array, *,
     Images and targets of the same shapes.
   """
   if not (mixup_alpha or cutmix_alpha) or not prob:
-    return images, targets
-  height, width = images.shape[1:3]
+    return examples
+  height, width = examples[0].shape[1:3]
   key_do, key_which, key_mix, key_cut, key_y, key_x = jax.random.split(rng, 6)
-
-  def by_mixup():
-    lam = jax.random.beta(key_mix, mixup_alpha, mixup_alpha)
-    return blend(images, lam), lam
-
-  def by_cutmix():
-    lam = jax.random.beta(key_cut, cutmix_alpha, cutmix_alpha)
-    return cutmix(images, cutmix_box(
-        height, width, lam, jax.random.randint(key_y, (), 0, height),
-        jax.random.randint(key_x, (), 0, width)))
-
   if mixup_alpha and cutmix_alpha:
-    mixed, lam = jax.lax.cond(
-        jax.random.uniform(key_which) < switch_prob, by_cutmix, by_mixup)
+    cut = jax.random.uniform(key_which) < switch_prob
   else:
-    mixed, lam = by_mixup() if mixup_alpha else by_cutmix()
+    cut = jnp.asarray(bool(cutmix_alpha))
+  alpha = jnp.where(cut, cutmix_alpha, mixup_alpha)
+  lam = jax.random.beta(jnp.where(cut, key_cut, key_mix), alpha, alpha)
+  shares, kept = cutmix_weights(height, width, cutmix_box(
+      height, width, lam, jax.random.randint(key_y, (), 0, height),
+      jax.random.randint(key_x, (), 0, width)))
   do = jax.random.uniform(key_do) < prob
-  return (jnp.where(do, mixed, images),
-          jnp.where(do, blend(targets, lam), targets))
+  shares, lam = (
+      jnp.where(do, jnp.where(cut, by_cutmix, lam), 1.0)
+      for by_cutmix in (shares, kept))
+  return tuple(blend(x, partner, weight) for x, partner, weight in zip(
+      examples, partners, (shares[None, :, :, None], lam)))
 
 
 def erasing_boxes(rng: jax.Array, n: int, height: int, width: int, *,
