@@ -1,4 +1,4 @@
-"""BatchNorm against plain numpy, written from PyTorch's definition."""
+"""BatchNorm against plain numpy, and the others' gradient against JAX's."""
 
 import jax
 import jax.numpy as jnp
@@ -179,3 +179,32 @@ def test_running_statistics_of_flax_are_used_as_well():
   np.testing.assert_array_equal(y, norm.apply(variables, x, True))
   np.testing.assert_array_equal(y, named)
   assert not np.any(new["batch_stats"]["mean"])
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 2e-6),
+                                             ("bfloat16", 8e-3)])
+@pytest.mark.parametrize("axes", [(1, 2, 3), (-1,)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradient_is_that_of_automatic_differentiation(
+    axes, masked, dtype, tolerance):
+  """Also where the mean is far from 0, and of what padding is given."""
+  if masked and axes == (-1,):
+    pytest.skip("LayerNorm needs no mask")
+  x = jnp.asarray(normal(SHAPE) * np.linspace(0.1, 3, 6) + 7).astype(dtype)
+  weight = norms._weight(valid_mask([5, 1, 3, 2, 5, 4, 1, 5], 4)
+                         ) if masked else None
+  dy = jnp.asarray(normal(SHAPE, 1))
+
+  def plain(x):
+    z = x.astype(jnp.float32)
+    mean, var = norms._moments(z, axes, weight)
+    return (z - mean) / jnp.sqrt(var + EPS)
+
+  y, grad = jax.vjp(lambda x: norms.standardize(x, weight, axes, EPS), x)
+  want_y, want_grad = jax.vjp(plain, x)
+  np.testing.assert_allclose(y, want_y, rtol=0, atol=1e-5)
+  (got,), (want,) = (f(dy) for f in (grad, want_grad))
+  assert got.dtype == x.dtype
+  scale = float(jnp.abs(want.astype(jnp.float32)).max())
+  np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32),
+                             rtol=0, atol=tolerance * scale)
