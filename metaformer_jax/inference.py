@@ -255,7 +255,8 @@ def load(weights: str | pathlib.Path, *, model: str | None = None,
   cfg, path = experiment(weights, model, allow_import)
   try:
     cfg = dataclasses.replace(
-        cfg, model=dataclasses.replace(cfg.model, **overrides))
+        cfg, compile=schema.Compile(),
+        model=dataclasses.replace(cfg.model, **overrides))
   except TypeError as e:
     raise errors.ConfigError(f"config.model: {e}") from e
   if num_classes is not None:

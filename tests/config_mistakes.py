@@ -53,6 +53,8 @@ TOGETHER = [
     ("train.batch_size", {"train.batch_size": 8, "train.accumulate": 16}),
     ("train.batch_size", {"mesh.data": 7, "mesh.fsdp": 3}),
     ("train.batch_size", {"mesh.data": 10**6, "mesh.fsdp": 1}),
+    ("compile.remat", {"compile.remat": ["block"] * 7}),
+    ("compile.scan", {"compile.scan": True, "model.name": "resnet18"}),
     ("mesh", {"mesh.data": -1, "mesh.fsdp": -1}),
     ("mesh.data", {"mesh.data": 0}),
     ("mesh.fsdp", {"mesh.fsdp": 0}),

@@ -10,8 +10,8 @@ PACKAGE = ROOT / "metaformer_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Modules of the package without jax, which configs are checked by.
-TABLES = {"models.options", "models.registry", "models.settings",
-          "models.spec"}
+TABLES = {"models.compiling", "models.options", "models.registry",
+          "models.settings", "models.spec"}
 
 # What each room may import of the package besides itself, `errors` and
 # `imports` (docs/design.md): rooms, or single modules of one. A room is a

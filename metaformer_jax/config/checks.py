@@ -88,6 +88,8 @@ def _check_model(cfg: Experiment) -> Iterator[str]:
            "metaformer_jax.list_models(), or give weights in config.init")
     return
   if imports.is_path(name):
+    for line in cfg.compile.check(name, None):
+      yield f"config.compile.{line}"
     return
   try:
     spec = registry.get_spec(name)
@@ -105,6 +107,8 @@ def _check_model(cfg: Experiment) -> Iterator[str]:
   problems = (settings.check_structure() if size is None else
               settings.check(*size, cfg.task.num_classes or 0))
   yield from cfg.task.check_model(settings)
+  for line in cfg.compile.check(spec.name, settings):
+    yield f"config.compile.{line}"
   for line in problems:
     key = line.partition(":")[0]
     section = "task" if key in ("image_size", "num_classes") else "model"

@@ -25,9 +25,9 @@ from metaformer_jax.models import registry
 
 # Sections and keys that may differ when a run is resumed: they change no
 # result beyond the order of a sum. `init` is not read again.
-RESUMABLE = ("mesh", "log", "checkpoint", "eval", "init", "data.workers",
-             "data.threads", "data.path", "data.max_bad_fraction",
-             "train.max_skipped")
+RESUMABLE = ("mesh", "compile", "log", "checkpoint", "eval", "init",
+             "data.workers", "data.threads", "data.path",
+             "data.max_bad_fraction", "train.max_skipped")
 
 # Keys that may differ among the processes of a run: places on a host, and how
 # it reads. What is at these places is compared instead.

@@ -12,6 +12,7 @@ from typing import Any
 from metaformer_jax import errors
 from metaformer_jax.config import tasks
 from metaformer_jax.config.model import Model
+from metaformer_jax.models.compiling import Compile
 from metaformer_jax.models.options import option
 
 
@@ -208,6 +209,7 @@ class Experiment:
   eval: Eval = dataclasses.field(default_factory=Eval)
   checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
   mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  compile: Compile = dataclasses.field(default_factory=Compile)
   log: Log = dataclasses.field(default_factory=Log)
 
   @property

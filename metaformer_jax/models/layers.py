@@ -181,6 +181,11 @@ class MlpHead(nn.Module):
                  kernel_init=trunc_normal_02, name="fc2")(x)
 
 
+# The collection with what a scanned block's DropPath draws by: the probability
+# "keep" and the random "key" (`stack`).
+DRAWS = "draws"
+
+
 class DropPath(nn.Module):
   """Stochastic depth: drops the branch of whole examples, rescales the rest.
 
@@ -193,8 +198,12 @@ class DropPath(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool = False):
     if not train or self.rate == 0:
       return x
-    keep = 1 - self.rate
     shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    if self.has_variable(DRAWS, "key"):
+      keep, key = (self.get_variable(DRAWS, name) for name in ("keep", "key"))
+      kept = jax.random.bernoulli(key, keep, shape)
+      return x * kept.astype(x.dtype) / keep.astype(x.dtype)
+    keep = 1 - self.rate
     kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, shape)
     return x * kept.astype(x.dtype) / keep
 

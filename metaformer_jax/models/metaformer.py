@@ -10,12 +10,14 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from metaformer_jax.models import (
+  compiling,
   layers,
   mixers,
   norms,
   parts,
   positions,
   settings,
+  stack,
 )
 
 
@@ -75,8 +77,11 @@ class Stage(nn.Module):
   """Downsampling, then blocks: [B, H, W, C], mask -> [B, H', W', dim], mask."""
 
   downsample: Callable[..., nn.Module]
-  blocks: Sequence[Callable[..., nn.Module]]
+  block: Callable[..., nn.Module]
+  drop_path_rates: Sequence[float]
   position_embedding: bool = False
+  scan: bool = False
+  remat: str = "none"
   dtype: DTypeLike | None = None
 
   @nn.compact
@@ -85,8 +90,8 @@ class Stage(nn.Module):
     if self.position_embedding:
       x = positions.PositionEmbedding(dtype=self.dtype, name="pos_embed")(
           x, mask=mask)
-    for i, block in enumerate(self.blocks, 1):
-      x = block(name=f"block{i}")(x, mask=mask, train=train)
+    x = stack.run(self, self.block, self.drop_path_rates, x, mask=mask,
+                  train=train, scan=self.scan, remat=self.remat)
     return x, mask
 
 
@@ -109,10 +114,12 @@ class MetaFormer(settings.MetaFormer, layers.Features, nn.Module):
     drop_path_rate: of the last block; linear from 0 at the first.
     num_classes: outputs of the head; 0 for the pooled features.
     dtype: of the computation; None is float32. Parameters are float32.
+    compile: whether blocks are scanned or recomputed.
   """
 
   num_classes: int = 1000
   dtype: DTypeLike | None = None
+  compile: compiling.Compile = compiling.Compile()
 
   def setup(self):
     self.require_structure()
@@ -136,10 +143,11 @@ class MetaFormer(settings.MetaFormer, layers.Features, nn.Module):
         res_scale_init=self.res_scale_init[i] if self.res_scale_init else 0.0,
         **self._shared(parts.MetaFormerBlock))
     return Stage(
-        downsample=self._downsample(i),
-        blocks=[functools.partial(block, drop_path_rate=rate)
-                for rate in drop_path_rates],
+        downsample=self._downsample(i), block=block,
+        drop_path_rates=drop_path_rates,
         position_embedding=i + 1 in self.position_embeddings,
+        scan=self.compile.scan,
+        remat=self.compile.remat_of(len(self.depths))[i],
         dtype=self.dtype, name=f"stage{i + 1}")
 
   def _mixer(self, i: int) -> mixers.MixerFactory:

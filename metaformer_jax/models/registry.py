@@ -1,10 +1,17 @@
 """The model table: names to specs to modules. Only `create_model` needs jax."""
 
 import fnmatch
+from collections.abc import Iterable
 from typing import Any
 
 from metaformer_jax import errors, imports
-from metaformer_jax.models import baselines, compared, poolformer, pyramids
+from metaformer_jax.models import (
+  baselines,
+  compared,
+  compiling,
+  poolformer,
+  pyramids,
+)
 from metaformer_jax.models import spec as spec_lib
 
 _MODELS: dict[str, spec_lib.ModelSpec] = {
@@ -26,7 +33,8 @@ def get_spec(name: str) -> spec_lib.ModelSpec:
 
 
 def create_model(name: str, *, num_classes: int | None = None,
-                 dtype: Any = None, **overrides: Any):
+                 dtype: Any = None, compile: compiling.Compile | None = None,
+                 **overrides: Any):
   """Builds the Linen module of a named model.
 
   Args:
@@ -36,6 +44,7 @@ def create_model(name: str, *, num_classes: int | None = None,
       head, and the model returns the pooled features.
     dtype: of the computation, e.g. `jnp.bfloat16`; None is float32.
       Parameters are float32 either way.
+    compile: how it is compiled; only a MetaFormer has a choice.
     **overrides: hyper-parameters that differ from the table's row, e.g.
       `drop_path_rate=0.1`, `pool_size=5` or
       `token_mixers=("pooling",) * 3 + ("attention",)`; see `models.settings`.
@@ -45,15 +54,28 @@ def create_model(name: str, *, num_classes: int | None = None,
     `model.apply(variables, images, train=False)`.
 
   Raises:
-    ValueError: unknown name or hyper-parameter.
+    ValueError: unknown name or hyper-parameter, or what `compile` asks for is
+      not for this model.
     ConfigError: it is an import path of something else.
   """
+  default = compiling.Compile()
+  compile = compile or default
   if imports.is_path(name):
+    _require(compile.check(name, None))
     return imports.call(name, "a model, model(num_classes=, dtype=)",
                         num_classes=num_classes, dtype=dtype, **overrides)
   spec = get_spec(name)
   settings = spec.override(**overrides)
   if num_classes is None:
     num_classes = spec.num_classes
+  _require(compile.check(name, settings))
+  also = {} if compile == default else {"compile": compile}
   return spec.load_class()(
-      **vars(settings), num_classes=num_classes, dtype=dtype)
+      **vars(settings), num_classes=num_classes, dtype=dtype, **also)
+
+
+def _require(problems: Iterable[str]) -> None:
+  """Raises a ValueError with all problems of `compiling.Compile.check`."""
+  problems = list(problems)
+  if problems:
+    raise ValueError("; also ".join(f"compile.{line}" for line in problems))

@@ -48,7 +48,8 @@ class Classification:
     cfg = self.cfg.model
     return registry.create_model(
         cfg.name, num_classes=self.cfg.task.num_classes,
-        dtype=jnp.dtype(cfg.dtype), **cfg.overrides())
+        dtype=jnp.dtype(cfg.dtype), compile=self.cfg.compile,
+        **cfg.overrides())
 
   @property
   def pretrained(self) -> base.Backbone:

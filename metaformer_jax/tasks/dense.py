@@ -27,7 +27,7 @@ def backbone(cfg: Experiment, num_classes: int = 0,
   """
   return registry.create_model(
       cfg.model.name, num_classes=num_classes, dtype=jnp.dtype(cfg.model.dtype),
-      **cfg.model.overrides() | changed)
+      compile=cfg.compile, **cfg.model.overrides() | changed)
 
 
 def pretrained(cfg: Experiment, size: tuple[int, int]) -> base.Backbone:

@@ -51,6 +51,7 @@ def _check_whole(cfg: Experiment, what: str) -> None:
   def logits(images):
     model = registry.create_model(cfg.model.name, num_classes=n,
                                   dtype=jnp.dtype(cfg.model.dtype),
+                                  compile=cfg.compile,
                                   **cfg.model.overrides())
     rngs = dict(zip(names, jax.random.split(jax.random.key(0), len(names))))
     variables = model.init(rngs, images)

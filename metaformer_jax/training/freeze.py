@@ -120,6 +120,35 @@ def find(patterns: Sequence[str], params: Mapping[str, Any],
   return Frozen(frozenset(frozen), frozenset(_modules(frozen) - trained))
 
 
+def require_alike(frozen: Frozen, params: Mapping[str, Any]) -> None:
+  """Checks that the blocks of each stage are frozen alike.
+
+  Blocks that are scanned (`config.compile.scan`) run as the first of them does.
+
+  Args:
+    frozen: what is frozen.
+    params: the parameters, or their shapes.
+
+  Raises:
+    ConfigError: a block has other frozen modules than the first of its stage.
+  """
+  modules = {}  # {path of a stage: {block: paths of its frozen modules}}
+  for name in sorted(_modules(traverse_util.flatten_dict(params, sep="/"))):
+    stage, _, rest = name.partition("/block")
+    number, *inside = rest.split("/")
+    if number.isdecimal():
+      block = modules.setdefault(stage, {}).setdefault(int(number), set())
+      if name in frozen.modules:
+        block.add("/".join(inside))
+  for stage, blocks in modules.items():
+    for number, block in blocks.items():
+      if block != blocks[min(blocks)]:
+        raise errors.ConfigError(
+            f"config.train.freeze: freezes other parts of {stage}/block{number}"
+            f" than of {stage}/block{min(blocks)}, and config.compile.scan = "
+            "True runs both as one; nearest: config.compile.scan = False")
+
+
 def _in_backbone(names: Iterable[str], part: base.Backbone | None) -> list[str]:
   if part is None:
     return []

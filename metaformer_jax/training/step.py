@@ -186,6 +186,8 @@ def build(cfg: Experiment, task: base.Task, mesh: Mesh,
     raise errors.ConfigError(f"config.model: {e}") from e
   params = variables["params"]
   frozen = freeze.find(cfg.train.freeze, params, task.pretrained)
+  if cfg.compile.scan:
+    freeze.require_alike(frozen, params)
   tx, schedule = optim.create(cfg, n_steps, steps_per_epoch, path, params,
                               frozen)
   create = functools.partial(state_lib.create, task, tx, cfg.seed,

@@ -36,6 +36,7 @@ def test_differences_are_what_changes_the_numbers(differences):
   assert differences(small_runs.changed(
       DEFAULT, log={"every_steps": 1}, mesh={"fsdp": 2, "rules": (("a", 0),)},
       data={"workers": 3, "threads": 1, "path": "/new"},
+      compile={"scan": True, "remat": ("block",)},
       eval={"batch_size": 7}, checkpoint={"keep_last": 9},
       task={"eval_labels": "real", "real_path": "/new"}), text) == []
 
