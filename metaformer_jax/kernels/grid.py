@@ -6,7 +6,7 @@ the step, or the whole array, which stays. Arrays are [rows, lanes].
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,12 @@ class Array(NamedTuple):
   def n_buffers(self) -> int:
     """Blocks in memory at once: the next one comes while one is in use."""
     return 1 if self.rows is None else 2
+
+  def result(self, interpret: bool) -> Any:
+    """What stands for the array as an output; blocks are written to HBM."""
+    if interpret or self.rows is None:
+      return jax.ShapeDtypeStruct(self.shape, self.dtype)
+    return pltpu.HBM(self.shape, self.dtype)
 
   def spec(self) -> pl.BlockSpec:
     moves = self.rows is not None
@@ -117,9 +123,11 @@ class Call:
       *args: the inputs.
       interpret: whether to interpret it, on any platform.
     """
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.outputs]
+    if not interpret:
+      args = [_in_hbm(array, x) for array, x in zip(self.inputs, args)]
     return pl.pallas_call(
-        kernel, grid=(self.n_steps,), out_shape=shapes,
+        kernel, grid=(self.n_steps,),
+        out_shape=[array.result(interpret) for array in self.outputs],
         in_specs=[array.spec() for array in self.inputs],
         out_specs=[array.spec() for array in self.outputs],
         scratch_shapes=[pltpu.VMEM(a.shape, a.dtype) for a in self.scratch],
@@ -127,6 +135,16 @@ class Call:
             dimension_semantics=("arbitrary",),
             vmem_limit_bytes=self.vmem_bytes()),
         cost_estimate=self.cost(), interpret=interpret)(*args)
+
+
+def _in_hbm(array: Array, x: jax.Array) -> jax.Array:
+  """An input that is read block by block, where the blocks come from.
+
+  XLA would move it to VMEM before, as a whole, though it is read once.
+  """
+  if array.rows is None:
+    return x
+  return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 def too_large(*calls: Call) -> str | None:
