@@ -8,9 +8,7 @@ TPU. Not a part of the test suite.
 """
 
 import argparse
-import functools
 import os
-import re
 
 from metaformer_jax.preflight import topologies
 

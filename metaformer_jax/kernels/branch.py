@@ -85,9 +85,10 @@ def differentiable(plain: Callable[..., Array], forward: Callable[..., Array],
 
 
 def mesh() -> AbstractMesh | None:
-  """The context's mesh, over whose axes the batch is split; None for one device.
+  """The context's mesh, over whose axes the batch is split.
 
-  A compiler cannot split a kernel. `jax.sharding.use_abstract_mesh` sets it.
+  A compiler cannot split a kernel. `jax.sharding.use_abstract_mesh` sets the
+  mesh; None for one device, and where the batch is split already.
   """
   found = jax.sharding.get_abstract_mesh()
   return None if found.empty or found.size == 1 or found.manual_axes else found

@@ -1,10 +1,11 @@
 """What a kernel's grid costs: HBM traffic, VMEM, and the call itself.
 
-A grid has one axis. At each step an array is a block of rows that moves with
-the step, or the whole array, which stays. Arrays are [rows, lanes].
+A grid has one axis. At each step an array is a block that moves along the
+array's last axis but one, or the whole array, which stays.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,43 +15,38 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-LANES = 128
+# A tile, as XLA lays it out for float32 and bfloat16.
+ROWS, LANES = 8, 128
 # A TPU v5e and a v6e have 128 MiB of VMEM; XLA keeps some for itself.
 VMEM = 96 * 2**20
 
 
-def tile_rows(dtype: DTypeLike) -> int:
-  """Rows of a tile in VMEM: 8 of float32, 16 of bfloat16."""
-  return 32 // jnp.dtype(dtype).itemsize
-
-
 def padded_bytes(shape: Sequence[int], dtype: DTypeLike) -> int:
-  """Bytes of [rows, lanes] in tiles, as HBM and VMEM hold it."""
-  rows, lanes = shape
-  tile = tile_rows(dtype)
-  return (-(-rows // tile) * tile * -(-lanes // LANES) * LANES
-          * jnp.dtype(dtype).itemsize)
+  """Bytes of [..., rows, lanes] in tiles, as HBM and VMEM hold it."""
+  *planes, rows, lanes = shape
+  return (math.prod(planes) * -(-rows // ROWS) * ROWS
+          * -(-lanes // LANES) * LANES * jnp.dtype(dtype).itemsize)
 
 
 class Array(NamedTuple):
   """An array of a call, or of its scratch memory.
 
   Attributes:
-    shape: [rows, lanes].
+    shape: [..., rows, lanes].
     dtype: of its values.
     rows: of the block that moves with the step; None for the whole array at
       every step.
     scalars: whether it lies in the memory of scalars, SMEM.
   """
 
-  shape: tuple[int, int]
+  shape: tuple[int, ...]
   dtype: DTypeLike = jnp.float32
   rows: int | None = None
   scalars: bool = False
 
   @property
-  def block(self) -> tuple[int, int]:
-    return (self.rows or self.shape[0], self.shape[1])
+  def block(self) -> tuple[int, ...]:
+    return (*self.shape[:-2], self.rows or self.shape[-2], self.shape[-1])
 
   @property
   def block_bytes(self) -> int:
@@ -67,11 +63,15 @@ class Array(NamedTuple):
       return jax.ShapeDtypeStruct(self.shape, self.dtype)
     return pltpu.HBM(self.shape, self.dtype)
 
+  def index(self, step: Any) -> tuple[Any, ...]:
+    """Which block the array is at a step."""
+    place = 0 if self.rows is None else step
+    return (*(0,) * (len(self.shape) - 2), place, 0)
+
   def spec(self) -> pl.BlockSpec:
-    moves = self.rows is not None
     if self.scalars:
       return pl.BlockSpec(memory_space=pltpu.SMEM)
-    return pl.BlockSpec(self.block, lambda i: (i if moves else 0, 0),
+    return pl.BlockSpec(self.block, self.index,
                         pipeline_mode=pl.Buffered(self.n_buffers))
 
 
@@ -83,7 +83,7 @@ class Call:
     n_steps: of the grid.
     inputs, outputs: arrays in HBM. An output that does not move is written
       after the last step.
-    scratch: arrays in VMEM, [rows, lanes].
+    scratch: arrays in VMEM.
     values: bytes of VMEM for the kernel's own values.
     flops: of the matrix products of all steps.
     transcendentals: exp and erf of all steps.

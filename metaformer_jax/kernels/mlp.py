@@ -22,10 +22,10 @@ from metaformer_jax.kernels import activations, branch, folding, grid
 
 Array = jax.Array
 F32 = jnp.float32
-# Bytes of a group's hidden activations in float32, at most, if it can be.
+# Pixels of a group, at most, if it can be.
+_PIXELS = 512
+# Bytes of the hidden activations in float32 that are computed at a time.
 _HIDDEN = 2**20
-# Hidden channels that are computed at a time, at most.
-_PART = 512
 
 
 class Settings(NamedTuple):
@@ -44,11 +44,9 @@ class Settings(NamedTuple):
   mesh: AbstractMesh | None = None
 
 
-def fold_of(shape: Sequence[int], dtype: DTypeLike, hidden: int,
-            ) -> folding.Fold:
-  """How images [B, H, W, C] are folded: groups of as many pixels as can be."""
-  rows = folding.of(shape, dtype).rows
-  return folding.of(shape, dtype, widest=_HIDDEN // (4 * rows * hidden))
+def fold_of(shape: Sequence[int]) -> folding.Fold:
+  """How images [B, H, W, C] are folded: groups of several pixels."""
+  return folding.of(shape, _PIXELS)
 
 
 def problem(shape: Sequence[int], dtype: DTypeLike, hidden: int,
@@ -59,9 +57,9 @@ def problem(shape: Sequence[int], dtype: DTypeLike, hidden: int,
   if hidden % grid.LANES:
     return (f"{hidden} hidden channels are not a multiple of {grid.LANES} "
             "lanes")
-  fold = fold_of(shape, dtype, hidden)
+  fold = fold_of(shape)
   calls = (call(fold, dtype, hidden) for call in (forward_call, backward_call))
-  return fold.problem(dtype) or grid.too_large(*calls)
+  return fold.problem() or grid.too_large(*calls)
 
 
 def mlp_branch(x: Array, keep: Array | None, norm_scale: Array,
@@ -99,7 +97,8 @@ def mlp_branch(x: Array, keep: Array | None, norm_scale: Array,
           branch.vector(bias2, n, 0), branch.vector(layer_scale, n, 1))
   settings = Settings(activation, eps, interpret, branch.mesh())
   local = branch.local_shape(x.shape)
-  if not interpret and (local is None or problem(local, x.dtype, hidden, activation)):
+  if not interpret and (local is None or problem(
+      local, x.dtype, hidden, activation)):
     return plain(settings, *args)
   return _branch(settings, *args)
 
@@ -121,7 +120,7 @@ def _call(fold, dtype, hidden, n_images, outputs, scratch):
   channels, images = fold.shape[3], fold.array(dtype)
   vector, wide = grid.Array((1, channels)), grid.Array((1, hidden))
   keep = grid.Array((1, fold.shape[0]), scalars=True)
-  rows, part = fold.rows * fold.n_pixels, _part(hidden)
+  rows, part = fold.rows * fold.n_pixels, _part(fold, hidden)
   products = 2 if n_images == 1 else 5
   n_hidden = fold.shape[0] * fold.shape[1] * fold.shape[2] * hidden
   return grid.Call(
@@ -130,8 +129,8 @@ def _call(fold, dtype, hidden, n_images, outputs, scratch):
        grid.Array((channels, hidden), dtype), wide,
        grid.Array((hidden, channels), dtype), vector, vector),
       (images, *outputs), scratch,
-      values=10 * (grid.padded_bytes((rows, part), F32)
-                   + grid.padded_bytes((rows, channels), F32))
+      values=12 * (grid.padded_bytes((rows, part), F32)
+                   + fold.group_bytes())
       + 2 * grid.padded_bytes((channels, part), F32),
       flops=2 * products * n_hidden * channels,
       transcendentals=n_images * n_hidden)
@@ -154,10 +153,12 @@ def backward_call(fold: folding.Fold, dtype: DTypeLike, hidden: int,
                (fold.block(),))
 
 
-def _part(hidden: int) -> int:
+def _part(fold, hidden):
   """Hidden channels at a time: they divide all, in whole tiles."""
-  return max((n for n in range(grid.LANES, _PART + 1, grid.LANES)
-              if hidden % n == 0), default=hidden)
+  most = _HIDDEN // (4 * fold.rows * fold.n_pixels)
+  return max((n for n in range(grid.LANES, most + 1, grid.LANES)
+              if hidden % n == 0),
+             default=hidden if hidden % grid.LANES else grid.LANES)
 
 
 def _inputs(x, keep, norm_scale, norm_bias, kernel1, bias1, kernel2, bias2,
@@ -171,29 +172,29 @@ def _inputs(x, keep, norm_scale, norm_bias, kernel1, bias1, kernel2, bias2,
 def _forward(settings, x, *args):
   keep, parameters = _inputs(x, *args)
   hidden = args[3].shape[1]
-  fold = fold_of(x.shape, x.dtype, hidden)
+  fold = fold_of(x.shape)
   kernel = functools.partial(_forward_kernel, settings, fold)
   y, = forward_call(fold, x.dtype, hidden)(
-      kernel, keep, folding.fold_images(fold, x), *parameters,
+      kernel, keep, folding.fold_images(x), *parameters,
       interpret=settings.interpret)
-  return y.reshape(x.shape)
+  return folding.unfold_images(y, x.shape)
 
 
 def _backward(settings, dy, x, *args):
   keep, parameters = _inputs(x, *args)
   kernel1, kernel2, bias2, layer_scale = args[3], args[5], args[6], args[7]
-  fold = fold_of(x.shape, x.dtype, kernel1.shape[1])
+  fold = fold_of(x.shape)
   kernel = functools.partial(_backward_kernel, settings, fold)
   dx, dscale, dbias, dw1, db1, raw2, du = backward_call(
       fold, x.dtype, kernel1.shape[1])(
-          kernel, keep, *(folding.fold_images(fold, v) for v in (x, dy)),
+          kernel, keep, *(folding.fold_images(v) for v in (x, dy)),
           *parameters, interpret=settings.interpret)
   # Of the second product's output, only what it is multiplied by is known.
   rounded = kernel2.astype(x.dtype).astype(F32)
   dlayer_scale = (rounded.T * raw2).sum(1) + bias2 * du[0]
   dw2 = raw2.T * layer_scale[None]
-  return (dx.reshape(x.shape), dscale[0], dbias[0], dw1, db1[0], dw2,
-          layer_scale * du[0], dlayer_scale)
+  return (folding.unfold_images(dx, x.shape), dscale[0], dbias[0], dw1, db1[0],
+          dw2, layer_scale * du[0], dlayer_scale)
 
 
 _branch = branch.differentiable(plain, _forward, _backward)
@@ -204,21 +205,20 @@ def _dot(a, b, contracted):
                          preferred_element_type=F32)
 
 
-def _parts(hidden, body, init):
+def _parts(fold, hidden, body, init):
   """Calls body(lanes of hidden channels, carry) for each part of them."""
-  size = _part(hidden)
+  size = _part(fold, hidden)
   aligned = size % grid.LANES == 0
 
   def step(i, carry):
-    start = i * size
-    return body(folding.slice_of(start, size, aligned), carry)
+    return body(folding.slice_of(i * size, size, aligned), carry)
 
   return lax.fori_loop(0, hidden // size, step, init)
 
 
 def _split(fold, group):
-  """Columns of pixels below each other: [rows, n C] -> [n rows, C]."""
-  c = fold.shape[3]
+  """Columns of pixels below each other: [H, n, n_pixels C] -> [pixels, C]."""
+  c, group = fold.shape[3], group.reshape(fold.rows, -1)
   return jnp.concatenate([group[:, i * c:(i + 1) * c]
                           for i in range(fold.n_pixels)], 0)
 
@@ -226,19 +226,20 @@ def _split(fold, group):
 def _join(fold, pixels):
   """The reverse of `_split`."""
   n = fold.rows
-  return jnp.concatenate([pixels[i * n:(i + 1) * n]
-                          for i in range(fold.n_pixels)], 1)
+  joined = jnp.concatenate([pixels[i * n:(i + 1) * n]
+                            for i in range(fold.n_pixels)], 1)
+  return joined.reshape(fold.shape[1], fold.n_images, fold.group)
 
 
 def _forward_kernel(settings, fold, keep_ref, x_ref, scale_ref, bias_ref,
                     w1_ref, b1_ref, w2_ref, b2_ref, layer_scale_ref, y_ref):
   value = activations.ACTIVATIONS[settings.activation].value
   mean, inverse = folding.statistics(fold, x_ref, settings.eps)
-  keep = folding.of_rows(fold, keep_ref)
+  keep = folding.factors(fold, keep_ref)
 
   def write(i, carry):
     lanes = folding.lanes_of(fold, i)
-    x = x_ref[:, lanes].astype(F32)
+    x = folding.read(x_ref, lanes)
     z = _split(fold, (x - mean) * inverse)
     n = (z * scale_ref[...] + bias_ref[...]).astype(x_ref.dtype)
 
@@ -247,9 +248,9 @@ def _forward_kernel(settings, fold, keep_ref, x_ref, scale_ref, bias_ref,
       g = value(h).astype(x_ref.dtype)
       return total + _dot(g, w2_ref[part, :], (1, 0))
 
-    y = _parts(w1_ref.shape[1], add, jnp.zeros(n.shape, F32))
+    y = _parts(fold, w1_ref.shape[1], add, jnp.zeros(n.shape, F32))
     y = (y + b2_ref[...]) * layer_scale_ref[...]
-    y_ref[:, lanes] = (x + keep * _join(fold, y)).astype(y_ref.dtype)
+    y_ref[:, :, lanes] = (x + keep * _join(fold, y)).astype(y_ref.dtype)
     return carry
 
   folding.loop(fold, write)
@@ -264,15 +265,15 @@ def _backward_kernel(settings, fold, keep_ref, x_ref, dy_ref, scale_ref,
                         du_ref)
   both = activations.ACTIVATIONS[settings.activation].value_and_slope
   mean, inverse = folding.statistics(fold, x_ref, settings.eps)
-  keep = folding.of_rows(fold, keep_ref)
+  keep = folding.factors(fold, keep_ref)
   dtype = x_ref.dtype
 
-  def differentiate(i, carry):
+  def differentiate(i, sums):
     lanes = folding.lanes_of(fold, i)
-    folded = (x_ref[:, lanes].astype(F32) - mean) * inverse
+    folded = (folding.read(x_ref, lanes) - mean) * inverse
     z = _split(fold, folded)
     n = (z * scale_ref[...] + bias_ref[...]).astype(dtype)
-    du = _split(fold, keep * dy_ref[:, lanes].astype(F32))
+    du = _split(fold, keep * folding.read(dy_ref, lanes))
     du_ref[...] += du.sum(0, keepdims=True)
     dv = (du * layer_scale_ref[...]).astype(dtype)
     du = du.astype(dtype)
@@ -287,13 +288,13 @@ def _backward_kernel(settings, fold, keep_ref, x_ref, dy_ref, scale_ref,
       dw1_ref[:, part] += _dot(n, dh, (0, 0))
       return total + _dot(dh, w1_ref[:, part], (1, 1))
 
-    dn = _parts(w1_ref.shape[1], add, jnp.zeros(n.shape, F32))
+    dn = _parts(fold, w1_ref.shape[1], add, jnp.zeros(n.shape, F32))
     dscale_ref[...] += (dn * z).sum(0, keepdims=True)
     dbias_ref[...] += dn.sum(0, keepdims=True)
     dz = _join(fold, dn * scale_ref[...])
-    dz_ref[:, lanes] = dz
-    return folding.add_moments(carry, dz, folded)
+    dz_ref[:, :, lanes] = dz
+    return sums[0] + folding.total(dz), sums[1] + folding.total(dz * folded)
 
-  moments = folding.loop(fold, differentiate, folding.no_moments(fold))
-  folding.write_norm_gradient(fold, moments, (mean, inverse), x_ref, dy_ref,
+  sums = folding.loop(fold, differentiate, (folding.zeros(fold),) * 2)
+  folding.write_norm_gradient(fold, sums, (mean, inverse), x_ref, dy_ref,
                               dz_ref, dx_ref)

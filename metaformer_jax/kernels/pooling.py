@@ -7,15 +7,13 @@ and writes y; backward, it reads x and dy and writes dx.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 
@@ -46,9 +44,9 @@ class Settings(NamedTuple):
 
 def problem(shape: Sequence[int], dtype: DTypeLike, size: int) -> str | None:
   """Why images [B, H, W, C] cannot use the kernels; None if they can."""
-  fold = folding.of(shape, dtype)
+  fold = folding.of(shape)
   calls = (call(fold, dtype, size) for call in (forward_call, backward_call))
-  return fold.problem(dtype) or grid.too_large(*calls)
+  return fold.problem() or grid.too_large(*calls)
 
 
 def pooling_branch(x: Array, keep: Array | None, norm_scale: Array,
@@ -125,13 +123,12 @@ def _call(fold, dtype, size, n_images, outputs, n_blocks):
   """A call with keep, images and what is the same for all blocks as inputs."""
   x, vector = fold.array(dtype), grid.Array((1, fold.lanes))
   keep = grid.Array((1, fold.shape[0]), scalars=True)
-  counts = (grid.Array((fold.rows, 1)), vector)
-  scratch = (fold.block(pad=_pad(fold, size)), fold.block())[:n_blocks]
+  sums = grid.Array((fold.n_images, fold.lanes))
+  pad = _pad(fold, size)
   return grid.Call(
-      fold.n_steps, (keep, *(x,) * n_images, vector, vector, *counts),
-      (x, *(vector,) * outputs), scratch,
-      values=12 * grid.padded_bytes((fold.rows, fold.group + 2 * _pad(
-          fold, size)), F32))
+      fold.n_steps, (keep, *(x,) * n_images, vector, vector, vector),
+      (x, *(sums,) * outputs), (fold.block(pad=pad), fold.block())[:n_blocks],
+      values=12 * fold.group_bytes(pad))
 
 
 def forward_call(fold: folding.Fold, dtype: DTypeLike, size: int) -> grid.Call:
@@ -140,71 +137,75 @@ def forward_call(fold: folding.Fold, dtype: DTypeLike, size: int) -> grid.Call:
 
 
 def backward_call(fold: folding.Fold, dtype: DTypeLike, size: int) -> grid.Call:
-  """The grid of the backward kernel; it also gives sums over rows."""
+  """The grid of the backward kernel; it also gives sums over images."""
   return _call(fold, dtype, size, n_images=2, outputs=2, n_blocks=2)
 
 
 def _inputs(settings, x, keep, parameters):
-  """The fold, and what the kernels take: keep, vectors along the lanes, counts.
+  """The fold, keep, and what is the same for all images, along the lanes.
 
-  Counts are 1 over the number of valid rows, and of columns, in a window.
+  That are a, c and 1 over the number of columns in a window.
   """
-  fold = folding.of(x.shape, x.dtype)
-  _, height, width, _ = x.shape
-  a, c = (folding.along_lanes(fold, v)
-          for v in _vectors(settings, *parameters))
-  rows = np.tile(1 / _counts(height, settings.size), fold.n_images)
-  columns = np.repeat(1 / _counts(width, settings.size), x.shape[3])
-  return fold, keep[None], (a, c, jnp.asarray(rows[:, None], F32),
-                            jnp.asarray(columns[None], F32))
+  fold = folding.of(x.shape)
+  vectors = [folding.along_lanes(fold, v)
+             for v in _vectors(settings, *parameters)]
+  columns = np.repeat(1 / _counts(x.shape[2], settings.size), x.shape[3])
+  return fold, keep[None], (*vectors, jnp.asarray(columns[None], F32))
 
 
 def _forward(settings, x, keep, *parameters):
   fold, keep, shared = _inputs(settings, x, keep, parameters)
   kernel = functools.partial(_forward_kernel, settings, fold)
   y, = forward_call(fold, x.dtype, settings.size)(
-      kernel, keep, folding.fold_images(fold, x), *shared,
+      kernel, keep, folding.fold_images(x), *shared,
       interpret=settings.interpret)
-  return y.reshape(x.shape)
+  return folding.unfold_images(y, x.shape)
 
 
 def _backward(settings, dy, x, keep, *parameters):
   fold, keep, shared = _inputs(settings, x, keep, parameters)
   kernel = functools.partial(_backward_kernel, settings, fold)
-  dx, da, dc = backward_call(fold, x.dtype, settings.size)(
-      kernel, keep, *(folding.fold_images(fold, v) for v in (x, dy)), *shared,
+  dx, *sums = backward_call(fold, x.dtype, settings.size)(
+      kernel, keep, *(folding.fold_images(v) for v in (x, dy)), *shared,
       interpret=settings.interpret)
   _, pull = jax.vjp(functools.partial(_vectors, settings), *parameters)
-  da, dc = (v.reshape(x.shape[2:]).sum(0) for v in (da, dc))
-  return dx.reshape(x.shape), *pull((da, dc))
+  da, dc = (v.reshape(-1, x.shape[-1]).sum(0) for v in sums)
+  return folding.unfold_images(dx, x.shape), *pull((da, dc))
 
 
 _branch = branch.differentiable(plain, _forward, _backward)
 
 
-def _sum_columns(settings, fold, row, values):
-  """Sums of values [rows, lanes] over the rows of each window in the image."""
-  total = values
-  for d in range(1, settings.size // 2 + 1):
-    above, below = (pltpu.roll(values, shift % fold.rows, 0)
-                    for shift in (d, -d))
-    total += jnp.where(row >= d, above, 0)
-    total += jnp.where(row < fold.shape[1] - d, below, 0)
+def _sum_columns(settings, x):
+  """Sums of x [H, n, lanes] over the rows of each window in the image."""
+  total, zero = x, jnp.zeros_like(x)
+  for d in range(1, min(settings.size // 2, len(x) - 1) + 1):
+    total = total + jnp.concatenate([zero[:d], x[:-d]], 0)
+    total = total + jnp.concatenate([x[d:], zero[:d]], 0)
   return total
+
+
+def _over_rows(settings, x):
+  """x [H, n, lanes] over the number of rows in the window around each row."""
+  counts, rows = _counts(len(x), settings.size), range(len(x))
+  parts = [(count, list(same)) for count, same in itertools.groupby(
+      rows, key=lambda row: counts[row])]
+  return jnp.concatenate([x[same[0]:same[-1] + 1] * (1 / float(count))
+                          for count, same in parts], 0)
 
 
 def _write_columns(settings, fold, sums_ref, of_group):
   """Writes sums over columns of `of_group(lanes)`, and zeros on both sides."""
-  pad, row = _pad(fold, settings.size), folding.row_in_image(fold)
+  pad = _pad(fold, settings.size)
   if pad:
-    zero = jnp.zeros((fold.rows, pad), F32)
-    sums_ref[:, :pad] = zero
-    sums_ref[:, pad + fold.lanes:] = zero
+    zero = jnp.zeros((fold.shape[1], fold.n_images, pad), F32)
+    sums_ref[:, :, :pad] = zero
+    sums_ref[:, :, pad + fold.lanes:] = zero
 
   def write(i, carry):
     value = of_group(folding.lanes_of(fold, i))
-    sums_ref[:, folding.lanes_of(fold, i, offset=pad)] = _sum_columns(
-        settings, fold, row, value)
+    sums_ref[:, :, folding.lanes_of(fold, i, offset=pad)] = _sum_columns(
+        settings, value)
     return carry
 
   folding.loop(fold, write)
@@ -213,65 +214,62 @@ def _write_columns(settings, fold, sums_ref, of_group):
 def _window(settings, fold, sums_ref, i):
   """Sums of windows around the pixels of group i, from sums over columns."""
   pad, channels = _pad(fold, settings.size), fold.shape[3]
-  sums = sums_ref[:, folding.lanes_of(fold, i, more=2 * pad)]
+  sums = sums_ref[:, :, folding.lanes_of(fold, i, more=2 * pad)]
   half = settings.size // 2
-  return sum(sums[:, start:start + fold.group] for start in (
+  return sum(sums[:, :, start:start + fold.group] for start in (
       pad + d * channels for d in range(-half, half + 1)))
 
 
-def _forward_kernel(settings, fold, keep_ref, x_ref, a_ref, c_ref, rows_ref,
-                    columns_ref, y_ref, sums_ref):
+def _forward_kernel(settings, fold, keep_ref, x_ref, a_ref, c_ref, columns_ref,
+                    y_ref, sums_ref):
   mean, inverse = folding.statistics(fold, x_ref, settings.eps)
-  keep = folding.of_rows(fold, keep_ref)
+  keep = folding.factors(fold, keep_ref)
 
   def normalised(lanes):
-    return (x_ref[:, lanes].astype(F32) - mean) * inverse
+    return (folding.read(x_ref, lanes) - mean) * inverse
 
   _write_columns(settings, fold, sums_ref, normalised)
 
   def write(i, carry):
     lanes = folding.lanes_of(fold, i)
-    mixed = _window(settings, fold, sums_ref, i) * rows_ref[...] * (
-        columns_ref[:, lanes])
+    mixed = _over_rows(settings, _window(settings, fold, sums_ref, i))
+    mixed = mixed * columns_ref[:, lanes][None]
     if settings.subtract:
       mixed = mixed - normalised(lanes)
-    y = mixed * a_ref[:, lanes] + c_ref[:, lanes]
-    y_ref[:, lanes] = (x_ref[:, lanes].astype(F32) + keep * y).astype(
-        y_ref.dtype)
+    y = keep * (mixed * a_ref[:, lanes][None] + c_ref[:, lanes][None])
+    y_ref[:, :, lanes] = (folding.read(x_ref, lanes) + y).astype(y_ref.dtype)
     return carry
 
   folding.loop(fold, write)
 
 
 def _backward_kernel(settings, fold, keep_ref, x_ref, dy_ref, a_ref, c_ref,
-                     rows_ref, columns_ref, dx_ref, da_ref, dc_ref, sums_ref,
-                     dz_ref):
+                     columns_ref, dx_ref, da_ref, dc_ref, sums_ref, dz_ref):
   del c_ref
   folding.start_at_zero(da_ref, dc_ref)
   mean, inverse = folding.statistics(fold, x_ref, settings.eps)
-  keep = folding.of_rows(fold, keep_ref)
+  keep = folding.factors(fold, keep_ref)
 
   def du(lanes):
-    return keep * dy_ref[:, lanes].astype(F32)
-
-  def normalised(lanes):
-    return (x_ref[:, lanes].astype(F32) - mean) * inverse
+    return keep * folding.read(dy_ref, lanes)
 
   # P^T divides by the counts, then sums over windows.
-  _write_columns(settings, fold, sums_ref, lambda lanes: (
-      du(lanes) * rows_ref[...] * columns_ref[:, lanes]))
+  _write_columns(settings, fold, sums_ref, lambda lanes: _over_rows(
+      settings, du(lanes)) * columns_ref[:, lanes][None])
 
-  def differentiate(i, carry):
+  def differentiate(i, sums):
     lanes = folding.lanes_of(fold, i)
-    z, e = normalised(lanes), _window(settings, fold, sums_ref, i)
+    z = (folding.read(x_ref, lanes) - mean) * inverse
+    e = _window(settings, fold, sums_ref, i)
     if settings.subtract:
       e = e - du(lanes)
     else:
-      dc_ref[:, lanes] += du(lanes).sum(0, keepdims=True)
-    da_ref[:, lanes] += (e * z).sum(0, keepdims=True)
-    dz_ref[:, lanes] = e * a_ref[:, lanes]
-    return folding.add_moments(carry, dz_ref[:, lanes], z)
+      dc_ref[:, lanes] += du(lanes).sum(0)
+    da_ref[:, lanes] += (e * z).sum(0)
+    dz = e * a_ref[:, lanes][None]
+    dz_ref[:, :, lanes] = dz
+    return sums[0] + folding.total(dz), sums[1] + folding.total(dz * z)
 
-  moments = folding.loop(fold, differentiate, folding.no_moments(fold))
-  folding.write_norm_gradient(fold, moments, (mean, inverse), x_ref, dy_ref,
+  sums = folding.loop(fold, differentiate, (folding.zeros(fold),) * 2)
+  folding.write_norm_gradient(fold, sums, (mean, inverse), x_ref, dy_ref,
                               dz_ref, dx_ref)

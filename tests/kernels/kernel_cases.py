@@ -36,14 +36,16 @@ def parameters(channels, hidden, seed=0, bias=True):
   def kernel(*shape):
     return jnp.asarray(rng.normal(size=shape) / shape[0] ** 0.5, jnp.float32)
 
-  none = lambda values: values if bias else None  # noqa: E731
+  def optional(values):
+    return values if bias else None
+
   return {
       "norm_scale": vector(channels, 0.5, 1.5),
-      "norm_bias": none(vector(channels, -0.5, 0.5)),
+      "norm_bias": optional(vector(channels, -0.5, 0.5)),
       "kernel1": kernel(channels, hidden),
-      "bias1": none(vector(hidden, -0.5, 0.5)),
+      "bias1": optional(vector(hidden, -0.5, 0.5)),
       "kernel2": kernel(hidden, channels),
-      "bias2": none(vector(channels, -0.5, 0.5)),
+      "bias2": optional(vector(channels, -0.5, 0.5)),
       "layer_scale": vector(channels, 0.2, 0.8)}
 
 
@@ -98,12 +100,10 @@ def assert_same(kernel, modules, x, keep, p):
   Both are functions of (x, keep, parameters).
   """
   tolerance = TOLERANCES[str(x.dtype)]
-  exact = x.astype(jnp.float32)
-  y, pull = jax.vjp(lambda x, p: kernel(x, keep, p), x, p)
-  want, want_pull = jax.vjp(lambda x, p: modules(x, keep, p), exact, p)
-  dy = images(x.shape, x.dtype, seed=1)
-  dx, dp = jax.jit(pull)(dy)
-  want_dx, want_dp = jax.jit(want_pull)(dy.astype(jnp.float32))
+  exact, dy = x.astype(jnp.float32), images(x.shape, x.dtype, seed=1)
+  y, (dx, dp) = _differentiated(kernel, x, keep, p, dy)
+  want, (want_dx, want_dp) = _differentiated(modules, exact, keep, p,
+                                             dy.astype(jnp.float32))
   assert y.dtype == dx.dtype == x.dtype
   # The branches alone: beside x and dy they might be lost.
   _assert_close(y - exact, want - exact, tolerance, want)
@@ -115,8 +115,19 @@ def assert_same(kernel, modules, x, keep, p):
       continue
     assert dp[key].dtype == want.dtype, key
     # One that cancels is compared with a sum of as many random values.
-    _assert_close(dp[key], want, tolerance, want, least=(x.size / x.shape[-1])**0.5,
-                  name=key)
+    _assert_close(dp[key], want, tolerance, want,
+                  least=(x.size / x.shape[-1])**0.5, name=key)
+
+
+def _differentiated(branch, x, keep, p, dy):
+  """(y, (gradient of x, gradients of the parameters))."""
+
+  @jax.jit
+  def run(x, keep, p, dy):
+    y, pull = jax.vjp(lambda x, p: branch(x, keep, p), x, p)
+    return y, pull(dy)
+
+  return run(x, keep, p, dy)
 
 
 def _assert_close(got, want, tolerance, size, least=1e-3, name=""):
