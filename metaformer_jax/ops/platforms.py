@@ -1,4 +1,4 @@
-"""One function in two forms: for CPUs, and for everything else.
+"""One function in several forms: for CPUs, for TPUs, and for everything else.
 
 The platform is that which a program is compiled for: a TPU's program has no
 trace of the form for CPUs, even if it is compiled on a CPU.
@@ -15,8 +15,8 @@ Array = jax.Array
 
 
 def choose(cpu: Callable[..., Any] | None, default: Callable[..., Any],
-           *args: Any) -> Any:
-  """Calls `cpu` in a program for a CPU, else `default`.
+           *args: Any, tpu: Callable[..., Any] | None = None) -> Any:
+  """Calls `cpu` in a program for a CPU, `tpu` in a TPU's, else `default`.
 
   Differentiate around it, with `jax.custom_vjp`: the gradient of a choice keeps
   what either form needs.
@@ -25,11 +25,13 @@ def choose(cpu: Callable[..., Any] | None, default: Callable[..., Any],
     cpu: the form for CPUs; None if there is no other.
     default: the form for all other platforms; it counts as the function's cost
       (`models.cost`).
-    *args: arrays, the arguments of both.
+    *args: arrays, the arguments of all forms.
+    tpu: the form for TPUs; None if there is no other.
   """
-  if cpu is None:
+  forms = {name: form for name, form in (("cpu", cpu), ("tpu", tpu)) if form}
+  if not forms:
     return default(*args)
-  return lax.platform_dependent(*args, cpu=cpu, default=default)
+  return lax.platform_dependent(*args, default=default, **forms)
 
 
 class Forms(NamedTuple):

@@ -1,0 +1,1 @@
+"""TPU kernels, each beside the plain function that it must equal."""

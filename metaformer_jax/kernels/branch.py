@@ -1,0 +1,135 @@
+"""What the branches of a block share: their plain parts, and the choice.
+
+A branch is a function (settings, x, keep, *parameters) -> y, of x [B, H, W, C],
+keep float32 [B] and float32 parameters.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from metaformer_jax.ops import platforms
+
+Array = jax.Array
+
+
+def vector(values: Array | None, n: int, default: float) -> Array:
+  """A vector of n parameters in float32; None stands for the default."""
+  if values is None:
+    return jnp.full((n,), default, jnp.float32)
+  return values.astype(jnp.float32)
+
+
+def spread(values: Array, x: Array) -> Array:
+  """[C] to the shape and the dtype of x [..., C]; sums gradients in float32."""
+  return jnp.broadcast_to(values, x.shape).astype(x.dtype)
+
+
+def group_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+  """GroupNorm of one group over [B, H, W, C], in float32; in x's dtype."""
+  z = x.astype(jnp.float32)
+  z = z - z.mean((1, 2, 3), keepdims=True)
+  variance = jnp.square(z).mean((1, 2, 3), keepdims=True)
+  z = z * lax.rsqrt(variance + eps)
+  scale, bias = (jnp.broadcast_to(v, z.shape) for v in (scale, bias))
+  return (z * scale + bias).astype(x.dtype)
+
+
+def add(x: Array, y: Array, keep: Array, layer_scale: Array) -> Array:
+  """x + keep layer_scale y, rounded to the dtype after each step."""
+  y = (y * spread(layer_scale, y)).astype(jnp.float32)
+  return x + (y * keep[:, None, None, None]).astype(x.dtype)
+
+
+def differentiable(plain: Callable[..., Array], forward: Callable[..., Array],
+                   backward: Callable[..., tuple[Array, ...]],
+                   ) -> Callable[..., Array]:
+  """A branch that is `plain`, but in a program for a TPU two kernels.
+
+  Args:
+    plain: the branch.
+    forward: the same, by a kernel.
+    backward: (settings, dy, x, keep, *parameters) -> gradients of x and the
+      parameters, by a kernel.
+
+  Returns:
+    The branch; `settings.interpret` takes the kernels on any platform, and
+    `keep` has no gradient.
+  """
+
+  def plain_backward(settings, dy, x, keep, *parameters):
+    def branch(x, *parameters):
+      return plain(settings, x, keep, *parameters)
+
+    return jax.vjp(branch, x, *parameters)[1](dy)
+
+  @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+  def branch(settings, *args):
+    return _choose(settings, plain, forward, *args)
+
+  def fwd(settings, *args):
+    return branch(settings, *args), args
+
+  def bwd(settings, args, dy):
+    dx, *gradients = _choose(settings, plain_backward, backward, dy, *args)
+    return dx, jnp.zeros_like(args[1]), *gradients
+
+  branch.defvjp(fwd, bwd)
+  return branch
+
+
+def mesh() -> AbstractMesh | None:
+  """The context's mesh, over whose axes the batch is split.
+
+  A compiler cannot split a kernel. `jax.sharding.use_abstract_mesh` sets the
+  mesh; None for one device, and where the batch is split already.
+  """
+  found = jax.sharding.get_abstract_mesh()
+  return None if found.empty or found.size == 1 or found.manual_axes else found
+
+
+def local_shape(shape: Sequence[int]) -> tuple[int, ...] | None:
+  """Of the images [B, H, W, C] of one device; None if they cannot be split."""
+  n_devices = 1 if mesh() is None else mesh().size
+  if shape[0] % n_devices:
+    return None
+  return shape[0] // n_devices, *shape[1:]
+
+
+def _choose(settings: Any, plain: Callable[..., Any],
+            kernel: Callable[..., Any], *args: Array) -> Any:
+  plain, kernel = (functools.partial(fn, settings) for fn in (plain, kernel))
+  if settings.mesh is not None:
+    kernel = _split(kernel, settings.mesh, args)
+  if settings.interpret:
+    return kernel(*args)
+  return platforms.choose(None, plain, *args, tpu=kernel)
+
+
+def _split(kernel, devices, args):
+  """Runs a kernel on each device's images; sums the parameters' gradients.
+
+  The images come first among the arguments, then keep.
+  """
+  axes, whole = P(devices.axis_names), P()
+  n_images = sum(v.ndim == 4 for v in args)
+  backward = n_images == 2
+
+  def local(*args):
+    out = kernel(*args)
+    if not backward:
+      return out
+    dx, *gradients = out
+    return dx, *lax.psum(gradients, devices.axis_names)
+
+  n_parameters = len(args) - n_images - 1
+  specs = (*(axes,) * (n_images + 1), *(whole,) * n_parameters)
+  return jax.shard_map(
+      local, mesh=devices, in_specs=specs, check_vma=False,
+      out_specs=(axes, *(whole,) * n_parameters) if backward else axes)

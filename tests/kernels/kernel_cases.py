@@ -1,0 +1,137 @@
+"""Both branches, by the kernels and by the modules of a block."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaformer_jax.kernels import mlp, pooling
+from metaformer_jax.models import layers, mixers, norms
+
+EPS = 1e-3
+# Of the largest value. In bfloat16 both are compared with the modules in
+# float32. A rounding is 2^-9 of a value; the kernel rounds the operands of its
+# products and its results, and sums in float32.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+def images(shape, dtype, seed=0):
+  """Of different means and deviations, rounded to the dtype."""
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=shape) * rng.uniform(0.5, 2, (shape[0], 1, 1, 1))
+  return jnp.asarray(x + rng.normal(size=(shape[0], 1, 1, 1)), dtype)
+
+
+def keep(n, rate=0.25):
+  """Drop path's factors: the first image's branch is dropped."""
+  return jnp.where(jnp.arange(n) == 0, 0, 1 / (1 - rate))
+
+
+def parameters(channels, hidden, seed=0, bias=True):
+  """Of a branch with an MLP: none is near 0 or 1; kernels keep the scale."""
+  rng = np.random.default_rng(seed)
+
+  def vector(n, low, high):
+    return jnp.asarray(rng.uniform(low, high, n), jnp.float32)
+
+  def kernel(*shape):
+    return jnp.asarray(rng.normal(size=shape) / shape[0] ** 0.5, jnp.float32)
+
+  def optional(values):
+    return values if bias else None
+
+  return {
+      "norm_scale": vector(channels, 0.5, 1.5),
+      "norm_bias": optional(vector(channels, -0.5, 0.5)),
+      "kernel1": kernel(channels, hidden),
+      "bias1": optional(vector(hidden, -0.5, 0.5)),
+      "kernel2": kernel(hidden, channels),
+      "bias2": optional(vector(channels, -0.5, 0.5)),
+      "layer_scale": vector(channels, 0.2, 0.8)}
+
+
+def pooling_parameters(channels, seed=0, bias=True):
+  whole = parameters(channels, 1, seed, bias)
+  return {key: whole[key] for key in ("norm_scale", "norm_bias", "layer_scale")}
+
+
+def _normed(x, p, dtype):
+  given = {"scale": p["norm_scale"], "bias": p["norm_bias"]}
+  return norms.GroupNorm(EPS, p["norm_bias"] is not None, dtype=dtype).apply(
+      {"params": given}, x)
+
+
+def _add(x, y, keep, p, dtype):
+  if p["layer_scale"] is not None:
+    y = layers.Scale(1.0, dtype=dtype).apply(
+        {"params": {"scale": p["layer_scale"]}}, y)
+  return x + y * keep[:, None, None, None].astype(y.dtype)
+
+
+def pooling_modules(x, keep, p, size, subtract=True):
+  """The branch as `models.metaformer` has it; computed in the dtype of x."""
+  mixer = mixers.Pooling(dim=x.shape[-1], pool_size=size,
+                         pool_subtract=subtract, dtype=x.dtype)
+  return _add(x, mixer.apply({}, _normed(x, p, x.dtype)), keep, p, x.dtype)
+
+
+def mlp_modules(x, keep, p, activation="gelu"):
+  """The branch as `models.metaformer` has it; computed in the dtype of x."""
+  module = layers.Mlp(p["kernel1"].shape[1], activation,
+                      p["bias1"] is not None, dtype=x.dtype)
+  variables = {"params": {f"fc{i}": {"kernel": p[f"kernel{i}"],
+                                     "bias": p[f"bias{i}"]} for i in (1, 2)}}
+  y = module.apply(variables, _normed(x, p, x.dtype))
+  return _add(x, y, keep, p, x.dtype)
+
+
+def pooling_kernel(x, keep, p, size, subtract=True, interpret=True):
+  return pooling.pooling_branch(x, keep, **p, size=size, subtract=subtract,
+                                eps=EPS, interpret=interpret)
+
+
+def mlp_kernel(x, keep, p, activation="gelu", interpret=True):
+  return mlp.mlp_branch(x, keep, **p, activation=activation, eps=EPS,
+                        interpret=interpret)
+
+
+def assert_same(kernel, modules, x, keep, p):
+  """Values and all gradients of the kernel are those of the modules in float32.
+
+  Both are functions of (x, keep, parameters).
+  """
+  tolerance = TOLERANCES[str(x.dtype)]
+  exact, dy = x.astype(jnp.float32), images(x.shape, x.dtype, seed=1)
+  y, (dx, dp) = _differentiated(kernel, x, keep, p, dy)
+  want, (want_dx, want_dp) = _differentiated(modules, exact, keep, p,
+                                             dy.astype(jnp.float32))
+  assert y.dtype == dx.dtype == x.dtype
+  # The branches alone: beside x and dy they might be lost.
+  _assert_close(y - exact, want - exact, tolerance, want)
+  _assert_close(dx - dy.astype(jnp.float32),
+                want_dx - dy.astype(jnp.float32), tolerance, want_dx)
+  for key, want in want_dp.items():
+    if want is None:
+      assert dp[key] is None
+      continue
+    assert dp[key].dtype == want.dtype, key
+    # One that cancels is compared with a sum of as many random values.
+    _assert_close(dp[key], want, tolerance, want,
+                  least=(x.size / x.shape[-1])**0.5, name=key)
+
+
+def _differentiated(branch, x, keep, p, dy):
+  """(y, (gradient of x, gradients of the parameters))."""
+
+  @jax.jit
+  def run(x, keep, p, dy):
+    y, pull = jax.vjp(lambda x, p: branch(x, keep, p), x, p)
+    return y, pull(dy)
+
+  return run(x, keep, p, dy)
+
+
+def _assert_close(got, want, tolerance, size, least=1e-3, name=""):
+  largest = np.abs(np.asarray(size, np.float32)).max(initial=least)
+  np.testing.assert_allclose(
+      np.asarray(got, np.float32) / largest, np.asarray(want) / largest,
+      rtol=0, atol=tolerance, err_msg=name)

@@ -1,0 +1,122 @@
+"""What the kernels' grids cost, and that they fit and compile for a TPU."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import kernel_cases as cases
+import pytest
+from jax.extend import core as extend_core
+from jax.sharding import SingleDeviceSharding
+
+from metaformer_jax.kernels import folding, grid, mlp, pooling
+from metaformer_jax.models import poolformer
+from metaformer_jax.preflight import topologies
+
+# The stages of every PoolFormer at 224 pixels: side, channels.
+STAGES = sorted({(56 >> i, dim) for size in poolformer.SIZES.values()
+                 for i, dim in enumerate(size["dims"])})
+
+
+def pallas_calls(jaxpr):
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "pallas_call":
+      yield eqn.params
+    else:
+      for inner in extend_core.jaxprs_in_params(eqn.params):
+        yield from pallas_calls(getattr(inner, "jaxpr", inner))
+
+
+def moved_bytes(call):
+  """Walks over the grid: a block is moved when its index changes."""
+  n_steps, = call["grid_mapping"].grid
+  total = 0
+  for mapping in call["grid_mapping"].block_mappings:
+    index, before = mapping.index_map_jaxpr, None
+    block = [b.block_size for b in mapping.block_shape]
+    rows, lanes = (-(-n // tile) for n, tile in zip(block[-2:], (8, 128)))
+    n_bytes = (math.prod(block[:-2]) * rows * lanes * 1024
+               * mapping.array_aval.dtype.itemsize)
+    for step in range(n_steps):
+      place = jax.core.eval_jaxpr(index.jaxpr, index.consts, step)
+      total += n_bytes * (place != before)
+      before = place
+  return total
+
+
+def branches(shape, dtype):
+  """Both branches as functions of (x, parameters), and the parameters."""
+  channels = shape[-1]
+  keep = jnp.ones(shape[0])
+  return (
+      (lambda x, p: cases.pooling_kernel(x, keep, p, 3, interpret=False),
+       cases.pooling_parameters(channels)),
+      (lambda x, p: cases.mlp_kernel(x, keep, p, interpret=False),
+       cases.parameters(channels, 4 * channels)))
+
+
+def gradient(branch):
+  def both(x, dy, p):
+    y, pull = jax.vjp(branch, x, p)
+    return y, pull(dy)
+
+  return both
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("side,channels", STAGES)
+def test_the_cost_is_what_the_grid_moves(side, channels, dtype):
+  x = jax.ShapeDtypeStruct((24, side, side, channels), dtype)
+  n_pixels = math.prod(x.shape[:3])
+  products = []
+  for branch, p in branches(x.shape, dtype):
+    traced = jax.make_jaxpr(gradient(branch))(x, x, p)
+    calls = list(pallas_calls(traced.jaxpr))
+    assert len(calls) == 2
+    for call in calls:
+      cost = call["cost_estimate"]
+      assert cost.bytes_accessed == moved_bytes(call)
+      assert cost.bytes_accessed > 2 * x.size * x.dtype.itemsize
+      products.append(cost.flops / (n_pixels * 8 * channels**2))
+  # Backward: the hidden activations again, and two gradients of each product.
+  assert products == [0, 0, 2, 5]
+
+
+@pytest.mark.parametrize("side,channels", STAGES)
+def test_every_stage_of_every_poolformer_fits(side, channels):
+  shape, dtype = (128, side, side, channels), jnp.bfloat16
+  assert pooling.problem(shape, dtype, 3) is None
+  assert mlp.problem(shape, dtype, 4 * channels, "gelu") is None
+  fold = mlp.fold_of(shape)
+  call = mlp.backward_call(fold, dtype, 4 * channels)
+  # At least two blocks of x, dy and dx, the gradient of the normalised image in
+  # float32, both kernels and their gradients.
+  least = (3 * 2 * 2 + 4) * 8 * side**2 * channels + (2 + 4) * 8 * channels**2
+  assert least <= call.vmem_bytes() <= grid.VMEM
+  assert sum(call.inputs[1].block_bytes for _ in range(fold.n_steps)) == (
+      2 * math.prod(shape))
+
+
+def test_images_are_folded_and_unfolded():
+  x = cases.images((3, 4, 5, 6), "float32")
+  folded = folding.fold_images(x)
+  assert folded.shape == (4, 3, 30)
+  assert (folded[1, 2, 6 * 3 + 5] == x[2, 1, 3, 5]).all()
+  assert (folding.unfold_images(folded, x.shape) == x).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side,channels", STAGES)
+def test_every_stage_compiles_for_a_v5e(side, channels, monkeypatch):
+  """With the VMEM that is counted as the kernels' limit."""
+  for key, value in topologies.ENVIRONMENT.items():
+    monkeypatch.setenv(key, value)
+  device, = topologies.devices(topologies.parse("v5e-1"))
+  placed = SingleDeviceSharding(device)
+  shape = (16, side, side, channels)
+  for branch, p in branches(shape, jnp.bfloat16):
+    x, p = jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=placed),
+        (jax.ShapeDtypeStruct(shape, jnp.bfloat16), p))
+    compiled = jax.jit(gradient(branch)).lower(x, x, p).compile()
+    assert compiled.as_text().count('"tpu_custom_call"') == 2

@@ -1,0 +1,82 @@
+"""The kernels of the MLP branch, interpreted, against the modules."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import kernel_cases as cases
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from metaformer_jax.kernels import mlp
+
+
+def assert_same(shape, hidden, dtype="float32", activation="gelu", bias=True,
+                **changes):
+  p = cases.parameters(shape[-1], hidden, bias=bias) | changes
+  kernel, modules = (
+      functools.partial(branch, activation=activation)
+      for branch in (cases.mlp_kernel, cases.mlp_modules))
+  cases.assert_same(kernel, modules, cases.images(shape, dtype),
+                    cases.keep(shape[0]), p)
+
+
+@pytest.mark.parametrize("shape,hidden,activation", [
+    ((3, 7, 9, 24), 40, "gelu"), ((2, 14, 13, 16), 64, "relu"),
+    ((4, 1, 1, 8), 8, "squared_relu")])
+def test_any_shape_and_activation(shape, hidden, activation):
+  assert_same(shape, hidden, activation=activation)
+
+
+@pytest.mark.parametrize("shape,hidden,dtype", [
+    ((16, 30, 2, 64), 640, "float32"), ((8, 4, 2, 320), 256, "bfloat16"),
+    pytest.param((16, 7, 3, 128), 640, "bfloat16", marks=pytest.mark.slow),
+    pytest.param((8, 14, 2, 320), 1280, "float32", marks=pytest.mark.slow),
+    pytest.param((8, 28, 8, 96), 384, "bfloat16", marks=pytest.mark.slow)])
+def test_groups_of_columns_and_parts_of_the_hidden_channels(shape, hidden,
+                                                            dtype):
+  assert_same(shape, hidden, dtype)
+
+
+def test_without_biases_and_layer_scale():
+  assert_same((2, 5, 6, 8), 24, bias=False, layer_scale=None)
+
+
+def test_an_image_that_is_not_finite_does_not_spread():
+  x = cases.images((4, 7, 6, 64), "float32").at[1, 3, 2, 5].set(np.nan)
+  y = cases.mlp_kernel(x, None, cases.parameters(64, 128))
+  assert np.isnan(y[1]).any()
+  assert np.isfinite(np.delete(y, 1, 0)).all()
+
+
+def test_other_platforms_compute_the_plain_form():
+  shape = (8, 7, 8, 64)
+  assert mlp.problem(shape, jnp.float32, 256, "gelu") is None
+  cases.assert_same(
+      functools.partial(cases.mlp_kernel, interpret=False), cases.mlp_modules,
+      cases.images(shape, "float32"), cases.keep(8), cases.parameters(64, 256))
+
+
+def test_what_does_not_fit_has_a_reason():
+  assert "images" in mlp.problem((3, 7, 8, 64), jnp.float32, 256, "gelu")
+  assert "lanes" in mlp.problem((8, 7, 7, 64), jnp.float32, 256, "gelu")
+  assert "hidden" in mlp.problem((8, 7, 8, 64), jnp.float32, 200, "gelu")
+  assert "silu" in mlp.problem((8, 7, 8, 64), jnp.float32, 256, "silu")
+  assert "VMEM" in mlp.problem((8, 8, 8, 2048), jnp.float32, 8192, "gelu")
+
+
+def test_devices_share_a_batch():
+  """Each runs the kernel on its images; gradients of parameters are summed."""
+  devices = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"))
+  x, keep = cases.images((8, 3, 4, 8), "float32"), cases.keep(8)
+  split = NamedSharding(devices, PartitionSpec(("data", "fsdp")))
+
+  def branch(x, keep, p):
+    with jax.sharding.use_abstract_mesh(devices.abstract_mesh):
+      return cases.mlp_kernel(x, keep, p)
+
+  cases.assert_same(branch, cases.mlp_modules, jax.device_put(x, split),
+                    jax.device_put(keep, split), jax.device_put(
+                        cases.parameters(8, 16),
+                        NamedSharding(devices, PartitionSpec())))
