@@ -23,6 +23,12 @@ class Compile:
       "dots: all of a block but its matrix products; block: the whole block",
       choices=("none", "dots", "block"))
 
+  kernels: str = option(
+      "xla", "metaformer: pallas: kernels for TPUs take the place of the "
+      "branches of a block that have one (pooling, and the MLP, after "
+      "GroupNorm), in training without masks; not yet measured on a TPU",
+      choices=("xla", "pallas"))
+
   def remat_of(self, n_stages: int) -> tuple[str, ...]:
     """`remat` for each of the stages.
 
@@ -50,10 +56,15 @@ class Compile:
              f"{settings.drop_rate}, as dropout in the blocks draws in each of "
              "them; nearest: False")
 
+    if self.kernels == "pallas" and settings.norm != "group_norm":
+      yield (f"kernels: pallas has no kernels for config.model.norm = "
+             f"{settings.norm!r}, only for group_norm; nearest: xla")
+
   def _check_unused(self, model, settings) -> Iterator[str]:
     family = next((name for name, cls in settings_lib.FAMILIES.items()
                    if isinstance(settings, cls)), "a user's own")
-    for key, default in (("scan", False), ("remat", ("none",))):
+    for key, default in (("scan", False), ("remat", ("none",)),
+                         ("kernels", "xla")):
       value = getattr(self, key)
       if value != default:
         yield (f"{key}: {value} is for models of the family metaformer, and "

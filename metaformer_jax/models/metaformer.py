@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from metaformer_jax.models import (
   compiling,
+  fused,
   layers,
   mixers,
   norms,
@@ -32,6 +33,7 @@ class MetaFormerBlock(parts.MetaFormerBlock, nn.Module):
     layer_scale_init, res_scale_init: initial values of the vectors that scale
       the branches and the shortcuts; 0 for none.
     drop_path_rate: probability of dropping a branch.
+    kernels: "pallas" for the branches that have a kernel (`fused`), else "xla".
   """
 
   dim: int
@@ -39,23 +41,30 @@ class MetaFormerBlock(parts.MetaFormerBlock, nn.Module):
   norm: Callable[..., nn.Module] = norms.GroupNorm
   res_scale_init: float = 0.0
   drop_path_rate: float = 0.0
+  kernels: str = "xla"
   dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
     norm1, mixer, norm2 = (
-        functools.partial(module, mask=mask, train=train) for module in (
-            self.norm(dtype=self.dtype, name="norm1"),
-            self.token_mixer(dim=self.dim, dtype=self.dtype,
-                             name="token_mixer"),
-            self.norm(dtype=self.dtype, name="norm2")))
-    mlp = functools.partial(layers.Mlp(
+        self.norm(dtype=self.dtype, name="norm1"),
+        self.token_mixer(dim=self.dim, dtype=self.dtype, name="token_mixer"),
+        self.norm(dtype=self.dtype, name="norm2"))
+    mlp = layers.Mlp(
         int(self.dim * self.mlp_ratio), self.activation, self.mlp_bias,
-        self.drop_rate, dtype=self.dtype, name="mlp"), train=train)
+        self.drop_rate, dtype=self.dtype, name="mlp")
+    also = {"mask": mask, "train": train}
+    kernel1 = fused.pooling(self, norm1, mixer, **also)
+    kernel2 = fused.mlp(self, norm2, **also) if self.mlp_ratio else None
+    norm1, mixer, norm2 = (
+        functools.partial(module, **also) for module in (norm1, mixer, norm2))
+    mlp = functools.partial(mlp, train=train)
     add1, add2 = (functools.partial(self._add, i, train=train) for i in (1, 2))
 
-    x = add1(x, mixer(norm1(x)))
-    return add2(x, mlp(norm2(x))) if self.mlp_ratio else x
+    x = kernel1(x) if kernel1 else add1(x, mixer(norm1(x)))
+    if not self.mlp_ratio:
+      return x
+    return kernel2(x) if kernel2 else add2(x, mlp(norm2(x)))
 
   def _add(self, i: int, x: jax.Array, y: jax.Array, *,
            train: bool) -> jax.Array:
@@ -114,7 +123,7 @@ class MetaFormer(settings.MetaFormer, layers.Features, nn.Module):
     drop_path_rate: of the last block; linear from 0 at the first.
     num_classes: outputs of the head; 0 for the pooled features.
     dtype: of the computation; None is float32. Parameters are float32.
-    compile: whether blocks are scanned or recomputed.
+    compile: whether blocks are scanned, recomputed, or kernels.
   """
 
   num_classes: int = 1000
@@ -139,7 +148,7 @@ class MetaFormer(settings.MetaFormer, layers.Features, nn.Module):
   def _stage(self, i: int, drop_path_rates: Sequence[float]) -> Stage:
     block = functools.partial(
         MetaFormerBlock, dim=self.dims[i], token_mixer=self._mixer(i),
-        norm=self._norm(), dtype=self.dtype,
+        norm=self._norm(), kernels=self.compile.kernels, dtype=self.dtype,
         res_scale_init=self.res_scale_init[i] if self.res_scale_init else 0.0,
         **self._shared(parts.MetaFormerBlock))
     return Stage(

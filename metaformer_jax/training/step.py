@@ -198,10 +198,12 @@ def build(cfg: Experiment, task: base.Task, mesh: Mesh,
   shardings = sharding.state_shardings(mesh, shapes, cfg.mesh)
 
   def step(state, batch, flags):
-    state, metrics = train_step(
-        state, batch, task=task, tx=tx, schedule=schedule, seed=cfg.seed,
-        ema_decay=cfg.train.ema_decay, accumulate=cfg.train.accumulate,
-        frozen=frozen)
+    # The mesh is for kernels, which a compiler cannot split.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      state, metrics = train_step(
+          state, batch, task=task, tx=tx, schedule=schedule, seed=cfg.seed,
+          ema_decay=cfg.train.ema_decay, accumulate=cfg.train.accumulate,
+          frozen=frozen)
     return state, metrics | notes(batch, flags)
 
   return Program(

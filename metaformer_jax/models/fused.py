@@ -1,0 +1,73 @@
+"""The branches of a training MetaFormer block as kernels, where there are any.
+
+A kernel is the whole branch, from the norm to the shortcut, and a function of
+its parameters; the modules of which it takes the place only name these. What
+has no kernel is None, and the block calls its modules. The kernels themselves
+take the plain form for sizes that do not fit, and on other chips than TPUs
+(`kernels`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from metaformer_jax.kernels import activations
+from metaformer_jax.kernels import mlp as mlp_kernel
+from metaformer_jax.kernels import pooling as pooling_kernel
+from metaformer_jax.models import layers, mixers, norms
+
+Branch = Callable[[jax.Array], jax.Array]
+
+
+def pooling(block: nn.Module, norm: nn.Module, mixer: nn.Module, *,
+            mask: jax.Array | None, train: bool) -> Branch | None:
+  """The first branch: x + s (mixer(norm(x))), of a block that is called.
+
+  Args:
+    block: a `MetaFormerBlock`.
+    norm, mixer: its modules "norm1" and "token_mixer".
+    mask: of the images; there are no kernels for padded ones.
+    train: whether it is a training step; there are no kernels for others.
+  """
+  if not (_has_kernels(block, norm, mask, train)
+          and type(mixer) is mixers.Pooling):
+    return None
+  return functools.partial(
+      _call, block, 1, functools.partial(
+          pooling_kernel.pooling_branch, size=mixer.pool_size,
+          subtract=mixer.pool_subtract, eps=norm.eps), ())
+
+
+def mlp(block: nn.Module, norm: nn.Module, *, mask: jax.Array | None,
+        train: bool) -> Branch | None:
+  """The second branch: x + s (mlp(norm(x))); arguments as of `pooling`."""
+  if not (_has_kernels(block, norm, mask, train) and not block.drop_rate
+          and block.activation in activations.ACTIVATIONS):
+    return None
+  fc1, fc2 = (block.get_variable("params", "mlp")[name]
+              for name in ("fc1", "fc2"))
+  return functools.partial(
+      _call, block, 2, functools.partial(
+          mlp_kernel.mlp_branch, activation=block.activation, eps=norm.eps),
+      (fc1["kernel"], fc1.get("bias"), fc2["kernel"], fc2.get("bias")))
+
+
+def _has_kernels(block, norm, mask, train) -> bool:
+  return (block.kernels == "pallas" and train and mask is None
+          and not block.is_initializing() and type(norm) is norms.GroupNorm
+          and block.residual and not block.res_scale_init)
+
+
+def _call(block: nn.Module, i: int, kernel: Callable[..., jax.Array],
+          inner: tuple[Any, ...], x: jax.Array) -> jax.Array:
+  """Calls the kernel of branch i, of which `inner` are the parameters."""
+  ones = jnp.ones(len(x), jnp.float32)
+  keep = layers.DropPath(block.drop_path_rate, name=f"drop_path{i}")(
+      ones, train=True)
+  norm = block.get_variable("params", f"norm{i}")
+  scale = block.get_variable("params", f"layer_scale{i}", {}).get("scale")
+  return kernel(x, keep, norm["scale"], norm.get("bias"), *inner, scale)
