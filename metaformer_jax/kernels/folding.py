@@ -71,8 +71,10 @@ class Fold(NamedTuple):
     """Bytes of a group in float32, with lanes on both sides."""
     return grid.padded_bytes((self.rows, self.group + 2 * pad), F32)
 
-  def problem(self) -> str | None:
+  def problem(self, dtype: DTypeLike) -> str | None:
     """Why blocks of this shape do not fit a TPU's tiles; None if they do."""
+    if dtype not in (jnp.float32, jnp.bfloat16):
+      return f"there is no kernel for {jnp.dtype(dtype)}"
     if self.n_images % grid.ROWS:
       return f"{self.shape[0]} images are not a multiple of {grid.ROWS}"
     if self.group % grid.LANES:

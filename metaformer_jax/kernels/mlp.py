@@ -59,7 +59,7 @@ def problem(shape: Sequence[int], dtype: DTypeLike, hidden: int,
             "lanes")
   fold = fold_of(shape)
   calls = (call(fold, dtype, hidden) for call in (forward_call, backward_call))
-  return fold.problem() or grid.too_large(*calls)
+  return fold.problem(dtype) or grid.too_large(*calls)
 
 
 def mlp_branch(x: Array, keep: Array | None, norm_scale: Array,

@@ -46,7 +46,7 @@ def problem(shape: Sequence[int], dtype: DTypeLike, size: int) -> str | None:
   """Why images [B, H, W, C] cannot use the kernels; None if they can."""
   fold = folding.of(shape)
   calls = (call(fold, dtype, size) for call in (forward_call, backward_call))
-  return fold.problem() or grid.too_large(*calls)
+  return fold.problem(dtype) or grid.too_large(*calls)
 
 
 def pooling_branch(x: Array, keep: Array | None, norm_scale: Array,

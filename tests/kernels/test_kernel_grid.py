@@ -10,7 +10,7 @@ from jax.extend import core as extend_core
 from jax.sharding import SingleDeviceSharding
 
 from metaformer_jax.kernels import folding, grid, mlp, pooling
-from metaformer_jax.models import poolformer
+from metaformer_jax.models import cost, poolformer
 from metaformer_jax.preflight import topologies
 
 # The stages of every PoolFormer at 224 pixels: side, channels.
@@ -74,10 +74,10 @@ def test_the_cost_is_what_the_grid_moves(side, channels, dtype):
     calls = list(pallas_calls(traced.jaxpr))
     assert len(calls) == 2
     for call in calls:
-      cost = call["cost_estimate"]
-      assert cost.bytes_accessed == moved_bytes(call)
-      assert cost.bytes_accessed > 2 * x.size * x.dtype.itemsize
-      products.append(cost.flops / (n_pixels * 8 * channels**2))
+      found = call["cost_estimate"]
+      assert found.bytes_accessed == moved_bytes(call)
+      assert found.bytes_accessed > 2 * x.size * x.dtype.itemsize
+      products.append(found.flops / (n_pixels * 8 * channels**2))
   # Backward: the hidden activations again, and two gradients of each product.
   assert products == [0, 0, 2, 5]
 
@@ -93,8 +93,7 @@ def test_every_stage_of_every_poolformer_fits(side, channels):
   # float32, both kernels and their gradients.
   least = (3 * 2 * 2 + 4) * 8 * side**2 * channels + (2 + 4) * 8 * channels**2
   assert least <= call.vmem_bytes() <= grid.VMEM
-  assert sum(call.inputs[1].block_bytes for _ in range(fold.n_steps)) == (
-      2 * math.prod(shape))
+  assert fold.n_steps * call.inputs[1].block_bytes == 2 * math.prod(shape)
 
 
 def test_images_are_folded_and_unfolded():
@@ -103,6 +102,24 @@ def test_images_are_folded_and_unfolded():
   assert folded.shape == (4, 3, 30)
   assert (folded[1, 2, 6 * 3 + 5] == x[2, 1, 3, 5]).all()
   assert (folding.unfold_images(folded, x.shape) == x).all()
+
+
+def test_only_a_tpus_program_has_the_kernels():
+  x = jax.ShapeDtypeStruct((8, 4, 4, 64), jnp.bfloat16)
+  for branch, p in branches(x.shape, x.dtype):
+    traced = jax.jit(gradient(branch)).trace(x, x, p)
+    for platforms, kernels in {("tpu",): 2, ("cpu",): 0, ("cuda",): 0,
+                               ("cpu", "tpu"): 2}.items():
+      text = traced.lower(lowering_platforms=platforms).as_text()
+      assert text.count("@tpu_custom_call") == kernels
+
+
+def test_costs_are_counted_of_the_plain_form():
+  x = jax.ShapeDtypeStruct((8, 4, 4, 64), jnp.bfloat16)
+  (_, _), (branch, p) = branches(x.shape, x.dtype)
+  macs = cost.count_macs(branch, x, p)
+  assert macs == cost.count_macs(lambda x, p: cases.mlp_modules(
+      x, jnp.ones(8), p), x, p) == 2 * 8 * 4 * 4 * 64 * 256
 
 
 @pytest.mark.slow

@@ -61,6 +61,7 @@ def test_other_platforms_compute_the_plain_form():
 def test_what_does_not_fit_has_a_reason():
   assert "images" in mlp.problem((3, 7, 8, 64), jnp.float32, 256, "gelu")
   assert "lanes" in mlp.problem((8, 7, 7, 64), jnp.float32, 256, "gelu")
+  assert "float16" in mlp.problem((8, 7, 8, 64), jnp.float16, 256, "gelu")
   assert "hidden" in mlp.problem((8, 7, 8, 64), jnp.float32, 200, "gelu")
   assert "silu" in mlp.problem((8, 7, 8, 64), jnp.float32, 256, "silu")
   assert "VMEM" in mlp.problem((8, 8, 8, 2048), jnp.float32, 8192, "gelu")

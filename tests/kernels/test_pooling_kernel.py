@@ -72,4 +72,5 @@ def test_other_platforms_compute_the_plain_form():
 def test_what_does_not_fit_has_a_reason():
   assert "images" in pooling.problem((3, 7, 8, 64), jnp.float32, 3)
   assert "lanes" in pooling.problem((8, 7, 7, 64), jnp.float32, 3)
+  assert "float16" in pooling.problem((8, 7, 8, 64), jnp.float16, 3)
   assert "VMEM" in pooling.problem((8, 256, 256, 64), jnp.float32, 3)
