@@ -22,8 +22,6 @@ from metaformer_jax.kernels import mlp, pooling
 from metaformer_jax.models import metaformer, mixers, poolformer
 from metaformer_jax.preflight import hlo
 
-KEYS = {"norm1": ("norm_scale", "norm_bias")}
-
 
 def plain_block(params, x, dtype):
   dim = x.shape[-1]

@@ -16,7 +16,8 @@ class Compile:
 
   scan: bool = option(
       False, "metaformer: the blocks of a stage are compiled once and run as a "
-      "loop, which compiles faster; no dropout in the blocks (model.drop_rate)")
+      "loop, which compiles faster, and needs more memory unless remat is dots "
+      "or block; no dropout in the blocks (model.drop_rate)")
   remat: tuple[str, ...] = option(
       ("none",), "metaformer: what the gradient computes again instead of "
       "keeping it in memory, one value for all stages or one for each: none; "

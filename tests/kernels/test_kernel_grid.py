@@ -63,8 +63,10 @@ def gradient(branch):
   return both
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("side,channels", STAGES)
+@pytest.mark.parametrize("side,channels,dtype", [
+    *((side, channels, jnp.bfloat16) for side, channels in STAGES[::3]),
+    *(pytest.param(side, channels, dtype, marks=pytest.mark.slow)
+      for dtype in (jnp.bfloat16, jnp.float32) for side, channels in STAGES)])
 def test_the_cost_is_what_the_grid_moves(side, channels, dtype):
   x = jax.ShapeDtypeStruct((24, side, side, channels), dtype)
   n_pixels = math.prod(x.shape[:3])
@@ -108,9 +110,8 @@ def test_only_a_tpus_program_has_the_kernels():
   x = jax.ShapeDtypeStruct((8, 4, 4, 64), jnp.bfloat16)
   for branch, p in branches(x.shape, x.dtype):
     traced = jax.jit(gradient(branch)).trace(x, x, p)
-    for platforms, kernels in {("tpu",): 2, ("cpu",): 0, ("cuda",): 0,
-                               ("cpu", "tpu"): 2}.items():
-      text = traced.lower(lowering_platforms=platforms).as_text()
+    for platform, kernels in {"tpu": 2, "cpu": 0, "cuda": 0}.items():
+      text = traced.lower(lowering_platforms=(platform,)).as_text()
       assert text.count("@tpu_custom_call") == kernels
 
 

@@ -22,7 +22,9 @@ def assert_same(shape, dtype="float32", size=3, subtract=True, **changes):
 
 @pytest.mark.parametrize("shape,size,subtract", [
     ((3, 7, 9, 24), 3, True), ((2, 14, 13, 16), 5, False),
-    ((4, 1, 1, 8), 3, True), ((2, 3, 2, 8), 9, False), ((2, 4, 5, 8), 1, True)])
+    ((4, 1, 1, 8), 3, True),
+    pytest.param((2, 3, 2, 8), 9, False, marks=pytest.mark.slow),
+    pytest.param((2, 4, 5, 8), 1, True, marks=pytest.mark.slow)])
 def test_any_shape_and_window(shape, size, subtract):
   assert_same(shape, size=size, subtract=subtract)
 

@@ -62,6 +62,7 @@ def test_eight_devices_train_the_same_in_either_form(sections):
     np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_form(tmp_path):
   """Stopped unrolled after two of four steps, ended scanned."""
   cfg = derived.fill(experiment(mesh={"data": 1}))
