@@ -118,7 +118,7 @@ OF_SEGMENTATION = [
     ("task.scale_range", {"task.scale_range": [2.0, 0.5]}),
     ("task.pool_sizes", {"task.pool_sizes": []}),
     ("task.eval_scales", {"task.eval_scales": []}),
-    ("task.class_names", {"task.class_names": ["sky"]}),
+    ("task.class_names", {"task.class_names": ["sky"], "task.num_classes": 2}),
     ("task.mixup", {"task.mixup": 0.1}),
     ("task.image_size", {"task.image_size": 224}),
     ("checkpoint.best_metric", {"checkpoint.best_metric": "top1"}),

@@ -10,6 +10,8 @@ from metaformer_jax.data import sources
 def fill(cfg: Experiment, files: bool) -> Experiment:
   """Fills in the number of the classes, and their names, if they are None.
 
+  Names that are given set the number, which the data must have.
+
   Args:
     cfg: an experiment whose task has `num_classes` and `class_names`.
     files: whether the data must be on this machine.
@@ -18,6 +20,8 @@ def fill(cfg: Experiment, files: bool) -> Experiment:
     ConfigError: the number is None, and the classes cannot be counted.
   """
   n, names = cfg.task.num_classes, cfg.task.class_names
+  if n is None and names is not None:
+    n = len(names)
   if n is None or (names is None and files):
     n, names = _count(cfg, n)
   return dataclasses.replace(cfg, task=dataclasses.replace(
