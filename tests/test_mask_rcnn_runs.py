@@ -50,6 +50,7 @@ def test_a_killed_run_ends_like_another(home, run):
   dense_runs.check_killed(home, run, "box_ap50")
 
 
+@pytest.mark.slow
 def test_evaluation_of_the_run(home, run):
   records = small_runs.records(run)
   for r in records:

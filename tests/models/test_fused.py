@@ -63,7 +63,9 @@ def counted(monkeypatch):
   return calls
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [
+    name if name != "hybrid" else pytest.param(name, marks=pytest.mark.slow)
+    for name in CASES])
 def test_kernels_give_what_the_modules_give(monkeypatch, name):
   overrides, n_kernels = CASES[name]
   if n_kernels is None:
