@@ -115,10 +115,12 @@ METRICS = {"epoch": 79.96, "learning_rate": 1e-3, "images_per_second": 12_345.0,
 
 @pytest.mark.parametrize("columns,lines", [
     (80, 24), (100, 30), (40, 10), (0, 0)])
-def test_lines_stay_above_a_bar_that_fits(columns, lines):
+def test_lines_stay_above_a_bar_that_fits(monkeypatch, columns, lines):
   """Also in a small window, and where the size is unknown."""
   terminal = terminals.Terminal(columns, lines)
   root = logging.getLogger()
+  # Others may write to streams that are closed: an error on the terminal.
+  monkeypatch.setattr(root, "handlers", [])
   with terminals.stderr_on(terminal):
     handler = logging.StreamHandler()
     root.addHandler(handler)
