@@ -6,6 +6,9 @@ import numpy as np
 
 from metaformer_jax.tasks import base
 
+# Of the training split: the learning rate depends on it, the cost does not.
+N_EXAMPLES = 1_281_167
+
 # Objects of an image of a detection batch.
 _N_OBJECTS = 8
 

@@ -21,9 +21,6 @@ from metaformer_jax.runtime import devices, sharding
 from metaformer_jax.tasks import base
 from metaformer_jax.training import state as state_lib
 
-# The learning rate depends on the number of examples, the program does not.
-_N_EXAMPLES = 1_281_167
-
 
 class Traffic(NamedTuple):
   """The bytes that an instruction reads and writes.
@@ -89,7 +86,7 @@ def measure(cfg: Experiment, mode: str,
 
 def _train(cfg: Experiment, task: base.Task, mesh: Mesh):
   """The step of a run, and the shapes of its arguments."""
-  lowered, *_ = compilation.lower_steps(cfg, task, mesh, _N_EXAMPLES)
+  lowered, *_ = compilation.lower_steps(cfg, task, mesh, batches.N_EXAMPLES)
   return lowered.program.step, lowered.arguments
 
 

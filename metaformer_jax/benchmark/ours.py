@@ -27,9 +27,6 @@ from metaformer_jax.tasks import base
 from metaformer_jax.training import state as state_lib
 from metaformer_jax.training import step as step_lib
 
-# The learning rate depends on the number of examples, the time does not.
-_N_EXAMPLES = 1_281_167
-
 # Calls that are profiled.
 _TRACED = 3
 
@@ -116,7 +113,7 @@ class Program:
 
 def _train(cfg: Experiment, task: base.Task, mesh: Mesh):
   """The step of a run, its state, and its other arguments."""
-  program = step_lib.build(cfg, task, mesh, _N_EXAMPLES)
+  program = step_lib.build(cfg, task, mesh, batches.N_EXAMPLES)
   state = jax.jit(program.create, out_shardings=program.shardings)()
   batch = batches.training(task, cfg.train.batch_size,
                            getattr(cfg.task, "num_classes", None))
