@@ -1,7 +1,7 @@
 """What a kernel's grid costs: HBM traffic, VMEM, and the call itself.
 
-A grid has one axis. At each step an array is a block that moves along the
-array's last axis but one, or the whole array, which stays.
+A grid has one axis. At each step an array is a block that moves along one of
+the array's axes, or the whole array, which stays.
 """
 
 import dataclasses
@@ -37,16 +37,20 @@ class Array(NamedTuple):
     rows: of the block that moves with the step; None for the whole array at
       every step.
     scalars: whether it lies in the memory of scalars, SMEM.
+    axis: along which the block moves, and of which `rows` are.
   """
 
   shape: tuple[int, ...]
   dtype: DTypeLike = jnp.float32
   rows: int | None = None
   scalars: bool = False
+  axis: int = -2
 
   @property
   def block(self) -> tuple[int, ...]:
-    return (*self.shape[:-2], self.rows or self.shape[-2], self.shape[-1])
+    shape = list(self.shape)
+    shape[self.axis] = self.rows or shape[self.axis]
+    return tuple(shape)
 
   @property
   def block_bytes(self) -> int:
@@ -65,8 +69,9 @@ class Array(NamedTuple):
 
   def index(self, step: Any) -> tuple[Any, ...]:
     """Which block the array is at a step."""
-    place = 0 if self.rows is None else step
-    return (*(0,) * (len(self.shape) - 2), place, 0)
+    place = [0] * len(self.shape)
+    place[self.axis] = 0 if self.rows is None else step
+    return tuple(place)
 
   def spec(self) -> pl.BlockSpec:
     if self.scalars:

@@ -165,7 +165,10 @@ class MetaFormer(settings.MetaFormer, layers.Features, nn.Module):
     mixer = layers.lookup(mixers.MIXERS, "token mixer", name)
     if mixer not in mixers.MIXERS.values():  # A user's own.
       return mixer
-    return functools.partial(mixer, **self._shared(mixer))
+    given = self._shared(mixer)
+    if mixer is mixers.Attention:
+      given["kernels"] = self.compile.kernels
+    return functools.partial(mixer, **given)
 
   def _shared(self, cls: Callable[..., Any]) -> dict[str, Any]:
     """The hyper-parameters that a dataclass has too, by name."""

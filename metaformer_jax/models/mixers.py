@@ -13,8 +13,9 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from metaformer_jax.kernels import attention as attention_kernel
 from metaformer_jax.models import layers, parts
-from metaformer_jax.ops import pooling
+from metaformer_jax.ops import attention, pooling
 
 MixerFactory = Callable[..., nn.Module]
 
@@ -122,34 +123,19 @@ class SepConv(parts.Convolution, parts.Activation, nn.Module):
                         kernel_init=layers.trunc_normal_02, name="pwconv2")(x)
 
 
-def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, *,
-                          mask: jax.Array | None = None) -> jax.Array:
-  """softmax(q k^T / sqrt(D)) v, the softmax in float32.
-
-  Args:
-    q: [B, queries, heads, D].
-    k, v: [B, keys, heads, D].
-    mask: [B, keys], false for keys to ignore.
-  """
-  scale = q.shape[-1] ** -0.5
-  logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k,
-                      preferred_element_type=jnp.float32)
-  if mask is not None:
-    valid = mask[:, None, None, :].astype(bool)
-    logits = jnp.where(valid, logits, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-
-
 class Attention(parts.Attention, nn.Module):
   """Multi-head self-attention over all pixels; memory grows as (H W)^2.
 
   Heads have `head_dim` channels, and there is at least one; queries, keys and
   values have no bias (official code of both papers). Padding is ignored.
+
+  Attributes:
+    kernels: "pallas" for a kernel in training without masks, else "xla".
   """
 
   dim: int
   head_dim: int = 32
+  kernels: str = "xla"
   dtype: DTypeLike | None = None
 
   @nn.compact
@@ -159,11 +145,12 @@ class Attention(parts.Attention, nn.Module):
     qkv = layers.Dense(3 * n_heads * self.head_dim, use_bias=False,
                        dtype=self.dtype, kernel_init=layers.trunc_normal_02,
                        name="qkv")(x)
-    # The output channels are ordered (q k v, head, channel of the head).
-    qkv = qkv.reshape(b, h * w, 3, n_heads, self.head_dim)
-    y = dot_product_attention(
-        qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2],
-        mask=None if mask is None else mask.reshape(b, h * w))
+    qkv = qkv.reshape(b, h * w, -1)
+    if self.kernels == "pallas" and train and mask is None:
+      y = attention_kernel.self_attention(qkv, n_heads)
+    else:
+      y = attention.self_attention(
+          qkv, n_heads, mask=None if mask is None else mask.reshape(b, h * w))
     return layers.Dense(self.dim, use_bias=self.attention_proj_bias,
                         dtype=self.dtype, kernel_init=layers.trunc_normal_02,
                         name="proj")(y.reshape(b, h, w, -1))

@@ -16,12 +16,12 @@ from jax.typing import DTypeLike
 
 from metaformer_jax.models import (
   layers,
-  mixers,
   norms,
   parts,
   positions,
   settings,
 )
+from metaformer_jax.ops import attention
 
 
 class Attention(nn.Module):
@@ -73,7 +73,7 @@ class Attention(nn.Module):
     kv = kv.reshape(b, -1, 2, self.n_heads, dim // self.n_heads)
     if mask is not None:
       mask = mask.reshape(b, -1).astype(bool)
-    y = mixers.dot_product_attention(
+    y = attention.dot_product_attention(
         q.reshape(b, n, self.n_heads, -1), kv[:, :, 0], kv[:, :, 1], mask=mask)
     if mask is not None:
       # An image on a canvas that is too small to reduce has no keys: zeros.

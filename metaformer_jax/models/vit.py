@@ -13,7 +13,8 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from metaformer_jax.models import layers, mixers, norms, positions, settings
+from metaformer_jax.models import layers, norms, positions, settings
+from metaformer_jax.ops import attention
 
 
 class Attention(nn.Module):
@@ -28,17 +29,14 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
-    b, n, dim = x.shape
+    dim = x.shape[-1]
     if dim % self.n_heads:
       raise ValueError(f"{self.n_heads} heads do not divide {dim} channels")
     qkv = layers.Dense(3 * dim, dtype=self.dtype,
                        kernel_init=layers.trunc_normal_02, name="qkv")(x)
-    # The output channels are ordered (q k v, head, channel of the head).
-    q, k, v = jnp.moveaxis(
-        qkv.reshape(b, n, 3, self.n_heads, dim // self.n_heads), 2, 0)
-    y = mixers.dot_product_attention(q, k, v, mask=mask)
+    y = attention.self_attention(qkv, self.n_heads, mask=mask)
     y = layers.Dense(dim, dtype=self.dtype, kernel_init=layers.trunc_normal_02,
-                     name="proj")(y.reshape(b, n, dim))
+                     name="proj")(y)
     return nn.Dropout(self.drop_rate, name="drop")(y, deterministic=not train)
 
 
