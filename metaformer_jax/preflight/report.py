@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from metaformer_jax import imports
 from metaformer_jax.config.schema import Experiment
+from metaformer_jax.models import registry
 from metaformer_jax.preflight import search, topologies
 from metaformer_jax.preflight.compilation import Compiled
 
@@ -135,6 +137,7 @@ def host_memory(subject: Subject, compiled: Compiled) -> int:
 def warnings(subject: Subject, compiled: Compiled) -> Iterator[str]:
   """What would work, but slowly or with little to spare."""
   cfg, n = subject.cfg, subject.at_once
+  yield from _of_compile(subject, compiled)
   if n % search.LANES:
     yield (f"{n} images per device at once are not a multiple of "
            f"{search.LANES}; a TPU pads them to one")
@@ -160,6 +163,32 @@ def warnings(subject: Subject, compiled: Compiled) -> Iterator[str]:
     yield (f"config.mesh.fsdp is {subject.mesh['fsdp']}, but the whole state "
            f"is only {_size(compiled.checkpoint)}; with 1, parameters are not "
            "gathered")
+
+
+def _of_compile(subject: Subject, compiled: Compiled) -> Iterator[str]:
+  """What another `config.compile` would change."""
+  cfg = subject.cfg
+
+  def possible(**changes):
+    name = cfg.model.name
+    if name is None or imports.is_path(name):  # A user's own.
+      return False
+    settings = registry.get_spec(name).override(**cfg.model.overrides())
+    changed = dataclasses.replace(cfg.compile, **changes)
+    return not any(changed.check(name, settings))
+
+  keeps_all = "none" in cfg.compile.remat
+  if cfg.compile.scan and keeps_all:
+    yield ("config.compile.scan keeps about twice as much for the gradient, "
+           "unless config.compile.remat is ('dots',) or ('block',)")
+  elif not compiled.fits and keeps_all and possible(remat=("block",)):
+    yield ("config.compile.remat=('dots',) needs less memory, ('block',) "
+           "least, and a third more multiplications")
+  bound = bounds(subject.target, compiled) if compiled.fits else {}
+  if (bound and max(bound, key=bound.get) == "memory"
+      and cfg.compile.kernels == "xla" and possible(kernels="pallas")):
+    yield ("memory is the limit: config.compile.kernels=pallas moves fewer "
+           "bytes; the kernels were compiled for TPUs, not yet run on one")
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:

@@ -111,12 +111,12 @@ class Classification:
     cfg = self.cfg.task
     key_mix, key_erase, key_ops = jax.random.split(rng, 3)
     images = self._augmented(images, key_ops)
-    # Reversed while they are bytes: partners are on other devices.
-    examples, partners = (
-        (self._normalized(x), self._targets(y))
-        for x, y in ((images, labels), (images[::-1], labels[::-1])))
+    # Partners are found while images are bytes: they may be on other devices.
+    examples, others = (
+        (self._normalized(x), self._targets(y)) for x, y in (
+            (images, labels), map(mixing.partners, (images, labels))))
     images, targets = mixing.mixup_cutmix(
-        key_mix, examples, partners, mixup_alpha=cfg.mixup,
+        key_mix, examples, others, mixup_alpha=cfg.mixup,
         cutmix_alpha=cfg.cutmix, prob=cfg.mixup_prob,
         switch_prob=cfg.mixup_switch_prob)
     return mixing.random_erasing(key_erase, images, cfg.erasing), targets

@@ -11,12 +11,28 @@ import math
 import jax
 import jax.numpy as jnp
 
+_GROUP = 16  # Examples among which partners are chosen.
+
 
 def smooth_one_hot(labels: jax.Array, n_classes: int,
                    smoothing: float) -> jax.Array:
   """[B] -> [B, C]: s / C for every class, plus 1 - s for the label."""
   return (jax.nn.one_hot(labels, n_classes) * (1 - smoothing)
           + smoothing / n_classes)
+
+
+def partners(x: jax.Array) -> jax.Array:
+  """The examples to mix those of a batch with: [B, ...] -> [B, ...].
+
+  In timm, they are the batch reversed. Here, they are the examples half of a
+  group further, where a group is 16 in a row; the whole batch if it is not
+  divisible by 16. The order of a batch is random, so that all pairs are as
+  probable as in timm. A device with a multiple of 16 examples has all their
+  partners; and repetitions of an image, which come in a row, do not meet.
+  """
+  size = _GROUP if len(x) % _GROUP == 0 else len(x)
+  groups = x.reshape(-1, size, *x.shape[1:])
+  return jnp.roll(groups, -(size // 2), axis=1).reshape(x.shape)
 
 
 def blend(x: jax.Array, partners: jax.Array, lam: jax.Array) -> jax.Array:
@@ -58,7 +74,7 @@ def cutmix_weights(height: int, width: int, box: tuple[jax.Array, ...],
 
 @jax.named_scope("augment")
 def mixup_cutmix(rng: jax.Array, examples: tuple[jax.Array, jax.Array],
-                 partners: tuple[jax.Array, jax.Array], *, mixup_alpha: float,
+                 others: tuple[jax.Array, jax.Array], *, mixup_alpha: float,
                  cutmix_alpha: float, prob: float = 1.0,
                  switch_prob: float = 0.5) -> tuple[jax.Array, jax.Array]:
   """Mixes a batch with its partners; one lambda for the whole batch.
@@ -68,7 +84,7 @@ def mixup_cutmix(rng: jax.Array, examples: tuple[jax.Array, jax.Array],
   Args:
     rng: a key.
     examples: images, float [B, H, W, C], and targets [B, C], smoothed.
-    partners: likewise; in timm the batch reversed.
+    others: likewise, their `partners`.
     mixup_alpha, cutmix_alpha: lambda is Beta(alpha, alpha); 0: never.
     prob: probability that the batch is mixed.
     switch_prob: probability of cutmix where both are possible.
@@ -93,8 +109,8 @@ def mixup_cutmix(rng: jax.Array, examples: tuple[jax.Array, jax.Array],
   shares, lam = (
       jnp.where(do, jnp.where(cut, by_cutmix, lam), 1.0)
       for by_cutmix in (shares, kept))
-  return tuple(blend(x, partner, weight) for x, partner, weight in zip(
-      examples, partners, (shares[None, :, :, None], lam)))
+  return tuple(blend(x, other, weight) for x, other, weight in zip(
+      examples, others, (shares[None, :, :, None], lam)))
 
 
 def erasing_boxes(rng: jax.Array, n: int, height: int, width: int, *,

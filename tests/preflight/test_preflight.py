@@ -15,7 +15,9 @@ import pytest
 
 from metaformer_jax import tasks
 from metaformer_jax.config import resolve as config_lib
+from metaformer_jax.config.model import Model
 from metaformer_jax.config.schema import Data, Experiment, Mesh, Train
+from metaformer_jax.models.compiling import Compile
 from metaformer_jax.preflight import (
   compilation,
   hlo,
@@ -141,6 +143,12 @@ def with_batch(**train):
   return Experiment(data=Data(source="digits"), train=Train(**train))
 
 
+def with_model(name, **compile):
+  return dataclasses.replace(
+      cases.subject_of().cfg, model=Model(name=name),
+      compile=Compile(**compile))
+
+
 @pytest.mark.parametrize("subject,compiled,says", [
     ({"cfg": with_batch(batch_size=8 * 96)}, {}, "96 images per device"),
     ({}, {"needed": 15 * GIB}, "94% of the memory"),
@@ -148,6 +156,11 @@ def with_batch(**train):
         hlo.Collective("all-reduce", "bf16", 1, 2 * 10**7, 8),)},
      "devices in bfloat16"),
     ({"mesh": {"data": 1, "fsdp": 8}}, {}, "config.mesh.fsdp is 8"),
+    ({"cfg": with_model("poolformer_s12")},
+     {"fits": False, "accessed": None, "collectives": None},
+     "config.compile.remat=('dots',)"),
+    ({"cfg": with_model("poolformer_s12", scan=True)}, {}, "twice as much"),
+    ({"cfg": with_model("poolformer_s12")}, {}, "kernels=pallas"),
     ({}, {}, "config.model.dtype is float32")])
 def test_warnings(subject, compiled, says):
   found = list(report.warnings(
@@ -155,6 +168,16 @@ def test_warnings(subject, compiled, says):
   assert [w for w in found if says in w]
   usual = list(report.warnings(cases.subject_of(), cases.compiled_of()))
   assert len(usual) == 1  # About the dtype.
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_models_that_are_compiled_in_one_way_have_no_such_warnings(fits):
+  """ViT, a user's own, and what has all of it."""
+  for cfg in (with_model("deit_small_patch16_224"), with_model(None),
+              with_model("poolformer_s12", kernels="pallas", remat=("block",))):
+    found = report.warnings(cases.subject_of(cfg=cfg),
+                            cases.compiled_of(fits=fits))
+    assert not [w for w in found if "compile" in w]
 
 
 def test_a_report_of_what_does_not_fit_says_what_would():

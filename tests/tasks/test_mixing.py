@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaformer_jax.config import derived, schema, tasks
 from metaformer_jax.ops import images as image_ops
+from metaformer_jax.preflight import hlo
 from metaformer_jax.tasks import classification, mixing
 
 TIMM = np.load(
@@ -201,7 +202,8 @@ def test_the_loss_is_that_of_the_steps_in_order(case):
                                made.cfg.data.std)
   targets = mixing.smooth_one_hot(batch["label"], 10, 0.1)
   images, targets = mixing.mixup_cutmix(
-      key_mix, (images, targets), (images[::-1], targets[::-1]),
+      key_mix, (images, targets), [
+          jnp.concatenate([x[8:], x[:8]]) for x in (images, targets)],
       mixup_alpha=0.8, cutmix_alpha=1.0)
   images = mixing.random_erasing(key_erase, images, 0.25)
   logits = made.model.apply(variables, images, train=True)
@@ -216,12 +218,33 @@ def test_the_loss_is_that_of_the_steps_in_order(case):
     np.testing.assert_allclose(loss(made, *case)[0], bce, rtol=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 2, 7, 16, 24, 48])
+def test_each_example_has_one_partner(n):
+  found = np.asarray(mixing.partners(jnp.arange(n)))
+  assert sorted(found) == list(range(n))
+  if n > 2:
+    assert (np.abs(found - np.arange(n)) >= min(8, n // 2)).all()
+  if n % 2 == 0:
+    np.testing.assert_array_equal(found[found], np.arange(n))
+
+
+@pytest.mark.parametrize("n,local", [(16, True), (8, False)])
+def test_partners_are_on_the_same_device(n, local):
+  """Of 8 devices, if each has a multiple of 16 examples."""
+  mesh = Mesh(np.array(jax.devices()), ("data",))
+  split = NamedSharding(mesh, PartitionSpec("data"))
+  x = jax.device_put(np.arange(8 * n * 3).reshape(-1, 3), split)
+  compiled = jax.jit(mixing.partners, out_shardings=split).lower(x).compile()
+  assert local == (not hlo.Module(compiled.as_text()).collectives(8))
+  np.testing.assert_array_equal(compiled(x), mixing.partners(np.asarray(x)))
+
+
 @pytest.mark.slow
 def test_one_device_equals_eight(case):
-  """The partner is of the global batch reversed, wherever it lies."""
+  """The partner is of the global batch, wherever it lies."""
   variables, batch = case
   made = task(**RECIPE)
-  mesh = jax.make_mesh((8,), ("data",))
+  mesh = Mesh(np.array(jax.devices()), ("data",))
   split = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
   for seed in range(4):
     one, _ = loss(made, variables, batch, seed)
