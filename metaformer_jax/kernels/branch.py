@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from metaformer_jax.ops import platforms
+from metaformer_jax.ops import platforms, statistics
 
 Array = jax.Array
 
@@ -33,10 +33,7 @@ def spread(values: Array, x: Array) -> Array:
 
 def group_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
   """GroupNorm of one group over [B, H, W, C], in float32; in x's dtype."""
-  z = x.astype(jnp.float32)
-  z = z - z.mean((1, 2, 3), keepdims=True)
-  variance = jnp.square(z).mean((1, 2, 3), keepdims=True)
-  z = z * lax.rsqrt(variance + eps)
+  z = statistics.standardize(x, None, (1, 2, 3), eps)
   scale, bias = (jnp.broadcast_to(v, z.shape) for v in (scale, bias))
   return (z * scale + bias).astype(x.dtype)
 

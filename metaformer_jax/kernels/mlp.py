@@ -18,10 +18,13 @@ from jax import lax
 from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 
-from metaformer_jax.kernels import activations, branch, folding, grid
+from metaformer_jax.kernels import branch, folding, grid
+from metaformer_jax.ops import activations
 
 Array = jax.Array
 F32 = jnp.float32
+ACTIVATIONS = {"gelu": activations.GELU, "relu": activations.RELU,
+               "squared_relu": activations.SQUARED_RELU}
 # Pixels of a group, at most, if it can be.
 _PIXELS = 512
 # Bytes of the hidden activations in float32 that are computed at a time.
@@ -32,7 +35,7 @@ class Settings(NamedTuple):
   """What does not change with the data.
 
   Attributes:
-    activation: a name in `activations.ACTIVATIONS`.
+    activation: a name in `ACTIVATIONS`.
     eps: of the norm.
     interpret: whether the kernels run interpreted, on any platform.
     mesh: over whose axes the batch is split; None for one device.
@@ -52,7 +55,7 @@ def fold_of(shape: Sequence[int]) -> folding.Fold:
 def problem(shape: Sequence[int], dtype: DTypeLike, hidden: int,
             activation: str) -> str | None:
   """Why images [B, H, W, C] cannot use the kernels; None if they can."""
-  if activation not in activations.ACTIVATIONS:
+  if activation not in ACTIVATIONS:
     return f"there is no kernel with the activation {activation}"
   if hidden % grid.LANES:
     return (f"{hidden} hidden channels are not a multiple of {grid.LANES} "
@@ -80,7 +83,7 @@ def mlp_branch(x: Array, keep: Array | None, norm_scale: Array,
     kernel1, bias1: float32 [C, F] and [F]; None for no bias.
     kernel2, bias2: float32 [F, C] and [C]; None for no bias.
     layer_scale: float32 [C]; None for 1.
-    activation: a name in `activations.ACTIVATIONS`.
+    activation: a name in `ACTIVATIONS`.
     eps: of the norm.
     interpret: runs the kernels interpreted, for tests.
 
@@ -110,7 +113,7 @@ def plain(settings: Settings, x: Array, keep: Array, norm_scale: Array,
   n = branch.group_norm(x, norm_scale, norm_bias, settings.eps)
   h = n @ kernel1.astype(x.dtype)
   h = h + branch.spread(bias1, h)
-  g = activations.apply(settings.activation, h)
+  g = ACTIVATIONS[settings.activation].apply(h)
   y = g @ kernel2.astype(x.dtype)
   return branch.add(x, y + branch.spread(bias2, y), keep, layer_scale)
 
@@ -233,7 +236,7 @@ def _join(fold, pixels):
 
 def _forward_kernel(settings, fold, keep_ref, x_ref, scale_ref, bias_ref,
                     w1_ref, b1_ref, w2_ref, b2_ref, layer_scale_ref, y_ref):
-  value = activations.ACTIVATIONS[settings.activation].value
+  value = ACTIVATIONS[settings.activation].value
   mean, inverse = folding.statistics(fold, x_ref, settings.eps)
   keep = folding.factors(fold, keep_ref)
 
@@ -263,7 +266,7 @@ def _backward_kernel(settings, fold, keep_ref, x_ref, dy_ref, scale_ref,
   del b2_ref
   folding.start_at_zero(dscale_ref, dbias_ref, dw1_ref, db1_ref, raw2_ref,
                         du_ref)
-  both = activations.ACTIVATIONS[settings.activation].value_and_slope
+  both = ACTIVATIONS[settings.activation].value_and_slope
   mean, inverse = folding.statistics(fold, x_ref, settings.eps)
   keep = folding.factors(fold, keep_ref)
   dtype = x_ref.dtype

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from metaformer_jax.kernels import activations
 from metaformer_jax.kernels import mlp as mlp_kernel
 from metaformer_jax.kernels import pooling as pooling_kernel
 from metaformer_jax.models import layers, mixers, norms
@@ -46,7 +45,7 @@ def mlp(block: nn.Module, norm: nn.Module, *, mask: jax.Array | None,
         train: bool) -> Branch | None:
   """The second branch: x + s (mlp(norm(x))); arguments as of `pooling`."""
   if not (_has_kernels(block, norm, mask, train) and not block.drop_rate
-          and block.activation in activations.ACTIVATIONS):
+          and block.activation in mlp_kernel.ACTIVATIONS):
     return None
   fc1, fc2 = (block.get_variable("params", "mlp")[name]
               for name in ("fc1", "fc2"))
