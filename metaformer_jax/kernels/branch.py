@@ -31,17 +31,20 @@ def spread(values: Array, x: Array) -> Array:
   return jnp.broadcast_to(values, x.shape).astype(x.dtype)
 
 
-def group_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
-  """GroupNorm of one group over [B, H, W, C], in float32; in x's dtype."""
-  z = statistics.standardize(x, None, (1, 2, 3), eps)
+def norm(x: Array, scale: Array, bias: Array, axes: tuple[int, ...],
+         eps: float) -> Array:
+  """A norm with statistics over axes of x, in float32; in x's dtype."""
+  z = statistics.standardize(x, None, axes, eps)
   scale, bias = (jnp.broadcast_to(v, z.shape) for v in (scale, bias))
   return (z * scale + bias).astype(x.dtype)
 
 
-def add(x: Array, y: Array, keep: Array, layer_scale: Array) -> Array:
-  """x + keep layer_scale y, rounded to the dtype after each step."""
+def add(x: Array, y: Array, keep: Array, layer_scale: Array,
+        res_scale: Array) -> Array:
+  """res_scale x + keep layer_scale y, rounded to the dtype after each step."""
   y = (y * spread(layer_scale, y)).astype(jnp.float32)
-  return x + (y * keep[:, None, None, None]).astype(x.dtype)
+  y = (y * keep[:, None, None, None]).astype(x.dtype)
+  return x * spread(res_scale, x) + y
 
 
 def differentiable(plain: Callable[..., Array], forward: Callable[..., Array],
@@ -115,7 +118,7 @@ def _split(kernel, devices, args):
   The images come first among the arguments, then keep.
   """
   axes, whole = P(devices.axis_names), P()
-  n_images = sum(v.ndim == 4 for v in args)
+  n_images = sum(getattr(v, "ndim", 0) == 4 for v in args)
   backward = n_images == 2
 
   def local(*args):

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from metaformer_jax.models import settings as settings_lib
 from metaformer_jax.models.options import option
 
+# Of blocks whose branches have kernels.
+_NORMS = ("group_norm", "layer_norm")
+
 
 @dataclasses.dataclass(frozen=True)
 class Compile:
@@ -26,8 +29,9 @@ class Compile:
 
   kernels: str = option(
       "xla", "metaformer: pallas: kernels for TPUs take the place of the "
-      "branches of a block that have one (pooling, and the MLP, after "
-      "GroupNorm), in training without masks; not yet measured on a TPU",
+      "branches of a block that have one (pooling after GroupNorm; the MLP "
+      "after GroupNorm or LayerNorm), in training without masks; not yet "
+      "measured on a TPU",
       choices=("xla", "pallas"))
 
   def remat_of(self, n_stages: int) -> tuple[str, ...]:
@@ -57,9 +61,10 @@ class Compile:
              f"{settings.drop_rate}, as dropout in the blocks draws in each of "
              "them; nearest: False")
 
-    if self.kernels == "pallas" and settings.norm != "group_norm":
+    if self.kernels == "pallas" and settings.norm not in _NORMS:
       yield (f"kernels: pallas has no kernels for config.model.norm = "
-             f"{settings.norm!r}, only for group_norm; nearest: xla")
+             f"{settings.norm!r}, only for {' and '.join(_NORMS)}; nearest: "
+             "xla")
 
   def _check_unused(self, model, settings) -> Iterator[str]:
     family = next((name for name, cls in settings_lib.FAMILIES.items()

@@ -20,6 +20,8 @@ from metaformer_jax.kernels import pooling as pooling_kernel
 from metaformer_jax.models import layers, mixers, norms
 
 Branch = Callable[[jax.Array], jax.Array]
+# As the kernels name them.
+_NORMS = {norms.GroupNorm: "group_norm", norms.LayerNorm: "layer_norm"}
 
 
 def pooling(block: nn.Module, norm: nn.Module, mixer: nn.Module, *,
@@ -33,6 +35,7 @@ def pooling(block: nn.Module, norm: nn.Module, mixer: nn.Module, *,
     train: whether it is a training step; there are no kernels for others.
   """
   if not (_has_kernels(block, norm, mask, train)
+          and type(norm) is norms.GroupNorm
           and type(mixer) is mixers.Pooling):
     return None
   return functools.partial(
@@ -47,18 +50,20 @@ def mlp(block: nn.Module, norm: nn.Module, *, mask: jax.Array | None,
   if not (_has_kernels(block, norm, mask, train) and not block.drop_rate
           and block.activation in mlp_kernel.ACTIVATIONS):
     return None
-  fc1, fc2 = (block.get_variable("params", "mlp")[name]
-              for name in ("fc1", "fc2"))
+  fc1, act, fc2 = (block.get_variable("params", "mlp").get(name, {})
+                   for name in ("fc1", "act", "fc2"))
   return functools.partial(
       _call, block, 2, functools.partial(
-          mlp_kernel.mlp_branch, activation=block.activation, eps=norm.eps),
-      (fc1["kernel"], fc1.get("bias"), fc2["kernel"], fc2.get("bias")))
+          mlp_kernel.mlp_branch, norm=_NORMS[type(norm)],
+          activation=block.activation, eps=norm.eps),
+      (fc1["kernel"], fc1.get("bias"), act.get("scale"), act.get("bias"),
+       fc2["kernel"], fc2.get("bias")))
 
 
 def _has_kernels(block, norm, mask, train) -> bool:
   return (block.kernels == "pallas" and train and mask is None
-          and not block.is_initializing() and type(norm) is norms.GroupNorm
-          and block.residual and not block.res_scale_init)
+          and not block.is_initializing() and type(norm) in _NORMS
+          and block.residual)
 
 
 def _call(block: nn.Module, i: int, kernel: Callable[..., jax.Array],
@@ -68,5 +73,6 @@ def _call(block: nn.Module, i: int, kernel: Callable[..., jax.Array],
   keep = layers.DropPath(block.drop_path_rate, name=f"drop_path{i}")(
       ones, train=True)
   norm = block.get_variable("params", f"norm{i}")
-  scale = block.get_variable("params", f"layer_scale{i}", {}).get("scale")
-  return kernel(x, keep, norm["scale"], norm.get("bias"), *inner, scale)
+  scales = (block.get_variable("params", f"{name}_scale{i}", {}).get("scale")
+            for name in ("layer", "res"))
+  return kernel(x, keep, norm["scale"], norm.get("bias"), *inner, *scales)
