@@ -102,6 +102,20 @@ def local_shape(shape: Sequence[int]) -> tuple[int, ...] | None:
   return shape[0] // n_devices, *shape[1:]
 
 
+def problem(shape: Sequence[int],
+            of_images: Callable[[tuple[int, ...]], str | None]) -> str | None:
+  """Why a batch of this shape cannot use the kernels; None if it can.
+
+  Args:
+    shape: of all images, [B, H, W, C].
+    of_images: (shape of a device's images) -> why they cannot.
+  """
+  local = local_shape(shape)
+  if local is None:
+    return f"{shape[0]} images cannot be divided among {mesh().size} devices"
+  return of_images(local)
+
+
 def _choose(settings: Any, plain: Callable[..., Any],
             kernel: Callable[..., Any], *args: Array) -> Any:
   plain, kernel = (functools.partial(fn, settings) for fn in (plain, kernel))

@@ -114,9 +114,9 @@ def mlp_branch(x: Array, keep: Array | None, norm_scale: Array,
           branch.vector(bias2, n, 0), branch.vector(layer_scale, n, 1),
           branch.vector(res_scale, n, 1))
   settings = Settings(norm, activation, eps, interpret, branch.mesh())
-  local = branch.local_shape(x.shape)
-  if not interpret and (local is None or problem(
-      local, x.dtype, hidden, activation, norm)):
+  of_images = functools.partial(problem, dtype=x.dtype, hidden=hidden,
+                                activation=activation, norm=norm)
+  if not interpret and branch.problem(x.shape, of_images):
     return plain(settings, *args)
   return _branch(settings, *args)
 

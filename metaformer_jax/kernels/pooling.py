@@ -84,8 +84,8 @@ def pooling_branch(x: Array, keep: Array | None, norm_scale: Array,
           branch.vector(norm_bias, n, 0), branch.vector(layer_scale, n, 1),
           branch.vector(res_scale, n, 1))
   settings = Settings(size, subtract, eps, interpret, branch.mesh())
-  local = branch.local_shape(x.shape)
-  if not interpret and (local is None or problem(local, x.dtype, size)):
+  of_images = functools.partial(problem, dtype=x.dtype, size=size)
+  if not interpret and branch.problem(x.shape, of_images):
     return plain(settings, *args)
   return _branch(settings, *args)
 

@@ -3,14 +3,65 @@
 It changes neither what a model computes, beyond rounding, nor its variables.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Iterator
 
+from metaformer_jax import errors
 from metaformer_jax.models import settings as settings_lib
 from metaformer_jax.models.options import option
 
 # Of blocks whose branches have kernels.
 _NORMS = ("group_norm", "layer_norm")
+
+
+@dataclasses.dataclass
+class Branches:
+  """Which branches of blocks are kernels, of what is traced for a TPU.
+
+  Attributes:
+    n_kernels: how many are.
+    others: those whose shape has no kernel, by the reason.
+  """
+
+  n_kernels: int = 0
+  others: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+  def note(self, name: str, problem: str | None) -> None:
+    """Counts a branch; `name` has its shape, and blocks alike have the same."""
+    if problem is None:
+      self.n_kernels += 1
+    elif name not in self.others.setdefault(problem, []):
+      self.others[problem].append(name)
+
+  def warnings(self) -> Iterator[str]:
+    """A line for each reason, with shapes [B, H, W, C] on a device."""
+    for problem, names in self.others.items():
+      yield ("config.compile.kernels: there is no kernel for "
+             f"{', '.join(names)}: {problem}")
+
+  def require(self) -> None:
+    """Raises a ConfigError if none of the branches is a kernel."""
+    if not self.n_kernels:
+      reason = "; ".join(self.others) or (
+          "they are for pooling after group_norm, and for MLPs after "
+          f"{' or '.join(_NORMS)}, with a shortcut, without dropout and padded "
+          "images")
+      raise errors.ConfigError(
+          "config.compile.kernels: pallas has no kernel for any branch of this "
+          f"model: {reason}; nearest: xla")
+
+
+_TRACED: contextvars.ContextVar[Branches | None] = contextvars.ContextVar(
+    "traced", default=None)
+
+
+def note(name: str, problem: str | None) -> None:
+  """Notes a branch that is being traced: `Branches.note`."""
+  branches = _TRACED.get()
+  if branches is not None:
+    branches.note(name, problem)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +94,16 @@ class Compile:
     for problem in self._check_number(n_stages):
       raise ValueError(problem)
     return self.remat * n_stages if len(self.remat) == 1 else self.remat
+
+  @contextlib.contextmanager
+  def traced(self) -> Iterator[Branches]:
+    """Gives the branches with `kernels` "pallas" that are traced within it."""
+    branches = Branches()
+    token = _TRACED.set(branches)
+    try:
+      yield branches
+    finally:
+      _TRACED.reset(token)
 
   def check(self, model: str,
             settings: settings_lib.Family | None) -> Iterator[str]:
