@@ -49,6 +49,13 @@ def problem(shape: Sequence[int], dtype: DTypeLike, n_heads: int) -> str | None:
                           for call in (forward_call, backward_call)))
 
 
+def problem_of_batch(shape: Sequence[int], dtype: DTypeLike,
+                     n_heads: int) -> str | None:
+  """As `problem`, of qkv of all devices."""
+  return branch.problem(
+      shape, functools.partial(problem, dtype=dtype, n_heads=n_heads))
+
+
 def self_attention(qkv: Array, n_heads: int, *,
                    interpret: bool = False) -> Array:
   """`ops.attention.self_attention`, by kernels in a program for a TPU.
@@ -64,8 +71,7 @@ def self_attention(qkv: Array, n_heads: int, *,
   Returns:
     [B, N, heads D], in the dtype of qkv.
   """
-  local = branch.local_shape(qkv.shape)
-  if not interpret and (local is None or problem(local, qkv.dtype, n_heads)):
+  if not interpret and problem_of_batch(qkv.shape, qkv.dtype, n_heads):
     return attention.self_attention(qkv, n_heads)
   return _attention(Settings(n_heads, interpret, branch.mesh()), qkv)
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from metaformer_jax.ops import platforms
+from metaformer_jax.ops import platforms, statistics
 
 Array = jax.Array
 
@@ -31,20 +31,20 @@ def spread(values: Array, x: Array) -> Array:
   return jnp.broadcast_to(values, x.shape).astype(x.dtype)
 
 
-def group_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
-  """GroupNorm of one group over [B, H, W, C], in float32; in x's dtype."""
-  z = x.astype(jnp.float32)
-  z = z - z.mean((1, 2, 3), keepdims=True)
-  variance = jnp.square(z).mean((1, 2, 3), keepdims=True)
-  z = z * lax.rsqrt(variance + eps)
+def norm(x: Array, scale: Array, bias: Array, axes: tuple[int, ...],
+         eps: float) -> Array:
+  """A norm with statistics over axes of x, in float32; in x's dtype."""
+  z = statistics.standardize(x, None, axes, eps)
   scale, bias = (jnp.broadcast_to(v, z.shape) for v in (scale, bias))
   return (z * scale + bias).astype(x.dtype)
 
 
-def add(x: Array, y: Array, keep: Array, layer_scale: Array) -> Array:
-  """x + keep layer_scale y, rounded to the dtype after each step."""
+def add(x: Array, y: Array, keep: Array, layer_scale: Array,
+        res_scale: Array) -> Array:
+  """res_scale x + keep layer_scale y, rounded to the dtype after each step."""
   y = (y * spread(layer_scale, y)).astype(jnp.float32)
-  return x + (y * keep[:, None, None, None]).astype(x.dtype)
+  y = (y * keep[:, None, None, None]).astype(x.dtype)
+  return x * spread(res_scale, x) + y
 
 
 def differentiable(plain: Callable[..., Array], forward: Callable[..., Array],
@@ -102,6 +102,20 @@ def local_shape(shape: Sequence[int]) -> tuple[int, ...] | None:
   return shape[0] // n_devices, *shape[1:]
 
 
+def problem(shape: Sequence[int],
+            of_images: Callable[[tuple[int, ...]], str | None]) -> str | None:
+  """Why a batch of this shape cannot use the kernels; None if it can.
+
+  Args:
+    shape: of all images, [B, H, W, C].
+    of_images: (shape of a device's images) -> why they cannot.
+  """
+  local = local_shape(shape)
+  if local is None:
+    return f"{shape[0]} images cannot be divided among {mesh().size} devices"
+  return of_images(local)
+
+
 def _choose(settings: Any, plain: Callable[..., Any],
             kernel: Callable[..., Any], *args: Array) -> Any:
   plain, kernel = (functools.partial(fn, settings) for fn in (plain, kernel))
@@ -118,7 +132,7 @@ def _split(kernel, devices, args):
   The images come first among the arguments, then keep.
   """
   axes, whole = P(devices.axis_names), P()
-  n_images = sum(v.ndim == 4 for v in args)
+  n_images = sum(getattr(v, "ndim", 0) == 4 for v in args)
   backward = n_images == 2
 
   def local(*args):

@@ -1,6 +1,6 @@
-"""A block's pooling branch: norm, pooling, LayerScale, drop path, shortcut.
+"""A block's pooling branch: norm, pooling, scales, drop path, shortcut.
 
-  y = x + keep s (P n - n),  n = scale (x - mean) / sqrt(var + eps) + bias
+  y = r x + keep s (P n - n),  n = scale (x - mean) / sqrt(var + eps) + bias
 
 P is the mean over the valid pixels of a window. Of an image, the kernel reads x
 and writes y; backward, it reads x and dy and writes dx.
@@ -14,10 +14,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 
-from metaformer_jax.kernels import branch, folding, grid
+from metaformer_jax.kernels import branch, folding, grid, norms
 from metaformer_jax.ops import pooling
 
 Array = jax.Array
@@ -45,15 +46,19 @@ class Settings(NamedTuple):
 def problem(shape: Sequence[int], dtype: DTypeLike, size: int) -> str | None:
   """Why images [B, H, W, C] cannot use the kernels; None if they can."""
   fold = folding.of(shape)
+  if fold.group % grid.LANES:
+    return (f"{shape[2]} pixels of {shape[3]} channels are not a multiple of "
+            f"{grid.LANES} lanes")
   calls = (call(fold, dtype, size) for call in (forward_call, backward_call))
   return fold.problem(dtype) or grid.too_large(*calls)
 
 
 def pooling_branch(x: Array, keep: Array | None, norm_scale: Array,
-                   norm_bias: Array | None, layer_scale: Array | None, *,
-                   size: int, subtract: bool = True, eps: float = 1e-5,
+                   norm_bias: Array | None, layer_scale: Array | None,
+                   res_scale: Array | None, *, size: int,
+                   subtract: bool = True, eps: float = 1e-5,
                    interpret: bool = False) -> Array:
-  """x + keep layer_scale (P n - n), by kernels in a program for a TPU.
+  """The branch after a GroupNorm, by kernels in a program for a TPU.
 
   Elsewhere, and for shapes that have a `problem`, it is `plain`.
 
@@ -64,7 +69,8 @@ def pooling_branch(x: Array, keep: Array | None, norm_scale: Array,
     norm_scale: float32 [C].
     norm_bias: float32 [C]; None for no bias. With `subtract`, it cancels: the
       kernel's gradient is 0, that of `plain` is rounding noise.
-    layer_scale: float32 [C]; None for 1.
+    layer_scale, res_scale: float32 [C], of the branch and of the shortcut; None
+      for 1.
     size: of a window, odd.
     subtract: whether n is subtracted from its mean.
     eps: of the norm.
@@ -75,23 +81,24 @@ def pooling_branch(x: Array, keep: Array | None, norm_scale: Array,
   """
   n = x.shape[-1]
   args = (x, branch.vector(keep, len(x), 1), branch.vector(norm_scale, n, 1),
-          branch.vector(norm_bias, n, 0), branch.vector(layer_scale, n, 1))
+          branch.vector(norm_bias, n, 0), branch.vector(layer_scale, n, 1),
+          branch.vector(res_scale, n, 1))
   settings = Settings(size, subtract, eps, interpret, branch.mesh())
-  local = branch.local_shape(x.shape)
-  if not interpret and (local is None or problem(local, x.dtype, size)):
+  of_images = functools.partial(problem, dtype=x.dtype, size=size)
+  if not interpret and branch.problem(x.shape, of_images):
     return plain(settings, *args)
   return _branch(settings, *args)
 
 
 def plain(settings: Settings, x: Array, keep: Array, norm_scale: Array,
-          norm_bias: Array, layer_scale: Array) -> Array:
+          norm_bias: Array, layer_scale: Array, res_scale: Array) -> Array:
   """The branch by XLA, rounded to the dtype of x as a block's modules do it."""
-  n = branch.group_norm(x, norm_scale, norm_bias, settings.eps)
+  n = branch.norm(x, norm_scale, norm_bias, norms.PerImage.axes, settings.eps)
   rows, columns = (_counts(n, settings.size) for n in x.shape[1:3])
   count = jnp.asarray(np.outer(rows, columns)[None, :, :, None], x.dtype)
   mixed = pooling.window_sum(n, settings.size) / count
   return branch.add(x, mixed - n if settings.subtract else mixed, keep,
-                    layer_scale)
+                    layer_scale, res_scale)
 
 
 def _counts(n: int, size: int) -> np.ndarray:
@@ -119,36 +126,36 @@ def _pad(fold: folding.Fold, size: int) -> int:
   return -(-half // tile) * tile
 
 
-def _call(fold, dtype, size, n_images, outputs, n_blocks):
+def _call(fold, dtype, size, n_images, outputs=(), scratch=()):
   """A call with keep, images and what is the same for all blocks as inputs."""
   x, vector = fold.array(dtype), grid.Array((1, fold.lanes))
-  keep = grid.Array((1, fold.shape[0]), scalars=True)
-  sums = grid.Array((fold.n_images, fold.lanes))
   pad = _pad(fold, size)
   return grid.Call(
-      fold.n_steps, (keep, *(x,) * n_images, vector, vector, vector),
-      (x, *(sums,) * outputs), (fold.block(pad=pad), fold.block())[:n_blocks],
+      fold.n_steps, (fold.factors(), *(x,) * n_images, *(vector,) * 4),
+      (x, *outputs), (fold.block(pad=pad), *scratch),
       values=12 * fold.group_bytes(pad))
 
 
 def forward_call(fold: folding.Fold, dtype: DTypeLike, size: int) -> grid.Call:
   """The grid of the forward kernel."""
-  return _call(fold, dtype, size, n_images=1, outputs=0, n_blocks=1)
+  return _call(fold, dtype, size, 1)
 
 
 def backward_call(fold: folding.Fold, dtype: DTypeLike, size: int) -> grid.Call:
   """The grid of the backward kernel; it also gives sums over images."""
-  return _call(fold, dtype, size, n_images=2, outputs=2, n_blocks=2)
+  sums = grid.Array((fold.n_images, fold.lanes))
+  return _call(fold, dtype, size, 2, (sums, sums, grid.Array((1, fold.lanes))),
+               norms.PerImage.scratch(fold))
 
 
 def _inputs(settings, x, keep, parameters):
   """The fold, keep, and what is the same for all images, along the lanes.
 
-  That are a, c and 1 over the number of columns in a window.
+  That are a, c, ResScale, and 1 over the number of columns in a window.
   """
-  fold = folding.of(x.shape)
+  fold, (*inner, res_scale) = folding.of(x.shape), parameters
   vectors = [folding.along_lanes(fold, v)
-             for v in _vectors(settings, *parameters)]
+             for v in (*_vectors(settings, *inner), res_scale)]
   columns = np.repeat(1 / _counts(x.shape[2], settings.size), x.shape[3])
   return fold, keep[None], (*vectors, jnp.asarray(columns[None], F32))
 
@@ -168,9 +175,9 @@ def _backward(settings, dy, x, keep, *parameters):
   dx, *sums = backward_call(fold, x.dtype, settings.size)(
       kernel, keep, *(folding.fold_images(v) for v in (x, dy)), *shared,
       interpret=settings.interpret)
-  _, pull = jax.vjp(functools.partial(_vectors, settings), *parameters)
-  da, dc = (v.reshape(-1, x.shape[-1]).sum(0) for v in sums)
-  return folding.unfold_images(dx, x.shape), *pull((da, dc))
+  _, pull = jax.vjp(functools.partial(_vectors, settings), *parameters[:-1])
+  da, dc, dres_scale = (v.reshape(-1, x.shape[-1]).sum(0) for v in sums)
+  return folding.unfold_images(dx, x.shape), *pull((da, dc)), dres_scale
 
 
 _branch = branch.differentiable(plain, _forward, _backward)
@@ -211,43 +218,41 @@ def _write_columns(settings, fold, sums_ref, of_group):
   folding.loop(fold, write)
 
 
-def _window(settings, fold, sums_ref, i):
-  """Sums of windows around the pixels of group i, from sums over columns."""
+def _window(settings, fold, sums_ref, lanes):
+  """Sums of windows around the pixels of a group, from sums over columns."""
   pad, channels = _pad(fold, settings.size), fold.shape[3]
-  sums = sums_ref[:, :, folding.lanes_of(fold, i, more=2 * pad)]
+  sums = sums_ref[:, :, pl.ds(lanes.start, fold.group + 2 * pad)]
   half = settings.size // 2
   return sum(sums[:, :, start:start + fold.group] for start in (
       pad + d * channels for d in range(-half, half + 1)))
 
 
-def _forward_kernel(settings, fold, keep_ref, x_ref, a_ref, c_ref, columns_ref,
-                    y_ref, sums_ref):
-  mean, inverse = folding.statistics(fold, x_ref, settings.eps)
+def _forward_kernel(settings, fold, keep_ref, x_ref, a_ref, c_ref,
+                    res_scale_ref, columns_ref, y_ref, sums_ref):
+  norm = norms.PerImage(fold, settings.eps, x_ref)
   keep = folding.factors(fold, keep_ref)
-
-  def normalised(lanes):
-    return (folding.read(x_ref, lanes) - mean) * inverse
-
-  _write_columns(settings, fold, sums_ref, normalised)
+  _write_columns(settings, fold, sums_ref, norm.folded)
 
   def write(i, carry):
     lanes = folding.lanes_of(fold, i)
-    mixed = _over_rows(settings, _window(settings, fold, sums_ref, i))
+    mixed = _over_rows(settings, _window(settings, fold, sums_ref, lanes))
     mixed = mixed * columns_ref[:, lanes][None]
     if settings.subtract:
-      mixed = mixed - normalised(lanes)
+      mixed = mixed - norm.folded(lanes)
     y = keep * (mixed * a_ref[:, lanes][None] + c_ref[:, lanes][None])
-    y_ref[:, :, lanes] = (folding.read(x_ref, lanes) + y).astype(y_ref.dtype)
+    x = folding.read(x_ref, lanes) * res_scale_ref[:, lanes][None]
+    y_ref[:, :, lanes] = (x + y).astype(y_ref.dtype)
     return carry
 
   folding.loop(fold, write)
 
 
 def _backward_kernel(settings, fold, keep_ref, x_ref, dy_ref, a_ref, c_ref,
-                     columns_ref, dx_ref, da_ref, dc_ref, sums_ref, dz_ref):
+                     res_scale_ref, columns_ref, dx_ref, da_ref, dc_ref,
+                     dres_scale_ref, sums_ref, *scratch):
   del c_ref
-  folding.start_at_zero(da_ref, dc_ref)
-  mean, inverse = folding.statistics(fold, x_ref, settings.eps)
+  folding.start_at_zero(da_ref, dc_ref, dres_scale_ref)
+  norm = norms.PerImage(fold, settings.eps, x_ref, *scratch)
   keep = folding.factors(fold, keep_ref)
 
   def du(lanes):
@@ -257,19 +262,15 @@ def _backward_kernel(settings, fold, keep_ref, x_ref, dy_ref, a_ref, c_ref,
   _write_columns(settings, fold, sums_ref, lambda lanes: _over_rows(
       settings, du(lanes)) * columns_ref[:, lanes][None])
 
-  def differentiate(i, sums):
-    lanes = folding.lanes_of(fold, i)
-    z = (folding.read(x_ref, lanes) - mean) * inverse
-    e = _window(settings, fold, sums_ref, i)
+  def gradient(lanes, z):
+    e = _window(settings, fold, sums_ref, lanes)
     if settings.subtract:
       e = e - du(lanes)
     else:
       dc_ref[:, lanes] += du(lanes).sum(0)
     da_ref[:, lanes] += (e * z).sum(0)
-    dz = e * a_ref[:, lanes][None]
-    dz_ref[:, :, lanes] = dz
-    return sums[0] + folding.total(dz), sums[1] + folding.total(dz * z)
+    return e * a_ref[:, lanes][None]
 
-  sums = folding.loop(fold, differentiate, (folding.zeros(fold),) * 2)
-  folding.write_norm_gradient(fold, sums, (mean, inverse), x_ref, dy_ref,
-                              dz_ref, dx_ref)
+  norm.write_folded_gradient(gradient, functools.partial(
+      folding.write_shortcut_gradient, x_ref, dy_ref, res_scale_ref, dx_ref,
+      dres_scale_ref))

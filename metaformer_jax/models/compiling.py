@@ -3,11 +3,65 @@
 It changes neither what a model computes, beyond rounding, nor its variables.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Iterator
 
+from metaformer_jax import errors
 from metaformer_jax.models import settings as settings_lib
 from metaformer_jax.models.options import option
+
+# Of blocks whose branches have kernels.
+_NORMS = ("group_norm", "layer_norm")
+
+
+@dataclasses.dataclass
+class Branches:
+  """Which branches of blocks are kernels, of what is traced for a TPU.
+
+  Attributes:
+    n_kernels: how many are.
+    others: those whose shape has no kernel, by the reason.
+  """
+
+  n_kernels: int = 0
+  others: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+  def note(self, name: str, problem: str | None) -> None:
+    """Counts a branch; `name` has its shape, and blocks alike have the same."""
+    if problem is None:
+      self.n_kernels += 1
+    elif name not in self.others.setdefault(problem, []):
+      self.others[problem].append(name)
+
+  def warnings(self) -> Iterator[str]:
+    """A line for each reason, with shapes [B, H, W, C] on a device."""
+    for problem, names in self.others.items():
+      yield ("config.compile.kernels: there is no kernel for "
+             f"{', '.join(names)}: {problem}")
+
+  def require(self) -> None:
+    """Raises a ConfigError if none of the branches is a kernel."""
+    if not self.n_kernels:
+      reason = "; ".join(self.others) or (
+          "they are for attention, pooling after group_norm, and MLPs after "
+          f"{' or '.join(_NORMS)}, with a shortcut, without dropout and padded "
+          "images")
+      raise errors.ConfigError(
+          "config.compile.kernels: pallas has no kernel for any branch of this "
+          f"model: {reason}; nearest: xla")
+
+
+_TRACED: contextvars.ContextVar[Branches | None] = contextvars.ContextVar(
+    "traced", default=None)
+
+
+def note(name: str, problem: str | None) -> None:
+  """Notes a branch that is being traced: `Branches.note`."""
+  branches = _TRACED.get()
+  if branches is not None:
+    branches.note(name, problem)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +80,9 @@ class Compile:
 
   kernels: str = option(
       "xla", "metaformer: pallas: kernels for TPUs take the place of the "
-      "branches of a block that have one (pooling, and the MLP, after "
-      "GroupNorm), in training without masks; not yet measured on a TPU",
+      "branches of a block that have one (pooling after GroupNorm; the MLP "
+      "after GroupNorm or LayerNorm), and of attention, in training without "
+      "masks; not yet measured on a TPU",
       choices=("xla", "pallas"))
 
   def remat_of(self, n_stages: int) -> tuple[str, ...]:
@@ -39,6 +94,16 @@ class Compile:
     for problem in self._check_number(n_stages):
       raise ValueError(problem)
     return self.remat * n_stages if len(self.remat) == 1 else self.remat
+
+  @contextlib.contextmanager
+  def traced(self) -> Iterator[Branches]:
+    """Gives the branches with `kernels` "pallas" that are traced within it."""
+    branches = Branches()
+    token = _TRACED.set(branches)
+    try:
+      yield branches
+    finally:
+      _TRACED.reset(token)
 
   def check(self, model: str,
             settings: settings_lib.Family | None) -> Iterator[str]:
@@ -57,9 +122,10 @@ class Compile:
              f"{settings.drop_rate}, as dropout in the blocks draws in each of "
              "them; nearest: False")
 
-    if self.kernels == "pallas" and settings.norm != "group_norm":
+    if self.kernels == "pallas" and settings.norm not in _NORMS:
       yield (f"kernels: pallas has no kernels for config.model.norm = "
-             f"{settings.norm!r}, only for group_norm; nearest: xla")
+             f"{settings.norm!r}, only for {' and '.join(_NORMS)}; nearest: "
+             "xla")
 
   def _check_unused(self, model, settings) -> Iterator[str]:
     family = next((name for name, cls in settings_lib.FAMILIES.items()

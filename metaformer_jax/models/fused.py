@@ -3,8 +3,8 @@
 A kernel is the whole branch, from the norm to the shortcut, and a function of
 its parameters; the modules of which it takes the place only name these. What
 has no kernel is None, and the block calls its modules. The kernels themselves
-take the plain form for sizes that do not fit, and on other chips than TPUs
-(`kernels`).
+take the plain form for sizes that do not fit, which `compiling` notes, and on
+other chips than TPUs (`kernels`).
 """
 
 import functools
@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from metaformer_jax.kernels import activations
+from metaformer_jax.kernels import branch
 from metaformer_jax.kernels import mlp as mlp_kernel
 from metaformer_jax.kernels import pooling as pooling_kernel
-from metaformer_jax.models import layers, mixers, norms
+from metaformer_jax.models import compiling, layers, mixers, norms
 
 Branch = Callable[[jax.Array], jax.Array]
+# As the kernels name them.
+_NORMS = {norms.GroupNorm: "group_norm", norms.LayerNorm: "layer_norm"}
 
 
 def pooling(block: nn.Module, norm: nn.Module, mixer: nn.Module, *,
@@ -34,40 +36,57 @@ def pooling(block: nn.Module, norm: nn.Module, mixer: nn.Module, *,
     train: whether it is a training step; there are no kernels for others.
   """
   if not (_has_kernels(block, norm, mask, train)
+          and type(norm) is norms.GroupNorm
           and type(mixer) is mixers.Pooling):
     return None
   return functools.partial(
       _call, block, 1, functools.partial(
           pooling_kernel.pooling_branch, size=mixer.pool_size,
-          subtract=mixer.pool_subtract, eps=norm.eps), ())
+          subtract=mixer.pool_subtract, eps=norm.eps), (),
+      problem=functools.partial(
+          pooling_kernel.problem, size=mixer.pool_size))
 
 
 def mlp(block: nn.Module, norm: nn.Module, *, mask: jax.Array | None,
         train: bool) -> Branch | None:
   """The second branch: x + s (mlp(norm(x))); arguments as of `pooling`."""
   if not (_has_kernels(block, norm, mask, train) and not block.drop_rate
-          and block.activation in activations.ACTIVATIONS):
+          and block.activation in mlp_kernel.ACTIVATIONS):
     return None
-  fc1, fc2 = (block.get_variable("params", "mlp")[name]
-              for name in ("fc1", "fc2"))
+  fc1, act, fc2 = (block.get_variable("params", "mlp").get(name, {})
+                   for name in ("fc1", "act", "fc2"))
+  kind = {"norm": _NORMS[type(norm)], "activation": block.activation}
   return functools.partial(
       _call, block, 2, functools.partial(
-          mlp_kernel.mlp_branch, activation=block.activation, eps=norm.eps),
-      (fc1["kernel"], fc1.get("bias"), fc2["kernel"], fc2.get("bias")))
+          mlp_kernel.mlp_branch, eps=norm.eps, **kind),
+      (fc1["kernel"], fc1.get("bias"), act.get("scale"), act.get("bias"),
+       fc2["kernel"], fc2.get("bias")),
+      problem=functools.partial(
+          mlp_kernel.problem, hidden=fc1["kernel"].shape[1], **kind))
 
 
 def _has_kernels(block, norm, mask, train) -> bool:
   return (block.kernels == "pallas" and train and mask is None
-          and not block.is_initializing() and type(norm) is norms.GroupNorm
-          and block.residual and not block.res_scale_init)
+          and not block.is_initializing() and type(norm) in _NORMS
+          and block.residual)
 
 
 def _call(block: nn.Module, i: int, kernel: Callable[..., jax.Array],
-          inner: tuple[Any, ...], x: jax.Array) -> jax.Array:
-  """Calls the kernel of branch i, of which `inner` are the parameters."""
+          inner: tuple[Any, ...], x: jax.Array, *,
+          problem: Callable[..., str | None]) -> jax.Array:
+  """Calls the kernel of branch i, of which `inner` are the parameters.
+
+  `problem` says why there is none for images of a shape and dtype.
+  """
+  stage = "/".join(block.path[:-1])
+  shape = list(branch.local_shape(x.shape) or x.shape)
+  compiling.note(
+      f"the {'token mixer' if i == 1 else 'MLP'} of {stage} {shape}",
+      branch.problem(x.shape, functools.partial(problem, dtype=x.dtype)))
   ones = jnp.ones(len(x), jnp.float32)
   keep = layers.DropPath(block.drop_path_rate, name=f"drop_path{i}")(
       ones, train=True)
   norm = block.get_variable("params", f"norm{i}")
-  scale = block.get_variable("params", f"layer_scale{i}", {}).get("scale")
-  return kernel(x, keep, norm["scale"], norm.get("bias"), *inner, scale)
+  scales = (block.get_variable("params", f"{name}_scale{i}", {}).get("scale")
+            for name in ("layer", "res"))
+  return kernel(x, keep, norm["scale"], norm.get("bias"), *inner, *scales)

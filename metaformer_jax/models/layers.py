@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from metaformer_jax import errors, imports
 from metaformer_jax.models import activations, norms, parts
+from metaformer_jax.ops import activations as activation_ops
 from metaformer_jax.ops import convolution, dense
 
 # timm's trunc_normal_(std=0.02) truncates at +-2, which is 100 standard
@@ -174,7 +175,7 @@ class MlpHead(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool = False):
     x = Dense(int(self.ratio * x.shape[-1]), dtype=self.dtype,
               kernel_init=trunc_normal_02, name="fc1")(x)
-    x = activations.squared_relu(x)
+    x = activation_ops.squared_relu(x)
     x = norms.LayerNorm(dtype=self.dtype, name="norm")(x)
     x = nn.Dropout(self.drop_rate, name="drop")(x, deterministic=not train)
     return Dense(self.num_classes, dtype=self.dtype,

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from metaformer_jax.kernels import attention as attention_kernel
-from metaformer_jax.models import layers, parts
+from metaformer_jax.models import compiling, layers, parts
 from metaformer_jax.ops import attention, pooling
 
 MixerFactory = Callable[..., nn.Module]
@@ -147,13 +147,19 @@ class Attention(parts.Attention, nn.Module):
                        name="qkv")(x)
     qkv = qkv.reshape(b, h * w, -1)
     if self.kernels == "pallas" and train and mask is None:
-      y = attention_kernel.self_attention(qkv, n_heads)
+      y = self._by_kernel(qkv, n_heads)
     else:
       y = attention.self_attention(
           qkv, n_heads, mask=None if mask is None else mask.reshape(b, h * w))
     return layers.Dense(self.dim, use_bias=self.attention_proj_bias,
                         dtype=self.dtype, kernel_init=layers.trunc_normal_02,
                         name="proj")(y.reshape(b, h, w, -1))
+
+  def _by_kernel(self, qkv, n_heads):
+    compiling.note(
+        f"attention of {'/'.join(self.path[:-2])} {list(qkv.shape)}",
+        attention_kernel.problem_of_batch(qkv.shape, qkv.dtype, n_heads))
+    return attention_kernel.self_attention(qkv, n_heads)
 
 
 def _mix_pixels(matrix: jax.Array, x: jax.Array, mask) -> jax.Array:

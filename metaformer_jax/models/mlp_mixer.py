@@ -8,7 +8,8 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from metaformer_jax.models import activations, layers, norms, settings
+from metaformer_jax.models import layers, norms, settings
+from metaformer_jax.ops import activations
 
 
 def over_patches(fn: Callable[[jax.Array], jax.Array],

@@ -5,7 +5,6 @@ norms takes `eps`, `use_bias`, `dtype` and `name`.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -13,6 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
+
+from metaformer_jax.ops import statistics
 
 
 def per_channel(vector: jax.Array, x: jax.Array) -> jax.Array:
@@ -30,67 +31,8 @@ def spread(vector: jax.Array, x: jax.Array, dtype: DTypeLike) -> jax.Array:
   return jnp.broadcast_to(per_channel(vector, x), x.shape).astype(dtype)
 
 
-def _moments(x, axes, weight=None):
-  """Mean and variance over the axes, which are kept with size 1.
-
-  In two passes, as E[x^2] - E[x]^2 loses precision if the mean is large.
-  `weight` is 1 for the values that count, else 0.
-  """
-  if weight is None:
-    mean = x.mean(axes, keepdims=True)
-    return mean, jnp.square(x - mean).mean(axes, keepdims=True)
-  n = _count(x, axes, weight)
-  mean = (x * weight).sum(axes, keepdims=True) / n
-  return mean, (jnp.square(x - mean) * weight).sum(axes, keepdims=True) / n
-
-
-def _count(x, axes, weight):
-  total = jnp.broadcast_to(weight, x.shape).sum(axes, keepdims=True)
-  return jnp.maximum(total, 1)
-
-
 def _weight(mask):
   return None if mask is None else mask[..., None].astype(jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def standardize(x: jax.Array, weight: jax.Array | None, axes: tuple[int, ...],
-                eps: float) -> jax.Array:
-  """(x - mean) / sqrt(variance + eps) over the axes; float32.
-
-  The gradient has two sums over x, in one pass, and needs x and the statistics
-  alone. That of automatic differentiation has a third one, after these: of the
-  deviations from the mean, which is 0.
-
-  Args:
-    x: floats.
-    weight: 1 for the values of which the statistics are, else 0, of a shape
-      that broadcasts to x's; None if all of them count.
-    axes: of the statistics.
-    eps: is added to the variance.
-  """
-  return _standardize_fwd(x, weight, axes, eps)[0]
-
-
-def _standardize_fwd(x, weight, axes, eps):
-  z = x.astype(jnp.float32)
-  mean, var = _moments(z, axes, weight)
-  scale = lax.rsqrt(var + eps)
-  return (z - mean) * scale, (x, weight, mean, scale)
-
-
-def _standardize_bwd(axes, eps, kept, dy):
-  x, weight, mean, scale = kept
-  y = (x.astype(jnp.float32) - mean) * scale
-  n = x.size // mean.size if weight is None else _count(x, axes, weight)
-  through_statistics = (dy.sum(axes, keepdims=True) / n
-                        + y * ((dy * y).sum(axes, keepdims=True) / n))
-  if weight is not None:
-    through_statistics *= weight
-  return (scale * (dy - through_statistics)).astype(x.dtype), None
-
-
-standardize.defvjp(_standardize_fwd, _standardize_bwd)
 
 
 class _Norm(nn.Module):
@@ -118,7 +60,8 @@ class GroupNorm(_Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
-    return self._affine(standardize(x, _weight(mask), (1, 2, 3), self.eps))
+    return self._affine(statistics.standardize(
+        x, _weight(mask), (1, 2, 3), self.eps))
 
 
 class LayerNorm(_Norm):
@@ -126,7 +69,7 @@ class LayerNorm(_Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
-    return self._affine(standardize(x, None, (-1,), self.eps))
+    return self._affine(statistics.standardize(x, None, (-1,), self.eps))
 
 
 class BatchNorm(_Norm):
@@ -151,9 +94,10 @@ class BatchNorm(_Norm):
     mean, var = (per_channel(v.value, x) for v in (running_mean, running_var))
     if train:
       axes, weight = tuple(range(x.ndim - 1)), _weight(mask)
-      mean, var = _moments(x, axes, weight)
+      mean, var = statistics.moments(x, axes, weight)
       if not self.is_initializing():
-        n = x.size / dim if mask is None else _count(x, axes, weight)
+        n = (x.size / dim if mask is None
+             else statistics.count(x, axes, weight))
         unbiased = var * (n / jnp.maximum(n - 1, 1))
         n_batches.value = n_batches.value + 1
         for running, new in ((running_mean, mean), (running_var, unbiased)):

@@ -39,6 +39,7 @@ class Lowered:
     mesh: the devices to compile for.
     arguments: shapes, dtypes and shardings of the step's arguments.
     step: the lowered step.
+    warnings: of `step.lower`.
   """
 
   name: str
@@ -46,6 +47,7 @@ class Lowered:
   mesh: Mesh
   arguments: tuple[Any, ...]
   step: jax.stages.Lowered
+  warnings: tuple[str, ...] = ()
 
   def fingerprint(self) -> str:
     """A digest of the program's text, and of the code that reads the result.
@@ -116,14 +118,17 @@ def lower_steps(cfg: Experiment, task: base.Task, mesh: Mesh,
     n_examples: size of the training split; the learning rate depends on it.
 
   Raises:
-    ConfigError: the settings do not fit together, or do not fit the mesh.
+    ConfigError: the settings do not fit together, or do not fit the mesh, or
+      no branch has the kernels that they ask for.
   """
   program = step_lib.build(cfg, task, mesh, n_examples)
-  return [Lowered(f"a step of {cfg.train.batch_size} images on {mesh.size} "
-                  "devices", program, mesh, arguments,
-                  program.step.lower(*arguments))
-          for arguments in step_lib.abstract_arguments(cfg, task, mesh,
-                                                       program)]
+  name = f"a step of {cfg.train.batch_size} images on {mesh.size} devices"
+  steps = []
+  for arguments in step_lib.abstract_arguments(cfg, task, mesh, program):
+    step, warnings = step_lib.lower(cfg, mesh, program, arguments)
+    steps.append(Lowered(name, program, mesh, arguments, step,
+                         tuple(warnings)))
+  return steps
 
 
 def compile_step(lowered: Lowered,

@@ -35,6 +35,7 @@ class Subject:
     examples_are: where that number comes from.
     batch_bytes: size of a global batch.
     versions: of jax and libtpu.
+    lowering: what lowering the step warned of.
   """
 
   cfg: Experiment
@@ -48,6 +49,7 @@ class Subject:
   examples_are: str
   batch_bytes: int
   versions: dict[str, str]
+  lowering: tuple[str, ...] = ()
 
   @property
   def at_once(self) -> int:
@@ -144,6 +146,7 @@ def warnings(subject: Subject, compiled: Compiled) -> Iterator[str]:
   if cfg.model.dtype == "float32":
     yield ("config.model.dtype is float32; bfloat16 moves half the bytes and "
            "multiplies faster")
+  yield from subject.lowering
   if not compiled.fits:
     return
   if compiled.needed > _TIGHT * compiled.available:

@@ -203,10 +203,15 @@ class Run:
     self.clock.switch_to("setup")
     self.progress.say("compiling the training step; a large model takes "
                       "minutes")
+    said = set()
     for arguments in step.abstract_arguments(
         self.cfg, self.task, self.mesh, self.program):
-      self._compiled[base.signature(arguments[1])] = (
-          self.program.step.lower(*arguments).compile())
+      lowered, warnings = step.lower(
+          self.cfg, self.mesh, self.program, arguments)
+      for line in set(warnings) - said:
+        self.progress.say(line)
+      said.update(warnings)
+      self._compiled[base.signature(arguments[1])] = lowered.compile()
     self.progress.say(
         f"compiled the training step in {self.clock.spent():.1f} s")
 

@@ -224,6 +224,35 @@ def abstract_arguments(cfg: Experiment, task: base.Task, mesh: Mesh,
       for batch in task.train_batches(cfg.train.batch_size)]
 
 
+def lower(cfg: Experiment, mesh: Mesh, program: Program,
+          arguments: tuple[Any, Any, Any]) -> tuple[jax.stages.Lowered,
+                                                    list[str]]:
+  """Lowers `program.step`, which must not have been traced before.
+
+  Args:
+    cfg, mesh: of which the program is made.
+    program: of the run.
+    arguments: one of `abstract_arguments`.
+
+  Returns:
+    The step, and what to warn of: a line for each reason why a stage has no
+    kernel, with `config.compile.kernels`.
+
+  Raises:
+    ConfigError: kernels are asked for, and no branch has one.
+  """
+  with cfg.compile.traced() as branches:
+    lowered = program.step.lower(*arguments)
+  if cfg.compile.kernels == "xla":
+    return lowered, []
+  platform = mesh.devices.flat[0].platform
+  if platform != "tpu":
+    return lowered, [f"config.compile.kernels: {cfg.compile.kernels} is for "
+                     f"TPUs; a program for a {platform} has none"]
+  branches.require()
+  return lowered, list(branches.warnings())
+
+
 def advice(cfg: Experiment) -> str:
   """What to do if a step does not fit in memory."""
   train = cfg.train

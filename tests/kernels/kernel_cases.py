@@ -26,8 +26,15 @@ def keep(n, rate=0.25):
   return jnp.where(jnp.arange(n) == 0, 0, 1 / (1 - rate))
 
 
-def parameters(channels, hidden, seed=0, bias=True):
-  """Of a branch with an MLP: none is near 0 or 1; kernels keep the scale."""
+def parameters(channels, hidden, seed=0, bias=True, star=False):
+  """Of a branch with an MLP: none is near 0 or 1; kernels keep the scale.
+
+  Args:
+    channels, hidden: of the MLP.
+    seed: of the random values.
+    bias: whether norm and products have one.
+    star: whether the activation is StarReLU.
+  """
   rng = np.random.default_rng(seed)
 
   def vector(n, low, high):
@@ -44,27 +51,36 @@ def parameters(channels, hidden, seed=0, bias=True):
       "norm_bias": optional(vector(channels, -0.5, 0.5)),
       "kernel1": kernel(channels, hidden),
       "bias1": optional(vector(hidden, -0.5, 0.5)),
+      "act_scale": vector(1, 0.5, 0.9) if star else None,
+      "act_bias": vector(1, -0.5, -0.3) if star else None,
       "kernel2": kernel(hidden, channels),
       "bias2": optional(vector(channels, -0.5, 0.5)),
-      "layer_scale": vector(channels, 0.2, 0.8)}
+      "layer_scale": vector(channels, 0.2, 0.8),
+      "res_scale": vector(channels, 0.6, 1.4)}
 
 
 def pooling_parameters(channels, seed=0, bias=True):
   whole = parameters(channels, 1, seed, bias)
-  return {key: whole[key] for key in ("norm_scale", "norm_bias", "layer_scale")}
+  return {key: whole[key] for key in (
+      "norm_scale", "norm_bias", "layer_scale", "res_scale")}
 
 
-def _normed(x, p, dtype):
+def _normed(x, p, dtype, norm="group_norm"):
   given = {"scale": p["norm_scale"], "bias": p["norm_bias"]}
-  return norms.GroupNorm(EPS, p["norm_bias"] is not None, dtype=dtype).apply(
+  return norms.NORMS[norm](EPS, p["norm_bias"] is not None, dtype=dtype).apply(
       {"params": given}, x)
 
 
+def _scaled(x, scale, dtype):
+  if scale is None:
+    return x
+  return layers.Scale(1.0, dtype=dtype).apply({"params": {"scale": scale}}, x)
+
+
 def _add(x, y, keep, p, dtype):
-  if p["layer_scale"] is not None:
-    y = layers.Scale(1.0, dtype=dtype).apply(
-        {"params": {"scale": p["layer_scale"]}}, y)
-  return x + y * keep[:, None, None, None].astype(y.dtype)
+  y = _scaled(y, p["layer_scale"], dtype)
+  y = y * keep[:, None, None, None].astype(y.dtype)
+  return _scaled(x, p["res_scale"], dtype) + y
 
 
 def pooling_modules(x, keep, p, size, subtract=True):
@@ -74,13 +90,16 @@ def pooling_modules(x, keep, p, size, subtract=True):
   return _add(x, mixer.apply({}, _normed(x, p, x.dtype)), keep, p, x.dtype)
 
 
-def mlp_modules(x, keep, p, activation="gelu"):
+def mlp_modules(x, keep, p, activation="gelu", norm="group_norm"):
   """The branch as `models.metaformer` has it; computed in the dtype of x."""
   module = layers.Mlp(p["kernel1"].shape[1], activation,
                       p["bias1"] is not None, dtype=x.dtype)
   variables = {"params": {f"fc{i}": {"kernel": p[f"kernel{i}"],
                                      "bias": p[f"bias{i}"]} for i in (1, 2)}}
-  y = module.apply(variables, _normed(x, p, x.dtype))
+  if p["act_scale"] is not None:
+    variables["params"]["act"] = {"scale": p["act_scale"],
+                                  "bias": p["act_bias"]}
+  y = module.apply(variables, _normed(x, p, x.dtype, norm))
   return _add(x, y, keep, p, x.dtype)
 
 
@@ -89,8 +108,9 @@ def pooling_kernel(x, keep, p, size, subtract=True, interpret=True):
                                 eps=EPS, interpret=interpret)
 
 
-def mlp_kernel(x, keep, p, activation="gelu", interpret=True):
-  return mlp.mlp_branch(x, keep, **p, activation=activation, eps=EPS,
+def mlp_kernel(x, keep, p, activation="gelu", norm="group_norm",
+               interpret=True):
+  return mlp.mlp_branch(x, keep, **p, activation=activation, norm=norm, eps=EPS,
                         interpret=interpret)
 
 

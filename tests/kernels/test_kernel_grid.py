@@ -1,5 +1,6 @@
 """What the kernels' grids cost, and that they fit and compile for a TPU."""
 
+import functools
 import math
 
 import jax
@@ -10,12 +11,22 @@ from jax.extend import core as extend_core
 from jax.sharding import SingleDeviceSharding
 
 from metaformer_jax.kernels import folding, grid, mlp, pooling
-from metaformer_jax.models import cost, poolformer
+from metaformer_jax.models import cost, registry, settings
 from metaformer_jax.preflight import topologies
 
-# The stages of every PoolFormer at 224 pixels: side, channels.
-STAGES = sorted({(56 >> i, dim) for size in poolformer.SIZES.values()
-                 for i, dim in enumerate(size["dims"])})
+
+def stages(norm, image_size=224):
+  """The stages of every MetaFormer with this norm: side, channels, mixers."""
+  models = [registry.get_spec(name).settings for name in registry.list_models()]
+  return sorted({
+      (image_size // 4 >> i, *stage) for model in models
+      if isinstance(model, settings.MetaFormer) and model.norm == norm
+      for i, stage in enumerate(zip(model.dims, model.token_mixers))})
+
+
+# Side, channels, norm.
+STAGES = [(side, channels, norm) for norm in mlp.NORMS
+          for side, channels in sorted({s[:2] for s in stages(norm)})]
 
 
 def pallas_calls(jaxpr):
@@ -44,15 +55,21 @@ def moved_bytes(call):
   return total
 
 
-def branches(shape, dtype):
-  """Both branches as functions of (x, parameters), and the parameters."""
+def branches(shape, norm):
+  """The branches as functions of (x, parameters), and the parameters."""
   channels = shape[-1]
   keep = jnp.ones(shape[0])
-  return (
-      (lambda x, p: cases.pooling_kernel(x, keep, p, 3, interpret=False),
-       cases.pooling_parameters(channels)),
-      (lambda x, p: cases.mlp_kernel(x, keep, p, interpret=False),
-       cases.parameters(channels, 4 * channels)))
+  star = norm == "layer_norm"
+  mlp_branch = functools.partial(
+      cases.mlp_kernel, norm=norm, activation="star_relu" if star else "gelu",
+      interpret=False)
+  found = [(lambda x, p: mlp_branch(x, keep, p),
+            cases.parameters(channels, 4 * channels, star=star))]
+  if norm == "group_norm":
+    found.append((
+        lambda x, p: cases.pooling_kernel(x, keep, p, 3, interpret=False),
+        cases.pooling_parameters(channels)))
+  return found
 
 
 def gradient(branch):
@@ -63,15 +80,15 @@ def gradient(branch):
   return both
 
 
-@pytest.mark.parametrize("side,channels,dtype", [
-    *((side, channels, jnp.bfloat16) for side, channels in STAGES[::3]),
-    *(pytest.param(side, channels, dtype, marks=pytest.mark.slow)
-      for dtype in (jnp.bfloat16, jnp.float32) for side, channels in STAGES)])
-def test_the_cost_is_what_the_grid_moves(side, channels, dtype):
+@pytest.mark.parametrize("side,channels,norm,dtype", [
+    *((*stage, jnp.bfloat16) for stage in STAGES[::4]),
+    *(pytest.param(*stage, dtype, marks=pytest.mark.slow)
+      for dtype in (jnp.bfloat16, jnp.float32) for stage in STAGES)])
+def test_the_cost_is_what_the_grid_moves(side, channels, norm, dtype):
   x = jax.ShapeDtypeStruct((24, side, side, channels), dtype)
   n_pixels = math.prod(x.shape[:3])
   products = []
-  for branch, p in branches(x.shape, dtype):
+  for branch, p in branches(x.shape, norm):
     traced = jax.make_jaxpr(gradient(branch))(x, x, p)
     calls = list(pallas_calls(traced.jaxpr))
     assert len(calls) == 2
@@ -81,21 +98,47 @@ def test_the_cost_is_what_the_grid_moves(side, channels, dtype):
       assert found.bytes_accessed > 2 * x.size * x.dtype.itemsize
       products.append(found.flops / (n_pixels * 8 * channels**2))
   # Backward: the hidden activations again, and two gradients of each product.
-  assert products == [0, 0, 2, 5]
+  assert products == [2, 5, 0, 0][:len(products)]
 
 
-@pytest.mark.parametrize("side,channels", STAGES)
-def test_every_stage_of_every_poolformer_fits(side, channels):
+def problems(norm, image_size, dtype):
+  """{(branch, side, channels): what keeps it from a kernel}, if anything."""
+  found = {}
+  for side, channels, mixer in stages(norm, image_size):
+    shape = (128, side, side, channels)
+    for activation in ("gelu", "star_relu"):
+      found["mlp", side, channels] = mlp.problem(
+          shape, dtype, 4 * channels, activation, norm)
+    if mixer == "pooling" and norm == "group_norm":
+      found["pooling", side, channels] = pooling.problem(shape, dtype, 3)
+  return {key: problem for key, problem in found.items() if problem}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_every_stage_of_every_metaformer_fits(dtype):
+  for norm in mlp.NORMS:
+    assert not problems(norm, 224, dtype)
+  assert not problems("layer_norm", 384, dtype)
+  # Whole images of 384 pixels are larger; no published model has these.
+  found = problems("group_norm", 384, dtype)
+  assert all("VMEM" in problem for problem in found.values())
+  large = {("pooling", 96, 64), ("pooling", 96, 96), ("mlp", 96, 96)}
+  assert set(found) == large if dtype == jnp.bfloat16 else large < set(found)
+
+
+@pytest.mark.parametrize("side,channels,norm", STAGES)
+def test_memory_is_counted(side, channels, norm):
   shape, dtype = (128, side, side, channels), jnp.bfloat16
-  assert pooling.problem(shape, dtype, 3) is None
-  assert mlp.problem(shape, dtype, 4 * channels, "gelu") is None
-  fold = mlp.fold_of(shape)
-  call = mlp.backward_call(fold, dtype, 4 * channels)
-  # At least two blocks of x, dy and dx, the gradient of the normalised image in
-  # float32, both kernels and their gradients.
-  least = (3 * 2 * 2 + 4) * 8 * side**2 * channels + (2 + 4) * 8 * channels**2
+  fold = mlp.fold_of(shape, norm)
+  call = mlp.backward_call(fold, dtype, 4 * channels, norm)
+  # At least two blocks of x, dy and dx, both kernels and their gradients; of
+  # whole images also the gradient of the normalised images in float32.
+  values = fold.rows * side * channels
+  least = (3 * 2 * 2 + 4 * (norm == "group_norm")) * values
+  least += (2 + 4) * 8 * channels**2
   assert least <= call.vmem_bytes() <= grid.VMEM
-  assert fold.n_steps * call.inputs[1].block_bytes == 2 * math.prod(shape)
+  blocks = fold.n_steps * call.inputs[1].block_bytes
+  assert blocks == 2 * 128 * side * -(-side * channels // 128) * 128
 
 
 def test_images_are_folded_and_unfolded():
@@ -108,7 +151,8 @@ def test_images_are_folded_and_unfolded():
 
 def test_only_a_tpus_program_has_the_kernels():
   x = jax.ShapeDtypeStruct((8, 4, 4, 64), jnp.bfloat16)
-  for branch, p in branches(x.shape, x.dtype):
+  for branch, p in [pair for norm in mlp.NORMS
+                    for pair in branches(x.shape, norm)]:
     traced = jax.jit(gradient(branch)).trace(x, x, p)
     for platform, kernels in {"tpu": 2, "cpu": 0, "cuda": 0}.items():
       text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -117,22 +161,22 @@ def test_only_a_tpus_program_has_the_kernels():
 
 def test_costs_are_counted_of_the_plain_form():
   x = jax.ShapeDtypeStruct((8, 4, 4, 64), jnp.bfloat16)
-  (_, _), (branch, p) = branches(x.shape, x.dtype)
+  (branch, p), _ = branches(x.shape, "group_norm")
   macs = cost.count_macs(branch, x, p)
   assert macs == cost.count_macs(lambda x, p: cases.mlp_modules(
       x, jnp.ones(8), p), x, p) == 2 * 8 * 4 * 4 * 64 * 256
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side,channels", STAGES)
-def test_every_stage_compiles_for_a_v5e(side, channels, monkeypatch):
+@pytest.mark.parametrize("side,channels,norm", STAGES)
+def test_every_stage_compiles_for_a_v5e(side, channels, norm, monkeypatch):
   """With the VMEM that is counted as the kernels' limit."""
   for key, value in topologies.ENVIRONMENT.items():
     monkeypatch.setenv(key, value)
   device, = topologies.devices(topologies.parse("v5e-1"))
   placed = SingleDeviceSharding(device)
   shape = (16, side, side, channels)
-  for branch, p in branches(shape, jnp.bfloat16):
+  for branch, p in branches(shape, norm):
     x, p = jax.tree.map(
         lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=placed),
         (jax.ShapeDtypeStruct(shape, jnp.bfloat16), p))

@@ -40,8 +40,9 @@ def test_several_blocks_and_groups_of_columns(shape, dtype):
 
 
 @pytest.mark.parametrize("changes", [
-    {"norm_bias": None}, {"subtract": False, "layer_scale": None}])
-def test_without_norm_bias_and_layer_scale(changes):
+    {"norm_bias": None, "res_scale": None},
+    {"subtract": False, "layer_scale": None}])
+def test_without_norm_bias_and_scales(changes):
   assert_same((2, 5, 6, 8), **changes)
 
 

@@ -11,6 +11,9 @@ import metaformer_jax
 from metaformer_jax.models import compiling, fused
 
 KERNELS = compiling.Compile(kernels="pallas")
+# What the models of the second paper have.
+BASELINE = {"activation": "star_relu", "norm_bias": False, "mlp_bias": False,
+            "layer_scale_init": 0.0, "res_scale_init": (1.0,)}
 # Overrides of PoolFormer-S12; which kernels each takes, by their number.
 CASES = {
     "pooling": ({"depths": (1, 2), "dims": (8, 16)}, 6),
@@ -21,8 +24,11 @@ CASES = {
          "norm_bias": False, "mlp_bias": False, "layer_scale_init": 0.0,
          "pool_size": 5}, 2),
     "no MLP": ({"depths": (1,), "dims": (8,), "mlp_ratio": 0.0}, 1),
-    "StarReLU": ({"depths": (1,), "dims": (8,), "activation": "star_relu"}, 1),
-    "ResScale": ({"depths": (1,), "dims": (8,), "res_scale_init": (1.0,)}, 0),
+    "PoolFormerV2": ({"depths": (1,), "dims": (8,), **BASELINE}, 2),
+    "ConvFormer": ({"depths": (1,), "dims": (8,), **BASELINE,
+                    "norm": "layer_norm", "token_mixers": ("sepconv",)}, 1),
+    "pooling after LayerNorm": (
+        {"depths": (1,), "dims": (8,), "norm": "layer_norm"}, 1),
     "no residual": ({"depths": (1,), "dims": (8,), "residual": False}, 0),
     "batch norm": ({"depths": (1,), "dims": (8,), "norm": "batch_norm"}, None),
 }
@@ -64,7 +70,8 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [
-    name if name != "hybrid" else pytest.param(name, marks=pytest.mark.slow)
+    pytest.param(name, marks=pytest.mark.slow)
+    if name in ("hybrid", "pooling after LayerNorm") else name
     for name in CASES])
 def test_kernels_give_what_the_modules_give(monkeypatch, name):
   overrides, n_kernels = CASES[name]

@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from metaformer_jax.models import norms
+from metaformer_jax.ops import statistics
 
 # All sizes differ, so that mixed-up axes are noticed.
 SHAPE = (8, 5, 7, 6)
@@ -195,10 +196,10 @@ def test_the_gradient_is_that_of_automatic_differentiation(
 
   def plain(x):
     z = x.astype(jnp.float32)
-    mean, var = norms._moments(z, axes, weight)
+    mean, var = statistics.moments(z, axes, weight)
     return (z - mean) / jnp.sqrt(var + EPS)
 
-  y, grad = jax.vjp(lambda x: norms.standardize(x, weight, axes, EPS), x)
+  y, grad = jax.vjp(lambda x: statistics.standardize(x, weight, axes, EPS), x)
   want_y, want_grad = jax.vjp(plain, x)
   np.testing.assert_allclose(y, want_y, rtol=0, atol=1e-5)
   (got,), (want,) = (f(dy) for f in (grad, want_grad))

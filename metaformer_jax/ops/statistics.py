@@ -1,0 +1,80 @@
+"""Means, variances and standardisation over some of an array's axes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+def count(x: Array, axes: tuple[int, ...], weight: Array) -> Array:
+  """How many values count, at least 1; the axes are kept with size 1.
+
+  Args:
+    x: any floats.
+    axes: over which to count.
+    weight: 1 for the values that count, else 0, of a shape that broadcasts to
+      x's.
+  """
+  total = jnp.broadcast_to(weight, x.shape).sum(axes, keepdims=True)
+  return jnp.maximum(total, 1)
+
+
+def moments(x: Array, axes: tuple[int, ...], weight: Array | None = None,
+            ) -> tuple[Array, Array]:
+  """Mean and variance over the axes, which are kept with size 1.
+
+  In two passes, as E[x^2] - E[x]^2 loses precision if the mean is large.
+
+  Args:
+    x: float32.
+    axes: over which they are.
+    weight: as of `count`; None if all values count.
+  """
+  if weight is None:
+    mean = x.mean(axes, keepdims=True)
+    return mean, jnp.square(x - mean).mean(axes, keepdims=True)
+  n = count(x, axes, weight)
+  mean = (x * weight).sum(axes, keepdims=True) / n
+  return mean, (jnp.square(x - mean) * weight).sum(axes, keepdims=True) / n
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def standardize(x: Array, weight: Array | None, axes: tuple[int, ...],
+                eps: float) -> Array:
+  """(x - mean) / sqrt(variance + eps) over the axes; float32.
+
+  The gradient has two sums over x, in one pass, and needs x and the statistics
+  alone. That of automatic differentiation has a third one, after these: of the
+  deviations from the mean, which is 0.
+
+  Args:
+    x: floats.
+    weight: as of `count`; None if all values count.
+    axes: of the statistics.
+    eps: is added to the variance.
+  """
+  return _standardize_fwd(x, weight, axes, eps)[0]
+
+
+def _standardize_fwd(x, weight, axes, eps):
+  z = x.astype(jnp.float32)
+  mean, var = moments(z, axes, weight)
+  scale = lax.rsqrt(var + eps)
+  return (z - mean) * scale, (x, weight, mean, scale)
+
+
+def _standardize_bwd(axes, eps, kept, dy):
+  x, weight, mean, scale = kept
+  y = (x.astype(jnp.float32) - mean) * scale
+  n = x.size // mean.size if weight is None else count(x, axes, weight)
+  through_statistics = (dy.sum(axes, keepdims=True) / n
+                        + y * ((dy * y).sum(axes, keepdims=True) / n))
+  if weight is not None:
+    through_statistics *= weight
+  return (scale * (dy - through_statistics)).astype(x.dtype), None
+
+
+standardize.defvjp(_standardize_fwd, _standardize_bwd)
