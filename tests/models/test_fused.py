@@ -64,8 +64,8 @@ def counted(monkeypatch):
   """Counts the calls of kernels."""
   calls = []
   call = fused._call
-  monkeypatch.setattr(fused, "_call", lambda *args: (
-      calls.append(args[1]), call(*args))[1])
+  monkeypatch.setattr(fused, "_call", lambda *args, **kwargs: (
+      calls.append(args[1]), call(*args, **kwargs))[1])
   return calls
 
 
