@@ -60,10 +60,10 @@ class Tracker:
       is_remote = isinstance(e, wandb.errors.CommError) and not (
           isinstance(e, wandb.errors.AuthenticationError))
       kind = errors.UserError if is_remote else errors.ConfigError
+      reason = errors.one_line(e).rstrip(".")
       raise kind(
-          f"config.log.wandb: {project}: {errors.one_line(e)}; run wandb "
-          "login, or set WANDB_MODE=offline and send the run later by wandb "
-          "sync") from e
+          f"config.log.wandb: {project}: {reason}; run wandb login, or set "
+          "WANDB_MODE=offline and send the run later by wandb sync") from e
     # Steps that an earlier process has sent, and that a resume repeats.
     self._first_step = self._run.step
     log.info("wandb: %s", self._run.dir if self._run.offline else self._run.url)
