@@ -12,6 +12,7 @@ of your own that you have used in the run yourself.
 
 import argparse
 import dataclasses
+import json
 import os
 import pathlib
 import statistics
@@ -180,10 +181,11 @@ def _numbers(path: pathlib.Path) -> dict[str, float]:
   if not path.exists():
     return {}
   try:
-    found = json_data.read(path, _MAX_SUMMARY_BYTES)
+    # Not standard JSON: a run that has diverged may have written NaN.
+    found = json.loads(json_data.read_text(path, _MAX_SUMMARY_BYTES))
     return {key: value for key, value in found.items()
             if type(value) in (int, float) and abs(value) < 2**63}
-  except (OSError, ValueError, AttributeError) as e:
+  except (OSError, ValueError, AttributeError, RecursionError) as e:
     raise errors.ConfigError(f"{path}: is not what a run writes ({e})") from e
 
 

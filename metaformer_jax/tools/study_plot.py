@@ -50,7 +50,7 @@ def draw(rows: Sequence[dict[str, Any]], measure: Measure, title: str,
   axes.grid(alpha=0.3)
   axes.set_axisbelow(True)
   if axes.get_legend_handles_labels()[0]:
-    figure.legend(*_unique(axes), loc="outside upper right", ncols=3,
+    figure.legend(*_unique(axes), loc="outside upper right", ncols=4,
                   fontsize=8, frameon=False)
   for axis, cost, label in zip(costs, ("n_params", "macs"),
                                ("parameters", "MACs of one image")):

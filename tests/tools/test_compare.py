@@ -111,7 +111,8 @@ def test_values_and_differences(run, tmp_path):
         counts=False)
   write(tmp_path / "runs/b/seed_0", experiment(**{
       "optim.base_lr": 0.5, "model.dims": (8, 16, 16, 24),
-      "data.path": "elsewhere"}), {10: 0.25, 20: 0.5}, summary=False, counts=False)
+      "data.path": "elsewhere"}), {10: 0.25, 20: 0.5}, summary=False,
+      counts=False)
   out, _, page = run(tmp_path / "runs/a/seed_0", tmp_path / "runs/b/seed_0")
   assert page.rows[""] == [["a", "b"]] * 2
   assert page.rows["state"] == [
@@ -152,10 +153,11 @@ def count(model):
 
 def test_lower_losses_are_better(run, tmp_path):
   for name, values in (("a", {1: 0.5, 2: 0.25, 3: float("nan"), 4: 0.75}),
-                       ("b", {1: 2.0})):
+                       ("b", {1: 2.0, 2: float("nan")})):
     write(tmp_path / name, experiment(), values, name="loss")
   _, text, page = run(tmp_path / "a", tmp_path / "b")
   assert page.rows["best loss \u2193"] == [["0.25 at step 2", "2 at step 1"]]
+  assert page.rows["final loss \u2193"] == [["0.75", "nan"]]
   assert "<td class=best>0.25 at step 2</td>" in text
   assert "<td>2 at step 1</td>" in text
   assert "There are none." in text  # No differences.
