@@ -253,6 +253,24 @@ def lower(cfg: Experiment, mesh: Mesh, program: Program,
   return lowered, list(branches.warnings())
 
 
+def compile_all(cfg: Experiment, task: base.Task, mesh: Mesh, program: Program,
+                say: Callable[[str], None]) -> dict[tuple, Any]:
+  """`lower`, and compiles, the step for each shape of a batch.
+
+  Returns:
+    {`base.signature` of a batch: the compiled step}; `say` gets each warning
+    once.
+  """
+  lowered, warnings = {}, {}
+  for arguments in abstract_arguments(cfg, task, mesh, program):
+    made, lines = lower(cfg, mesh, program, arguments)
+    lowered[base.signature(arguments[1])] = made
+    warnings |= dict.fromkeys(lines)
+  for line in warnings:
+    say(line)
+  return {signature: made.compile() for signature, made in lowered.items()}
+
+
 def advice(cfg: Experiment) -> str:
   """What to do if a step does not fit in memory."""
   train = cfg.train
