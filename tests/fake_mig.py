@@ -12,8 +12,6 @@ Compute Engine, is printed as gcloud prints it with --log-http: the code is only
 in the logged answer.
 """
 
-import re
-
 COMMON = {"--project", "--quiet"}
 API = COMMON | {"--log-http"}
 SHOWN = API | {"--format"}
@@ -69,14 +67,13 @@ def fault(cloud, kind):
   cloud.now["calls"][kind] = n + 1
   faults = cloud.scenario.get("faults", {}).get(kind, [])
   text = faults[n] if n < len(faults) else ""
-  http = re.match(r"(\d{3}) (.*)", text)
-  if http:
-    raise refused(int(http[1]), http[2], named=kind == "describe")
-  coded = re.match(r"([A-Z]+(?:_[A-Z]+)+) (.*)", text)
-  if coded:
-    body = (f'{{"status": "DONE", "error": {{"errors": [{{"code": "{coded[1]}",'
-            f' "message": "{coded[2]}"}}]}}, "httpErrorStatusCode": 403}}')
-    raise Refused(200, body, f"Could not fetch resource:\n - {coded[2]}\n")
+  code, _, message = text.partition(" ")
+  if code.isdecimal():
+    raise refused(int(code), message, named=kind == "describe")
+  if "_" in code and code.isupper():
+    body = (f'{{"status": "DONE", "error": {{"errors": [{{"code": "{code}",'
+            f' "message": "{message}"}}]}}, "httpErrorStatusCode": 403}}')
+    raise Refused(200, body, f"Could not fetch resource:\n - {message}\n")
   if text:
     raise Refused(200, "{}", text)
 

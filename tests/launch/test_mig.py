@@ -3,6 +3,7 @@
 As test_launch.py, whose golden files are of queued resources.
 """
 
+import itertools
 import json
 import os
 import re
@@ -38,9 +39,6 @@ SCENARIOS = {
         "queue": [["CREATING:ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS"] * 9
                   + ["RUNNING"]], "runs": [[[0, 0]]]}, 0,
         "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS: why"),
-    "no_quota_at_first": ({
-        "queue": [["CREATING:QUOTA_EXCEEDED"], ["RUNNING"]],
-        "runs": [[[0, 0]]]}, 0, "QUOTA_EXCEEDED: why; trying again later"),
     "no_quota": ({
         "queue": [["CREATING:QUOTA_EXCEEDED"]] * 3, "runs": []}, 1,
         "request more quota"),
@@ -58,20 +56,14 @@ SCENARIOS = {
         "runs": [["running", [143, 143]], ["running", [0, 0]]],
         "steps": [0, 700]}, 0, "from step 700"),
     "repaired": ({
-        "queue": [["RUNNING"] * 3 + ["REPAIRING"], ["RUNNING"] * 3
-                  + ["RECREATING"], ["RUNNING"]],
-        "runs": [["running"]] * 2 + [[[0, 0]]]}, 0, "s24 is RECREATING"),
+        "queue": [["REPAIRING"], ["RECREATING"], ["RUNNING"]],
+        "runs": [[[0, 0]]]}, 0, "s24 is RECREATING"),
     "lost_host": ({
         "queue": UP * 2, "runs": [["running", [134, None]], [[0, 0]]]}, 0,
         "1 hosts do not answer"),
     "diverged": ({
         "queue": UP, "runs": [["running", [134, 3]]]}, 3,
         "the last line of the log"),
-    "misconfigured": ({
-        "queue": UP, "runs": [[[2, 2]]]}, 2, "a configuration error"),
-    "fruitless": ({
-        "queue": UP, "runs": [["running", [1, 1]]] * 3, "steps": [600]}, 1,
-        "no checkpoint after step 600 in 3 attempts"),
     "one_host": ({
         "hosts": 1, "queue": UP, "runs": [["running", [0]]]}, 0, "done"),
     # What the zone does not have is not asked for again, and nothing is left.
@@ -167,6 +159,37 @@ def test_the_supervisor_does_the_right_thing(name, launcher, play, capsys):
   starts = calls.count("bash worker.sh start")
   assert starts == scenario.get("hosts", 2) * (
       len(scenario["runs"]) - ("foreign" in scenario))
+
+
+@pytest.fixture
+def changed(launcher, monkeypatch):
+  """Replaces the supervisor's sleep or clock."""
+  start = launcher.supervisor.Supervisor.__init__
+  return lambda **given: monkeypatch.setattr(
+      start, "__kwdefaults__", start.__kwdefaults__ | given)
+
+
+def test_a_run_that_hangs_is_restarted(launcher, play, changed, capsys):
+  folder = play(queue=UP, runs=[["running"], [[0, 0]]], steps=[600])
+  changed(clock=itertools.count(step=3600.0).__next__)
+  assert launcher.main(SUPERVISE) == 0
+  assert "in 14400 seconds: the run hangs" in capsys.readouterr().err
+  check_golden("mig_hang", commands(folder), folder)
+
+
+def test_ctrl_c_leaves_the_run_and_says_how_to_continue(
+    launcher, play, changed, capsys):
+  folder = play(queue=UP, runs=[["running"]])
+
+  def interrupt(seconds):
+    raise KeyboardInterrupt
+
+  changed(sleep=interrupt)
+  assert launcher.main(SUPERVISE) == 130
+  assert "attaches again" in capsys.readouterr().err
+  check_golden("mig_ctrl_c", commands(folder), folder)
+  state = read_state(folder)
+  assert state["exists"] and len(state["did"]["started"]) == 2
 
 
 @pytest.mark.parametrize("name", DRY)
