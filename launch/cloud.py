@@ -19,6 +19,10 @@ import commands
 # Errors of a request that would fail again, in the same zone.
 _FINAL = ("absent", "auth", "refused")
 
+# The package itself writes to buckets: only data are read by mounts. If False,
+# the workdir is in a mount as well.
+NATIVE_WORKDIR = True
+
 # Bucket names: a-z, 0-9, and in between also - _ and dots.
 _BUCKET = re.compile(r"gs://([a-z0-9](?:[a-z0-9._-]*[a-z0-9])?)(?=/|$)")
 
@@ -156,7 +160,13 @@ def heard(error: commands.CloudError) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One experiment: flags of metaformer_jax.main, and the buckets they use."""
+  """One experiment.
+
+  Attributes:
+    flags: of metaformer_jax.main.
+    workdir: gs://BUCKET/FOLDER.
+    buckets: those that are mounted.
+  """
 
   flags: tuple[str, ...]
   workdir: str
@@ -164,7 +174,7 @@ class Run:
 
   @classmethod
   def of(cls, flags: list[str]) -> "Run":
-    """Parses a run's flags; replaces gs://BUCKET by its mount /gcs/BUCKET.
+    """Parses a run's flags; replaces gs://BUCKET of data by /gcs/BUCKET.
 
     Raises:
       UsageError: the config or workdir is missing, or the workdir is not in a
@@ -185,11 +195,15 @@ class Run:
     if not re.fullmatch(_BUCKET.pattern + "/.+", workdir):
       raise UsageError("--workdir after --: give gs://BUCKET/FOLDER; a folder "
                        "on a machine is deleted with it")
-    flags = [f"--workdir={workdir}" if flag.lstrip("-").startswith("workdir=")
-             else flag for flag in flags]
-    buckets = sorted({b for flag in flags for b in _BUCKET.findall(flag)})
-    return cls(tuple(_BUCKET.sub(r"/gcs/\1", flag) for flag in flags), workdir,
-               tuple(buckets))
+    own = [flag.lstrip("-").startswith("workdir=") for flag in flags]
+    flags = [f"--workdir={workdir}" if is_workdir else flag
+             for is_workdir, flag in zip(own, flags, strict=True)]
+    mounted = [not (NATIVE_WORKDIR and is_workdir) for is_workdir in own]
+    buckets = {bucket for used, flag in zip(mounted, flags, strict=True) if used
+               for bucket in _BUCKET.findall(flag)}
+    return cls(tuple(_BUCKET.sub(r"/gcs/\1", flag) if used else flag
+                     for used, flag in zip(mounted, flags, strict=True)),
+               workdir, tuple(sorted(buckets)))
 
   @property
   def command(self) -> list[str]:

@@ -235,8 +235,9 @@ def test_only_what_is_committed_is_sent(launcher, tmp_path):
 
 
 def test_the_commands_in_the_docs_work(launcher, capsys):
-  page = (ROOT / "docs" / "tpu.md").read_text().replace("\\\n", " ")
-  lines = re.findall(r"^python launch/tpu_vm\.py (.*)$", page, re.MULTILINE)
+  pages = [ROOT / "docs" / "tpu.md", *(ROOT / "docs" / "tpu").glob("*.md")]
+  text = "\n".join(p.read_text() for p in pages).replace("\\\n", " ")
+  lines = re.findall(r"^python launch/tpu_vm\.py (.*)$", text, re.MULTILINE)
   documented = {line.split()[0] for line in lines}
   assert documented >= {"supervise", "status", "logs", "exec", "delete"}
   for line in lines:
