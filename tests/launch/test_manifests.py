@@ -149,8 +149,8 @@ def test_each_calls_the_same_program_with_valid_flags(tmp_path):
                   docker_command()):
     assert command[0].endswith("python")
     assert command[1:3] == ["-m", "metaformer_jax.main"]
-    lines.append([re.sub(r"gs://(BUCKET|\$\{BUCKET\})|/gcs", str(tmp_path), flag)
-                  for flag in command[3:]])
+    bucket = r"gs://(BUCKET|\$\{BUCKET\})|/gcs"
+    lines.append([re.sub(bucket, str(tmp_path), flag) for flag in command[3:]])
   (tmp_path / "tfds").mkdir()
   for split in ("train", "val"):
     for label in range(1000):
