@@ -6,6 +6,7 @@ at once. All three have the slice's name. Sources of the flags:
 docs/tpu/flags.md.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -145,6 +146,16 @@ class MigSlice(cloud.Slice):
     return [*template, *self.create_flags], policy, group
 
   def create(self, gcloud: commands.Gcloud) -> None:
+    try:
+      self._create(gcloud)
+    except commands.CloudError as e:
+      if e.kind not in ("exists", "failed", "timeout", "auth", "unknown"):
+        # It may never be asked for again; the first error is what counts.
+        with contextlib.suppress(commands.CloudError):
+          self._clear(gcloud)
+      raise
+
+  def _create(self, gcloud: commands.Gcloud) -> None:
     template, policy, group = self._parts()
     self._make(gcloud, "instance template", self._template("create"),
                self._template("describe"), self._template("delete"), template)
@@ -152,13 +163,8 @@ class MigSlice(cloud.Slice):
       self._make(gcloud, "resource policy",
                  self._policy("create", "workload-policy"),
                  self._policy("describe"), self._policy("delete"), policy)
-    try:
-      _ask(gcloud, [*self._group("create"), _described(group), *group],
-           timeout=900)
-    except commands.CloudError as e:
-      if e.kind not in ("exists", "failed", "timeout", "auth", "unknown"):
-        self._clear(gcloud)  # It may never be asked for again.
-      raise
+    _ask(gcloud, [*self._group("create"), _described(group), *group],
+         timeout=900)
 
   def _make(self, gcloud: commands.Gcloud, what: str, create: list[str],
             describe: list[str], delete: list[str], flags: list[str]) -> None:

@@ -75,6 +75,10 @@ SCENARIOS = {
         "queue": [], "runs": [], "faults": {"template create": [
             "403 Required 'compute.instanceTemplates.create' permission"]}}, 2,
         "PERMISSION_DENIED"),
+    "policy_refused": ({
+        "queue": [], "runs": [], "faults": {"policy create": [
+            "400 Invalid value for field 'acceleratorTopology'"]}}, 2,
+        "INVALID_ARGUMENT"),
     "unauthorised": ({
         "queue": [], "runs": [],
         "faults": {"describe": ["401 Invalid credentials"] * 8}}, 2,
