@@ -1,10 +1,12 @@
-"""A TPU slice: the gcloud commands for it, and what their answers mean.
+"""What the supervisor knows of a TPU slice, whichever service provides it.
 
-The supervisor knows the cloud only by the commands of `Slice` and by `State`,
-`node`, `workers` and `newest_step`: all that is special to queued resources is
-here. Needs only Python and gcloud.
+`Slice` is implemented by `queued.py` (queued resources of the Cloud TPU API)
+and by `mig.py` (managed instance groups of Compute Engine). The supervisor
+knows the cloud only by its methods and by `State`. Needs only Python and
+gcloud.
 """
 
+import abc
 import dataclasses
 import hashlib
 import json
@@ -14,30 +16,19 @@ import sys
 
 import commands
 
-# TPU generation -> default runtime version; --runtime_version overrides it.
-RUNTIMES = {
-    "v2": "tpu-ubuntu2204-base",
-    "v3": "tpu-ubuntu2204-base",
-    "v4": "tpu-ubuntu2204-base",
-    "v5litepod": "v2-alpha-tpuv5-lite",
-    "v5p": "v2-alpha-tpuv5",
-    "v6e": "v2-alpha-tpuv6e",
-}
-
-# What the states of a queued resource mean for whoever waits for the slice
-# (google.cloud.tpu.v2.QueuedResourceState.State). A name that is not listed
-# is waited for.
-_PHASES = {"ACTIVE": "active", "SUSPENDED": "lost", "FAILED": "failed"}
-
 # Errors of a request that would fail again, in the same zone.
 _FINAL = ("absent", "auth", "refused")
+
+# The package itself writes to buckets: only data are read by mounts. If False,
+# the workdir is in a mount as well.
+NATIVE_WORKDIR = True
 
 # Bucket names: a-z, 0-9, and in between also - _ and dots.
 _BUCKET = re.compile(r"gs://([a-z0-9](?:[a-z0-9._-]*[a-z0-9])?)(?=/|$)")
 
 # A new machine has no worker.sh yet.
-_STATE = ("if [ -f worker.sh ]; then bash worker.sh state; "
-          "else echo worker - none none; fi")
+STATE = ("if [ -f worker.sh ]; then bash worker.sh state; "
+         "else echo worker - none none; fi")
 
 # A line of `worker.sh state`, to its end: of 255, a lost connection could leave
 # a 2. Other lines, e.g. the system's, are no answers.
@@ -81,98 +72,101 @@ class State:
     return f"{self.name}: {self.error}" if self.error else self.name
 
 
-class DryRun(commands.Gcloud):
-  """Prints the commands, one per line, and answers as if they succeeded."""
+class Slice(abc.ABC):
+  """The machines of a slice, which may not exist yet.
 
-  def __init__(self, active: bool, run: str = "none"):
-    """
-    Args:
-      active: whether the slice exists already.
-      run: id of the run that will be started on it.
-    """
-    super().__init__()
-    self._active, self._run = active, run
-    self._started = False
+  All methods may raise CloudError.
 
-  def __call__(self, args, timeout=300):
-    print(shlex.join(args))
-    self._active |= "create" in args
-    self._started |= "bash worker.sh start" in args[-1]
-    if "describe" in args and not self._active:
-      raise commands.CloudError("absent", "the slice does not exist yet")
-    if "storage" in args:
-      raise commands.CloudError("absent", "there are no checkpoints yet")
-    if "describe" in args:
-      return ('{"state": "READY", "networkEndpoints": [{}]}'
-              if "tpu-vm" in args else '{"state": {"state": "ACTIVE"}}')
-    if args[-1].endswith(_STATE):
-      found = f"{self._run} 0" if self._started else "none none"
-      return f"worker 0 {found}\n"
-    return ""
-
-  def show(self, args):
-    print(shlex.join(args))
-    return 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-  """A TPU slice: a queued resource, and the node of the same name."""
+  Attributes:
+    name: of the slice.
+    removal: the command that deletes it, for the user.
+  """
 
   name: str
-  zone: str
-  project: str | None
-  accelerator: str
-  runtime_version: str
-  spot: bool
-  create_flags: tuple[str, ...] = ()
+  removal: str
 
-  def _gcloud(self, *words: str) -> list[str]:
-    where = [f"--zone={self.zone}"]
-    if self.project:
-      where.append(f"--project={self.project}")
-    return ["gcloud", "compute", "tpus", *words, *where]
+  @abc.abstractmethod
+  def create(self, gcloud: commands.Gcloud) -> None:
+    """Requests the slice, which is billed once its machines exist."""
 
-  def create(self) -> list[str]:
-    """Requests the slice, which is billed once it is ACTIVE."""
-    return [*self._gcloud("queued-resources", "create", self.name),
-            "--quiet", f"--node-id={self.name}",
-            f"--accelerator-type={self.accelerator}",
-            f"--runtime-version={self.runtime_version}",
-            *(["--spot"] if self.spot else []), *self.create_flags]
+  @abc.abstractmethod
+  def state(self, gcloud: commands.Gcloud) -> State:
+    """Whether its machines exist, and may be used."""
 
-  def describe(self) -> list[str]:
-    return [*self._gcloud("queued-resources", "describe", self.name),
-            "--format=json"]
+  @abc.abstractmethod
+  def hosts(self, gcloud: commands.Gcloud) -> tuple[str, int]:
+    """(state of the machines, their number), of an active slice."""
 
-  def describe_node(self) -> list[str]:
-    return [*self._gcloud("tpu-vm", "describe", self.name), "--format=json"]
+  @abc.abstractmethod
+  def delete(self, gcloud: commands.Gcloud) -> None:
+    """Deletes everything that `create` made, in any state.
 
-  def delete(self) -> list[str]:
-    """Deletes the queued resource and its machines, in any state."""
-    return [*self._gcloud("queued-resources", "delete", self.name),
-            "--quiet", "--force"]
+    The kind of the error is "absent" if there is nothing.
+    """
 
-  def copy(self, *files: str) -> list[str]:
+  @abc.abstractmethod
+  def copy(self, gcloud: commands.Gcloud, *files: str) -> None:
     """Copies files to the home folder of every host."""
-    return [*self._gcloud("tpu-vm", "scp", *files, f"{self.name}:"),
-            "--quiet", "--worker=all"]
 
-  def ssh(self, command: str, worker: str = "all") -> list[str]:
-    return [*self._gcloud("tpu-vm", "ssh", self.name), "--quiet",
-            f"--worker={worker}", f"--command={command}"]
+  @abc.abstractmethod
+  def ssh(self, gcloud: commands.Gcloud, command: str, worker: str = "all",
+          timeout: float = 300) -> str:
+    """Runs a shell command on a host by its index, or on all; its output."""
 
-  def worker(self, *args: str, worker: str = "all") -> list[str]:
-    """Runs worker.sh with these arguments."""
-    return self.ssh(shlex.join(["bash", "worker.sh", *args]), worker)
+  @abc.abstractmethod
+  def show(self, gcloud: commands.Gcloud, command: str, worker: str) -> int:
+    """The same on this terminal; returns the exit code."""
 
-  def state(self, worker: str = "all") -> list[str]:
-    return self.ssh(_STATE, worker)
+  @abc.abstractmethod
+  def start(self, gcloud: commands.Gcloud, run: "Run") -> None:
+    """Starts a run, which is installed, on every host."""
+
+  @abc.abstractmethod
+  def answer(self, args: list[str]) -> str:
+    """What a command prints for an active slice; for --dry_run."""
+
+  def script(self, gcloud: commands.Gcloud, *args: str, worker: str = "all",
+             timeout: float = 300) -> str:
+    """Runs worker.sh with these arguments; its output."""
+    return self.ssh(gcloud, shlex.join(["bash", "worker.sh", *args]), worker,
+                    timeout)
+
+  def workers(self, gcloud: commands.Gcloud,
+              worker: str = "all") -> list[Worker]:
+    """The state of each host that answers.
+
+    Raises:
+      CloudError: no host was asked: the command or the login was refused, or
+        the cloud itself did not answer.
+    """
+    try:
+      out = self.ssh(gcloud, STATE, worker, timeout=120)
+    except commands.CloudError as e:
+      out = heard(e)
+    return read_workers(out)
+
+
+def read_workers(printed: str) -> list[Worker]:
+  """The lines of `worker.sh state` in what hosts printed."""
+  return [Worker(*found) for found in _ANSWER.findall(printed)]
+
+
+def heard(error: commands.CloudError) -> str:
+  """What hosts printed before a command failed on one; or raises the error."""
+  if error.kind in ("refused", "auth", "failed"):
+    raise error
+  return error.out
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One experiment: flags of metaformer_jax.main, and the buckets they use."""
+  """One experiment.
+
+  Attributes:
+    flags: of metaformer_jax.main.
+    workdir: gs://BUCKET/FOLDER.
+    buckets: those that are mounted.
+  """
 
   flags: tuple[str, ...]
   workdir: str
@@ -180,7 +174,7 @@ class Run:
 
   @classmethod
   def of(cls, flags: list[str]) -> "Run":
-    """Parses a run's flags; replaces gs://BUCKET by its mount /gcs/BUCKET.
+    """Parses a run's flags; replaces gs://BUCKET of data by /gcs/BUCKET.
 
     Raises:
       UsageError: the config or workdir is missing, or the workdir is not in a
@@ -201,84 +195,29 @@ class Run:
     if not re.fullmatch(_BUCKET.pattern + "/.+", workdir):
       raise UsageError("--workdir after --: give gs://BUCKET/FOLDER; a folder "
                        "on a machine is deleted with it")
-    flags = [f"--workdir={workdir}" if flag.lstrip("-").startswith("workdir=")
-             else flag for flag in flags]
-    buckets = sorted({b for flag in flags for b in _BUCKET.findall(flag)})
-    return cls(tuple(_BUCKET.sub(r"/gcs/\1", flag) for flag in flags), workdir,
-               tuple(buckets))
+    own = [flag.lstrip("-").startswith("workdir=") for flag in flags]
+    flags = [f"--workdir={workdir}" if is_workdir else flag
+             for is_workdir, flag in zip(own, flags, strict=True)]
+    mounted = [not (NATIVE_WORKDIR and is_workdir) for is_workdir in own]
+    buckets = {bucket for used, flag in zip(mounted, flags, strict=True) if used
+               for bucket in _BUCKET.findall(flag)}
+    return cls(tuple(_BUCKET.sub(r"/gcs/\1", flag) if used else flag
+                     for used, flag in zip(mounted, flags, strict=True)),
+               workdir, tuple(sorted(buckets)))
 
   @property
   def command(self) -> list[str]:
     return [".venv/bin/python", "-m", "metaformer_jax.main", *self.flags]
 
   @property
+  def start(self) -> list[str]:
+    """Arguments of worker.sh that start it."""
+    return ["start", self.id, ",".join(self.buckets), *self.command]
+
+  @property
   def id(self) -> str:
     """Differs between runs with different flags."""
     return hashlib.sha256(json.dumps(self.command).encode()).hexdigest()[:12]
-
-
-def slice_state(gcloud: commands.Gcloud, where: Slice) -> State:
-  """The state of the queued resource.
-
-  Raises:
-    CloudError: gcloud failed, or its answer has no state.
-  """
-  try:
-    found = commands.read_object(gcloud(where.describe()))
-  except commands.CloudError as e:
-    if e.kind == "absent":
-      return State("ABSENT", "absent")
-    raise
-  found = commands.value(found, "state", dict)
-  name = commands.value(found, "state", str)
-  if not name or not re.fullmatch(r"[A-Z_]{1,40}", name):
-    raise commands.CloudError("unknown", "gcloud printed no state of the slice")
-  phase = _PHASES.get(name, "waiting")
-  return State(name, phase, _failure(found) if phase == "failed" else None)
-
-
-def _failure(found: dict) -> commands.CloudError:
-  """The error of a request that failed; found: its state."""
-  error = commands.value(commands.value(found, "failedData", dict), "error",
-                         dict)
-  status = commands.status_name(commands.value(error, "code", int))
-  message = commands.value(error, "message", str) or "no reason given"
-  details = " ".join(commands.value(detail, "@type", str) or "" for detail in
-                     commands.value(error, "details", list) or ())
-  return commands.CloudError(commands.kind_of(status, message, details),
-                             f"{status}: {message}" if status else message)
-
-
-def node(gcloud: commands.Gcloud, where: Slice) -> tuple[str, int]:
-  """(state of the node, number of its hosts).
-
-  Raises:
-    CloudError: gcloud failed, or its answer lacks them.
-  """
-  found = commands.read_object(gcloud(where.describe_node()))
-  name = commands.value(found, "state", str)
-  hosts = commands.value(found, "networkEndpoints", list)
-  if not name or not hosts:
-    raise commands.CloudError("unknown", "gcloud printed no state or no "
-                              "networkEndpoints of the node")
-  return commands.one_line(name, 40), len(hosts)
-
-
-def workers(gcloud: commands.Gcloud, where: Slice,
-            worker: str = "all") -> list[Worker]:
-  """The state of each host that answers.
-
-  Raises:
-    CloudError: no host was asked: the command or the login was refused, or the
-      cloud itself did not answer.
-  """
-  try:
-    out = gcloud(where.state(worker), timeout=120)
-  except commands.CloudError as e:
-    if e.kind in ("refused", "auth", "failed"):
-      raise
-    out = e.out
-  return [Worker(*found) for found in _ANSWER.findall(out)]
 
 
 def newest_step(gcloud: commands.Gcloud, run: Run) -> int:

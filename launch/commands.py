@@ -16,6 +16,7 @@ do not. Needs only Python, on Linux or macOS.
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -23,10 +24,14 @@ import selectors
 import shlex
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
+# Commands that `Gcloud.each` runs at the same time.
+AT_ONCE = 16
 # Bytes that are kept: the first of stdout, the last of stderr.
 _MAX_OUT, _MAX_ERR = 1 << 24, 1 << 16
 # Seconds that output is awaited after a command has ended. A descendant may
@@ -111,13 +116,13 @@ class CloudError(Exception):
       failed    the network or the service failed: try again
       timeout   the command did not end in time, and was killed
       unknown   anything else
-    out: what it printed before it failed.
+    out, err: what it printed before it failed.
   """
 
-  def __init__(self, kind: str, message: str, out: str = ""):
+  def __init__(self, kind: str, message: str, out: str = "", err: str = ""):
     super().__init__(one_line(message))
     self.kind = kind
-    self.out = out
+    self.out, self.err = out, err
 
 
 class Gcloud:
@@ -129,7 +134,8 @@ class Gcloud:
     Args:
       execute: replaced by tests.
     """
-    self._execute = execute or _execute
+    self._stop = threading.Event()
+    self._execute = execute or functools.partial(_execute, stop=self._stop)
 
   def __call__(self, args: list[str], timeout: float = 300) -> str:
     """Returns what a command prints; raises CloudError if it fails."""
@@ -147,20 +153,44 @@ class Gcloud:
     if code is None:
       raise CloudError("timeout", f"{shlex.join(args[:6])} ... did not finish "
                        f"within {timeout:g} seconds", printed)
-    kind, message = _reason(args, code, err.decode(errors="replace"))
-    raise CloudError(kind, message, printed)
+    said = err.decode(errors="replace")
+    kind, message = _reason(args, code, said)
+    raise CloudError(kind, message, printed, said)
+
+  def each(self, commands: list[list[str]],
+           timeout: float = 300) -> list["str | CloudError"]:
+    """Runs several commands at the same time.
+
+    Returns:
+      What each prints, or its error, in the order of the commands.
+    """
+    def run(args):
+      try:
+        return self(args, timeout)
+      except CloudError as e:
+        return e
+
+    with futures.ThreadPoolExecutor(min(AT_ONCE, len(commands))) as pool:
+      started = [pool.submit(run, args) for args in commands]
+      try:
+        return [future.result() for future in started]
+      except BaseException:  # Ctrl-C: nothing that was started goes on.
+        pool.shutdown(wait=False, cancel_futures=True)
+        self._stop.set()
+        raise
 
   def show(self, args: list[str]) -> int:
     """Runs a command on this terminal; returns its exit code."""
     return subprocess.run(args, check=False).returncode
 
 
-def _execute(args: list[str],
-             timeout: float) -> tuple[int | None, bytes, bytes]:
+def _execute(args: list[str], timeout: float,
+             stop: threading.Event) -> tuple[int | None, bytes, bytes]:
   """(exit code, or None if it was killed after `timeout` seconds; out; err).
 
   The command gets its own process group and no terminal, so it cannot ask
-  anything, and nothing of the group is left when this returns or raises.
+  anything, and nothing of the group is left when this returns or raises. It is
+  also killed once `stop` is set.
   """
   process = subprocess.Popen(
       args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -168,7 +198,9 @@ def _execute(args: list[str],
       env=os.environ | {"CLOUDSDK_CORE_DISABLE_PROMPTS": "1"})
   try:
     deadline = time.monotonic() + timeout
-    out, err = _read(process, deadline)
+    out, err = _read(process, deadline, stop)
+    if stop.is_set():
+      deadline = 0
     try:
       code = process.wait(max(0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -183,14 +215,16 @@ def _execute(args: list[str],
     process.stderr.close()
 
 
-def _read(process: subprocess.Popen, deadline: float) -> tuple[bytes, bytes]:
+def _read(process: subprocess.Popen, deadline: float,
+          stop: threading.Event) -> tuple[bytes, bytes]:
   """What a process prints until it closes its output, ends, or is late."""
   out, err = bytearray(), bytearray()
   ended = False
   with selectors.DefaultSelector() as waiting:
     waiting.register(process.stdout, selectors.EVENT_READ)
     waiting.register(process.stderr, selectors.EVENT_READ)
-    while waiting.get_map() and (now := time.monotonic()) < deadline:
+    while (waiting.get_map() and not stop.is_set()
+           and (now := time.monotonic()) < deadline):
       for key, _ in waiting.select(min(deadline - now, 0.5)):
         data = os.read(key.fd, 1 << 16)
         if not data:
@@ -312,12 +346,21 @@ def _leading_object(text: str) -> dict[str, Any]:
 
 def read_object(printed: str) -> dict[str, Any]:
   """The JSON object that a command printed; CloudError if it is not one."""
+  return _read_json(printed, dict, "object")
+
+
+def read_list(printed: str) -> list[Any]:
+  """The JSON list that a command printed; CloudError if it is not one."""
+  return _read_json(printed, list, "list")
+
+
+def _read_json(printed: str, kind: type, name: str) -> Any:
   try:
     found = json.loads(printed)
   except (ValueError, RecursionError) as e:
     raise CloudError("unknown", f"gcloud did not print JSON: {e}") from e
-  if not isinstance(found, dict):
-    raise CloudError("unknown", "gcloud did not print a JSON object but "
+  if not isinstance(found, kind):
+    raise CloudError("unknown", f"gcloud did not print a JSON {name} but "
                      f"{type(found).__name__}")
   return found
 

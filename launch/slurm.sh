@@ -6,10 +6,11 @@
 #     --config.data.path=/shared/imagenet
 #
 # Submit it from the repository's root; all nodes need access to its .venv, the
-# workdir and the data. Two minutes before the time limit, and when the job is
-# preempted, the run saves and ends with 143. The job is requeued unless it is
-# done, misconfigured (2) or diverged (3), or six attempts in a row ended
-# without a new checkpoint.
+# workdir and the data. A workdir may be in a bucket (gs://BUCKET/FOLDER), with
+# the extra gcs and credentials on each node; its notes are then in ./slurm.
+# Two minutes before the time limit, and when the job is preempted, the run
+# saves and ends with 143. The job is requeued unless it is done, misconfigured
+# (2) or diverged (3), or six attempts in a row ended without a new checkpoint.
 #SBATCH --job-name=metaformer
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -32,14 +33,21 @@ if [ -z "$workdir" ]; then
 fi
 
 # This job's files: exit codes by process, and the count of failed attempts.
-notes=$workdir/slurm/$SLURM_JOB_ID
+case $workdir in
+  gs://*) notes=$PWD/slurm/$SLURM_JOB_ID ;;
+  *) notes=$workdir/slurm/$SLURM_JOB_ID ;;
+esac
 rm -rf "$notes/codes"
 mkdir -p "$notes/codes"
 
-# The newest complete checkpoint: a folder whose name is its step.
+# The newest complete checkpoint: a folder with a manifest, whose name is its
+# step.
 latest_step() {
-  find "$workdir/checkpoints" -maxdepth 1 -type d -regex '.*/[0-9]+' \
-    -printf '%f\n' 2>/dev/null | sort -n | tail -n 1 || true
+  case $workdir in
+    gs://*) gcloud storage ls "$workdir/checkpoints/*/manifest.json" ;;
+    *) find "$workdir/checkpoints" -maxdepth 2 -name manifest.json ;;
+  esac 2>/dev/null | sed -En 's|.*/([0-9]+)/manifest.json$|\1|p' |
+    sort -n | tail -n 1 || true
 }
 
 # srun returns the highest exit code, so a 134 would hide a 3. SLURM sends

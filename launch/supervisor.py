@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 
 import cloud
 import commands
+import dry_run
 import progress
 
 # Exit codes of a run (docs/design.md, "Process contract").
@@ -119,7 +120,7 @@ class Supervisor:
 
   def _advance(self) -> int | None:
     """Polls once and acts on the result; returns an exit code at the end."""
-    state = cloud.slice_state(self._gcloud, self._slice)
+    state = self._slice.state(self._gcloud)
     if state.phase == "absent":
       if self._seen and not self._deleted:
         cloud.say(f"{self._slice.name} was deleted by someone else and is not "
@@ -146,7 +147,7 @@ class Supervisor:
   def _create(self) -> int | None:
     cloud.say(f"creating {self._slice.name}")
     try:
-      self._gcloud(self._slice.create())
+      self._slice.create(self._gcloud)
     except commands.CloudError as e:
       if e.kind in ("capacity", "quota"):
         return self._deny(e)
@@ -173,7 +174,7 @@ class Supervisor:
   def _delete(self) -> None:
     self._deleted = True
     try:
-      self._gcloud(self._slice.delete(), timeout=1800)
+      self._slice.delete(self._gcloud)
     except commands.CloudError as e:
       if e.kind != "absent":
         raise
@@ -181,7 +182,7 @@ class Supervisor:
   def _watch(self) -> int | None:
     """On an active slice: starts the run, or checks its state."""
     # If any process of the run ends, jax also ends the first host's.
-    found = cloud.workers(self._gcloud, self._slice, "0")
+    found = self._slice.workers(self._gcloud, "0")
     if not found:
       return self._hear_nothing()
     self._silent = 0
@@ -245,9 +246,9 @@ class Supervisor:
 
   def _exit_codes(self) -> tuple[list[int], int]:
     """The processes' exit codes, and the number of hosts that do not answer."""
-    _, count = cloud.node(self._gcloud, self._slice)
+    _, count = self._slice.hosts(self._gcloud)
     for _ in range(_LAST_POLLS):
-      found = cloud.workers(self._gcloud, self._slice)
+      found = self._slice.workers(self._gcloud)
       if len(found) >= count and all(w.status != "running" for w in found):
         break
       self._sleep(self._poll_seconds)
@@ -276,7 +277,7 @@ class Supervisor:
     cloud.say(f"the run is over: exit code {code}, {meaning}")
     if code != DONE:
       try:
-        log = self._gcloud(self._slice.worker("log", "20", worker="0"))
+        log = self._slice.script(self._gcloud, "log", "20", worker="0")
         cloud.say(log[-_MAX_LOG:])
       except commands.CloudError as e:
         cloud.say(f"its output cannot be shown: {e}")
@@ -291,7 +292,7 @@ class Supervisor:
           cloud.say(str(e))
           self._back_off(attempt)
     cloud.say(f"{self._slice.name} still exists and is billed; to delete it: "
-              + " ".join(self._slice.delete()))
+              + self._slice.removal)
     return code
 
   def _latest_step(self) -> int | None:
@@ -312,25 +313,30 @@ def launch(gcloud: commands.Gcloud, where: cloud.Slice, run: cloud.Run,
            source: pathlib.Path, ref: str) -> None:
   """Copies a commit to every host, stops any other run and starts this one."""
   archive = pathlib.Path("build") / where.name / "metaformer_jax.tar.gz"
-  if not isinstance(gcloud, cloud.DryRun):
+  if not isinstance(gcloud, dry_run.DryRun):
     (source / archive).parent.mkdir(parents=True, exist_ok=True)
   gcloud(["git", "-C", str(source), "archive", "--format=tar.gz",
           f"--output={archive}", ref])
   worker = pathlib.Path(__file__).with_name("worker.sh")
-  gcloud(where.copy(str(worker), str(source / archive)), timeout=900)
-  gcloud(where.worker("stop", str(STOP_SECONDS)), timeout=STOP_SECONDS + 120)
-  gcloud(where.worker("install", archive.name), timeout=1800)
-  gcloud(where.worker("start", run.id, ",".join(run.buckets), *run.command))
+  where.copy(gcloud, str(worker), str(source / archive))
+  stop(gcloud, where)
+  where.script(gcloud, "install", archive.name, timeout=1800)
+  where.start(gcloud, run)
+
+
+def stop(gcloud: commands.Gcloud, where: cloud.Slice) -> None:
+  """Stops a run, if there is one; it saves first."""
+  where.script(gcloud, "stop", str(STOP_SECONDS), timeout=STOP_SECONDS + 120)
 
 
 def describe(gcloud: commands.Gcloud, where: cloud.Slice) -> str:
   """The state of a slice, its hosts and its run, one per line."""
-  state = cloud.slice_state(gcloud, where)
+  state = where.state(gcloud)
   lines = [f"slice {where.name} {state}"]
   if state.phase == "active":
-    kind, count = cloud.node(gcloud, where)
+    kind, count = where.hosts(gcloud)
     lines.append(f"node {kind}, hosts {count}")
-    found = sorted(cloud.workers(gcloud, where),
+    found = sorted(where.workers(gcloud),
                    key=lambda w: (len(w.index), w.index))
     lines += [f"worker {w.index} run {w.run} {w.status}" for w in found]
     if len(found) < count:

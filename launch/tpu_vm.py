@@ -12,10 +12,14 @@ The flags of metaformer_jax.main follow after --; see docs/tpu.md.
 import argparse
 import pathlib
 import re
+import shlex
 import sys
 
 import cloud
 import commands
+import dry_run
+import mig
+import queued
 import supervisor
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -30,6 +34,10 @@ _COMMANDS = {
     "exec": "run the shell command given after -- on the hosts",
     "delete": "stop the run, which saves, and delete the slice",
 }
+# Backend -> the generations that it provides. The Cloud TPU API is no longer
+# developed and does not support tpu7x; managed instance groups support only
+# these (cloud.google.com/tpu/docs/tpus-and-migs).
+_BACKENDS = {"queued": queued.RUNTIMES, "mig": mig.GENERATIONS}
 _WITH_RUN = ("run", "supervise", "restart")
 _WITH_SLICE = ("create", "supervise")
 
@@ -49,9 +57,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   # For the sub-commands that do not have these flags.
   parser.set_defaults(accelerator="", runtime_version=None, spot=False,
                       create_flag=[])
-  commands = parser.add_subparsers(dest="command", required=True)
+  names = parser.add_subparsers(dest="command", required=True)
   for name, help_text in _COMMANDS.items():
-    sub = commands.add_parser(name, help=help_text, allow_abbrev=False)
+    sub = names.add_parser(name, help=help_text, allow_abbrev=False)
     _add_flags(sub, name)
   return parser.parse_args(argv[:end]), argv[end + 1:]
 
@@ -60,17 +68,24 @@ def _add_flags(sub: argparse.ArgumentParser, name: str) -> None:
   add = sub.add_argument
   add("--name", required=True, help="of the slice; any name")
   add("--zone", required=True, help="e.g. us-west4-a")
-  add("--project", help="default: gcloud's own")
+  add("--project", help="default: gcloud's own; needed to create a managed "
+      "instance group")
+  add("--backend", choices=sorted(_BACKENDS),
+      help="queued: a queued resource of the Cloud TPU API; mig: a managed "
+      "instance group of Compute Engine; default: mig for v5p, v6e and tpu7x, "
+      "queued for others and for commands without --accelerator")
   add("--dry_run", action="store_true",
       help="print the commands, one per line, without running them")
   if name in _WITH_SLICE:
     add("--accelerator", required=True,
-        help="e.g. v5litepod-8, v4-32, v5p-8, v6e-16")
-    add("--runtime_version", help="default: depends on the accelerator")
+        help="e.g. v5litepod-8, v4-32, v5p-8, v6e-16, tpu7x-16")
+    add("--runtime_version", help="of a queued resource, or the image family "
+        "of a managed instance group; default: depends on the accelerator")
     add("--spot", action="store_true",
         help="cheaper, but may be taken away at any time")
     add("--create_flag", action="append", default=[], metavar="FLAG",
-        help="another flag for gcloud's create, e.g. "
+        help="another flag for gcloud's create, of the instance template for "
+        "a managed instance group, e.g. "
         "--create_flag=--service-account=ACCOUNT; may be repeated")
   if name in _WITH_RUN:
     add("--source", type=pathlib.Path, default=ROOT,
@@ -111,17 +126,42 @@ def make_slice(args: argparse.Namespace) -> cloud.Slice:
   if not re.fullmatch(r"[a-z]([-a-z0-9]{0,60}[a-z0-9])?", args.name):
     raise cloud.UsageError(f"--name={args.name}: use lower-case letters, "
                            "digits and -, starting with a letter")
-  accelerator = args.accelerator
+  backend = _backend(args.accelerator, args.backend)
+  generation = args.accelerator.partition("-")[0]
+  known = args.name, args.zone, args.project, args.accelerator
+  if backend == "queued":
+    return queued.QueuedSlice(
+        *known, args.runtime_version or queued.RUNTIMES.get(generation, ""),
+        args.spot, tuple(args.create_flag))
+  if len(args.name) > 54:  # The machines' names are longer by five.
+    raise cloud.UsageError(f"--name={args.name}: give at most 54 characters")
+  if not re.fullmatch(r"[a-z]+-[a-z]+[0-9]+-[a-z0-9]+", args.zone):
+    raise cloud.UsageError(f"--zone={args.zone}: is no zone, e.g. us-east5-a")
+  if args.accelerator:
+    mig.shape(args.accelerator)
+    if not args.project:
+      raise cloud.UsageError("--project: is missing; a managed instance group "
+                             "is created with the full name of its policy")
+  _, family, *_ = mig.GENERATIONS.get(generation, ("", ""))
+  return mig.MigSlice(*known, args.runtime_version or family, args.spot,
+                      tuple(args.create_flag))
+
+
+def _backend(accelerator: str, backend: str | None) -> str:
+  """The backend for an accelerator; empty: unknown."""
   generation = accelerator.partition("-")[0]
-  if accelerator and (generation not in cloud.RUNTIMES or
-                      not re.fullmatch(r"[a-z0-9]+-\d+", accelerator)):
+  fitting = [name for name, known in _BACKENDS.items() if generation in known]
+  if accelerator and not (
+      fitting and re.fullmatch(r"[a-z0-9]+-[0-9]{1,6}", accelerator)):
+    known = dict.fromkeys([*queued.RUNTIMES, *mig.GENERATIONS])
     raise cloud.UsageError(
-        f"--accelerator={accelerator}: give one of "
-        f"{', '.join(cloud.RUNTIMES)} with a size, e.g. v5litepod-8")
-  return cloud.Slice(
-      args.name, args.zone, args.project, accelerator,
-      args.runtime_version or cloud.RUNTIMES.get(generation, ""),
-      args.spot, tuple(args.create_flag))
+        f"--accelerator={accelerator}: give one of {', '.join(known)} with a "
+        "size, e.g. v5litepod-8")
+  if accelerator and backend and backend not in fitting:
+    raise cloud.UsageError(
+        f"--backend={backend}: does not provide {generation}; give "
+        f"--backend={fitting[0]}, or leave it out")
+  return backend or ("mig" if "mig" in fitting else "queued")
 
 
 def main(argv: list[str]) -> int:
@@ -136,7 +176,8 @@ def main(argv: list[str]) -> int:
       _warn_of_changes(args.source)
     gcloud = commands.Gcloud()
     if args.dry_run:
-      gcloud = cloud.DryRun(args.command != "supervise", run.id if run else "")
+      gcloud = dry_run.DryRun(where, args.command != "supervise",
+                              run.id if run else "")
     return _do(args, rest, gcloud, where, run)
   except cloud.UsageError as e:
     cloud.say(f"UsageError: {e}")
@@ -154,7 +195,7 @@ def main(argv: list[str]) -> int:
 def _do(args: argparse.Namespace, rest: list[str], gcloud: commands.Gcloud,
         where: cloud.Slice, run: cloud.Run | None) -> int:
   if args.command == "create":
-    gcloud(where.create())
+    where.create(gcloud)
   elif args.command == "supervise":
     return supervisor.Supervisor(
         gcloud, where, run, args.source, args.ref, keep=args.keep,
@@ -164,7 +205,7 @@ def _do(args: argparse.Namespace, rest: list[str], gcloud: commands.Gcloud,
     ).supervise()
   elif args.command in ("run", "restart"):
     if args.command == "run":
-      for worker in cloud.workers(gcloud, where):
+      for worker in where.workers(gcloud):
         if worker.status == "running":
           raise cloud.UsageError(f"{where.name} is already running "
                                  f"{worker.run}; the sub-command restart "
@@ -176,25 +217,24 @@ def _do(args: argparse.Namespace, rest: list[str], gcloud: commands.Gcloud,
       print(found)
   elif args.command == "logs":
     follow = ["follow"] if args.follow else []
-    return gcloud.show(where.worker("log", str(args.lines), *follow,
-                                    worker=args.worker))
+    command = shlex.join(["bash", "worker.sh", "log", str(args.lines), *follow])
+    return where.show(gcloud, command, args.worker)
   elif args.command == "exec":
     if not rest:
       raise cloud.UsageError("exec needs a command after --")
-    return gcloud.show(where.ssh(" ".join(rest), args.worker))
+    return where.show(gcloud, " ".join(rest), args.worker)
   else:
     _delete(gcloud, where)
   return 0
 
 
 def _delete(gcloud: commands.Gcloud, where: cloud.Slice) -> None:
-  if cloud.slice_state(gcloud, where).phase == "active":
+  if where.state(gcloud).phase == "active":
     try:
-      gcloud(where.worker("stop", str(supervisor.STOP_SECONDS)),
-             timeout=supervisor.STOP_SECONDS + 120)
+      supervisor.stop(gcloud, where)
     except commands.CloudError as e:
       cloud.say(f"{e}; deleting the slice anyway")
-  gcloud(where.delete(), timeout=1800)
+  where.delete(gcloud)
 
 
 def _warn_of_changes(source: pathlib.Path) -> None:

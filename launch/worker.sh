@@ -29,6 +29,13 @@ index() {
   esac
 }
 
+install_packages() {
+  # A new machine holds the lock while it installs its updates.
+  local apt=(sudo apt-get -o DPkg::Lock::Timeout=600 --quiet)
+  "${apt[@]}" update
+  "${apt[@]}" install --yes "$@"
+}
+
 install_gcsfuse() {
   if command -v gcsfuse >/dev/null; then return; fi
   local keys=/usr/share/keyrings/cloud.google.asc
@@ -37,10 +44,7 @@ install_gcsfuse() {
   echo "deb [signed-by=$keys] https://packages.cloud.google.com/apt" \
     "gcsfuse-$(lsb_release -c -s) main" |
     sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-  # A new machine holds the lock while it installs its updates.
-  local apt=(sudo apt-get -o DPkg::Lock::Timeout=600 --quiet)
-  "${apt[@]}" update
-  "${apt[@]}" install --yes gcsfuse
+  install_packages gcsfuse
 }
 
 install() {
@@ -48,11 +52,14 @@ install() {
   mkdir "$code"
   tar --extract --gzip --file "$1" --directory "$code"
   install_gcsfuse
-  # The system's Python is older than 3.11.
-  python3 -m pip install --quiet --user 'uv>=0.5,<1'
+  # The system's Python is older than 3.11, or belongs to the system.
+  if ! python3 -m pip --version >/dev/null 2>&1; then
+    install_packages python3-pip
+  fi
+  PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user 'uv>=0.5,<1'
   cd "$code"
   python3 -m uv venv --quiet --python 3.11
-  python3 -m uv pip install --quiet '.[tpu,tfds]'
+  python3 -m uv pip install --quiet '.[tpu,tfds,gcs]'
 }
 
 # Every host must see immediately what another one wrote, so metadata is not
@@ -111,6 +118,10 @@ keep_log() {
       --workdir="$mounts"/*)
         folder=${flag#--workdir=}/logs
         mkdir -p "$folder" && cp "$home/log" "$folder/$(hostname).log"
+        ;;
+      --workdir=gs://*)
+        gcloud storage cp "$home/log" \
+          "${flag#--workdir=}/logs/$(hostname).log"
         ;;
     esac
   done

@@ -122,6 +122,58 @@ class World:
     return "the last line of the log\n" if "log" in words else ""
 
 
+# As `gcloud compute instance-groups managed` prints a group and its machines
+# (https://cloud.google.com/compute/docs/reference/rest/v1/instanceGroupManagers).
+GROUP = {
+    "baseInstanceName": "s24", "currentActions": {"none": 2},
+    "description": "metaformer_jax launcher 0123456789ab",
+    "kind": "compute#instanceGroupManager", "name": "s24", "targetSize": 2,
+    "status": {"isStable": True, "bulkInstanceOperation": {
+        "inProgress": False, "lastProgressCheck": {
+            "timestamp": "2026-10-01T08:00:00Z", "error": {"errors": [{
+                "code": "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS",
+                "message": "Waiting for resources"}]}}}}}
+MACHINES = [{
+    "currentAction": "NONE", "id": "1", "instance": f"zones/z/instances/{name}",
+    "instanceStatus": "RUNNING", "name": name, "lastAttempt": {"errors": {
+        "errors": [{"code": "INTERNAL_ERROR", "message": "Again"}]}}}
+    for name in ("s24-b2cd", "s24-a1bc")]
+
+
+class MigWorld(World):
+  """The same for a managed instance group of two machines."""
+
+  def _answer(self, command: str, args: list[str]) -> str:
+    exists = bool(self.creations) and self.creations[-1] is not None
+    waits = exists and self._now < self.creations[-1] + self._queued
+    if args[1] != "compute":
+      return super()._answer(command, args)
+    if args[2] in ("instance-templates", "resource-policies"):
+      return json.dumps({"description": GROUP["description"]})
+    if args[2] == "scp":
+      return ""
+    if args[2] == "ssh":
+      if not exists or waits:
+        raise LookupError("Could not fetch resource:\n - it was not found")
+      if args[3] == "s24-a1bc" or "worker.sh start" not in args[-1]:
+        return self._host(args[-1].partition("=")[2], [*args, "--worker=0"])
+      return ""
+    if args[4] == "create":
+      self.creations.append(self._now)
+      return ""
+    if not exists:
+      raise LookupError("NOT_FOUND: The resource s24 was not found")
+    if args[4] == "delete":
+      self._run = None
+      self.creations.append(None)
+      return ""
+    if args[4] == "describe":
+      return json.dumps(GROUP)
+    return json.dumps([machine | ({"instanceStatus": "STAGING",
+                                   "currentAction": "CREATING"} if waits else
+                                  {}) for machine in MACHINES])
+
+
 def mutate(text: str, rng: random.Random) -> bytes:
   """A text of JSON, or of lines, with one thing wrong."""
   way = rng.randrange(8)

@@ -1,5 +1,7 @@
 """Simulates gcloud (and git): one slice, its queue, its hosts and its runs.
 
+Queued resources are here, managed instance groups in fake_mig.py.
+
 A test puts programs of both names on PATH, which call `main`, and writes a file
 `scenario`:
 
@@ -20,6 +22,8 @@ imports little; its files hold Python literals.
 
 import os
 import sys
+
+import fake_mig
 
 FOLDER = os.environ.get("FAKE_CLOUD", ".")
 COMMON = {"--zone", "--project", "--quiet"}
@@ -58,7 +62,11 @@ class Cloud:
     self.now = eval(read("state")) if not new else {
         "created": -1, "exists": False, "looks": 0, "copied": False,
         "installed": False, "run": None, "started": -1, "polls": 0,
-        "stopped": True, "calls": {}}
+        "stopped": True, "calls": {}, "did": {},
+        "template": self.scenario.get("template"),
+        "policy": self.scenario.get("policy")}
+    if new and "group" in self.scenario:
+      self.now |= {"created": 0, "exists": True}
     if new and "foreign" in self.scenario:
       self.now |= {"created": 0, "exists": True, "copied": True,
                    "run": self.scenario["foreign"], "started": 0,
@@ -93,6 +101,8 @@ class Cloud:
         raise Fault("One or more URLs matched no objects.")
       return "".join(words[2].replace("*", str(name)) + "\n"
                      for name in (500, step, "9999.damaged"))
+    if words[1] != "tpus":
+      return fake_mig.call(self, words[1:], flags)
     group, verb, *rest = words[2:]
     unknown = set(flags) - FLAGS[group, verb]
     if unknown:
@@ -198,9 +208,12 @@ def main():
   cloud = Cloud()
   try:
     sys.stdout.write(cloud.call(words, flags))
-  except Fault as e:
-    path = ".".join(words[:4 if words[0] == "compute" else 2])
-    print(f"ERROR: (gcloud.{path}) {e}", file=sys.stderr)
+  except (Fault, fake_mig.Refused) as e:
+    last = {"tpus": 4, "instance-groups": 4, "ssh": 2, "scp": 2}
+    path = ".".join(words[:last.get(words[1], 3) if words[0] == "compute"
+                          else 2])
+    print(f"{getattr(e, 'log', '')}ERROR: (gcloud.{path}) {e}",
+          file=sys.stderr)
     return 1
   finally:
     cloud.save()

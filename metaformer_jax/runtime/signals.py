@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from metaformer_jax import errors
+from metaformer_jax.runtime import notices
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def ending() -> Listener:
 class StopSignal:
   """Notes SIGTERM or SIGINT, so that the run ends after the current step.
 
+  A notice that the machine will be taken away counts as a SIGTERM.
   It does so from `listen` on: before there is something to save, signals keep
   their effect. Further signals change nothing: the state is being saved.
   SIGKILL ends the process at once and loses what came after the last
@@ -107,7 +109,9 @@ class StopSignal:
 
   def __init__(self):
     self._number = 0
+    self._noting = threading.Lock()  # Of the threads that note something.
     self._listener = None
+    self._notices = notices.Watch(self._note_notice)
     # In the main thread: whether it waits for input. And whether that has
     # taken too long since the first signal.
     self._in_input, self._overdue = False, False
@@ -118,6 +122,7 @@ class StopSignal:
     return self
 
   def __exit__(self, *exc):
+    self._notices.close()
     if self._listener is not None:
       self._timer.cancel()
       if self._timer.is_alive():
@@ -125,9 +130,10 @@ class StopSignal:
       self._listener.__exit__(*exc)
 
   def listen(self) -> None:
-    """Starts to note signals, if it has not."""
+    """Starts to note signals and notices, if it has not."""
     if self._listener is None:
       self._listener = Listener(self._note, self._leave_input).__enter__()
+      self._notices.start()
 
   def batches(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
     """The same batches, for which a run that is asked to stop waits briefly.
@@ -159,16 +165,21 @@ class StopSignal:
     # Interrupts what the main thread waits for, and calls `_leave_input`.
     signal.pthread_kill(threading.main_thread().ident, self._number)
 
+  def _note_notice(self, key: str) -> None:
+    log.warning("the metadata of this machine say %s: it will be taken away, "
+                "which is taken as a SIGTERM", key)
+    self._note(signal.SIGTERM)
+
   def _note(self, number: int) -> None:
+    with self._noting:
+      first, self._number = not self._number, self._number or number
     if self._overdue:
       return
-    if not self._number:
+    if first:
       self._timer.start()
-    log.warning("%s: the run is already ending; it saves first"
-                if self._number else
-                "%s: saving after this step, then ending; further signals "
-                "change nothing", name(number))
-    self._number = self._number or number
+    log.warning("%s: saving after this step, then ending; further signals "
+                "change nothing" if first else
+                "%s: the run is already ending; it saves first", name(number))
 
   def flags(self, mesh):
     """The signal's number, or 0, once per device: int32 [n devices].

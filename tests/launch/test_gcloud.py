@@ -142,8 +142,8 @@ def test_a_failed_request_is_decided_by_its_code(launcher):
   def state(error):
     document = clouds.QUEUED | {"state": {"state": "FAILED",
                                           "failedData": {"error": error}}}
-    return launcher.cloud.slice_state(lambda args: clouds.json.dumps(document),
-                                      launcher.make_slice(args))
+    return launcher.make_slice(args).state(
+        lambda args: clouds.json.dumps(document))
 
   args, _ = launcher.parse(["status", "--name=s", "--zone=z"])
   kinds = {3: "refused", 5: "absent", 7: "refused", 8: "capacity",
@@ -162,23 +162,26 @@ class Enough(Exception):
 
 
 @pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("backend", ["queued", "mig"])
 def test_whatever_gcloud_prints_the_supervisor_goes_on_or_ends(
-    part, launcher, tmp_path, capsys):
+    backend, part, launcher, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(launcher.commands, "AT_ONCE", 1)  # By the seed alone.
   ends = set()
   for seed in range(100 * part, 100 * part + 100):
-    ends.add(play(seed, launcher, tmp_path))
+    ends.add(play(seed, backend, launcher, tmp_path))
     last = capsys.readouterr().err.splitlines()[-1]
     assert last and len(last) < 1000
   assert {0, "goes on"} < ends
 
 
-def play(seed, launcher, folder):
+def play(seed, backend, launcher, folder):
   """The exit code of a supervisor whose gcloud is wrong, or "goes on"."""
   rng = random.Random(seed)
   rate = rng.choice([0.05, 0.3, 1])
   errors = [text for text, _, _ in MESSAGES]
   end = rng.choice([0, 1, 2, 3, 255])
-  world = clouds.World(lambda start, seconds: (
+  kind = clouds.World if backend == "queued" else clouds.MigWorld
+  world = kind(lambda start, seconds: (
       int(seconds // 200), end if seconds > 1000 else None))
   states = [clouds.QUEUED] * 20 + [clouds.FAILED]
   sleeps = []
@@ -204,7 +207,8 @@ def play(seed, launcher, folder):
       raise Enough
 
   args, rest = launcher.parse([
-      "supervise", "--name=s24", "--zone=z", "--accelerator=v5litepod-16", "--",
+      "supervise", "--name=s24", "--zone=us-east5-a", "--project=p",
+      f"--accelerator={'v6e-8' if backend == 'mig' else 'v5litepod-16'}", "--",
       "--config=c.py", "--workdir=gs://bucket/s24"])
   watcher = launcher.supervisor.Supervisor(
       launcher.commands.Gcloud(execute), launcher.make_slice(args),

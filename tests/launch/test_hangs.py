@@ -12,8 +12,10 @@ LIMIT, START = 2 * HOUR, 4 * HOUR
 
 def supervise(launcher, world, folder, **options):
   """The supervisor's exit code on a world."""
+  mig = isinstance(world, clouds.MigWorld)
   args, rest = launcher.parse([
-      "supervise", "--name=s24", "--zone=z", "--accelerator=v5litepod-16", "--",
+      "supervise", "--name=s24", "--zone=us-east5-a", "--project=p",
+      f"--accelerator={'v6e-8' if mig else 'v5litepod-16'}", "--",
       "--config=c.py", "--workdir=gs://bucket/s24"])
   given = {"poll_seconds": 60, "max_restarts": 2, "max_refusals": 2,
            "hang_seconds": LIMIT, "start_seconds": START, "keep": False}
@@ -36,13 +38,15 @@ def made(world):
   return sum(time is not None for time in world.creations)
 
 
-def test_a_run_that_hangs_is_restarted_and_goes_on(launcher, tmp_path, capsys):
+@pytest.mark.parametrize("kind", [clouds.World, clouds.MigWorld])
+def test_a_run_that_hangs_is_restarted_and_goes_on(
+    kind, launcher, tmp_path, capsys):
   def behave(start, seconds):
     if start == 0:
       return 100 * int(min(seconds, 1200) // 600), None
     return 200 + 100 * int(seconds // 600), 0 if seconds > 2 * HOUR else None
 
-  world = clouds.World(behave)
+  world = kind(behave)
   assert supervise(launcher, world, tmp_path) == 0
   first, second = world.starts
   # After the checkpoint at 1200 s, and noticed an eighth of the limit later.
@@ -79,8 +83,9 @@ def test_a_step_saved_at_the_stop_does_not_shorten_the_next_start(
   assert len(world.starts) == 2
 
 
-def test_a_request_may_wait_for_days(launcher, tmp_path):
-  world = clouds.World(steady(), queued=72 * HOUR)
+@pytest.mark.parametrize("kind", [clouds.World, clouds.MigWorld])
+def test_a_request_may_wait_for_days(kind, launcher, tmp_path):
+  world = kind(steady(), queued=72 * HOUR)
   assert supervise(launcher, world, tmp_path) == 0
   assert len(world.starts) == 1 and made(world) == 1
 
@@ -109,8 +114,10 @@ def test_a_listing_that_is_none_is_no_evidence(printed, launcher, tmp_path):
   assert len(world.starts) == 1
 
 
-def test_a_run_that_never_progresses_is_given_up(launcher, tmp_path, capsys):
-  world = clouds.World(lambda start, seconds: (700, None))
+@pytest.mark.parametrize("kind", [clouds.World, clouds.MigWorld])
+def test_a_run_that_never_progresses_is_given_up(
+    kind, launcher, tmp_path, capsys):
+  world = kind(lambda start, seconds: (700, None))
   assert supervise(launcher, world, tmp_path) == 1
   assert len(world.starts) == 3
   assert made(world) == 2  # New machines, when a restart did not help.

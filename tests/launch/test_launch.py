@@ -5,8 +5,6 @@ these: UPDATE_GOLDEN=1 pytest -n0 tests/launch/test_launch.py
 """
 
 import ast
-import os
-import pathlib
 import re
 import shlex
 import subprocess
@@ -14,9 +12,8 @@ import sys
 import tarfile
 
 import pytest
+from launches import ROOT, check_golden, commands, read_state
 
-ROOT = pathlib.Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "golden" / "launch"
 WHERE = ["--name=s24", "--zone=us-west4-a"]
 SLICE = ["--accelerator=v5litepod-8", "--spot"]
 RUN = ["--", "--config=configs/poolformer_s24.py",
@@ -152,49 +149,6 @@ DRY = {
 }
 
 
-@pytest.fixture
-def world(launcher, tmp_path, monkeypatch):
-  """Puts the fake gcloud on PATH; returns a function that sets the scenario."""
-  for name in ("gcloud", "git"):
-    program = tmp_path / "bin" / name
-    program.parent.mkdir(exist_ok=True)
-    # Without site-packages it starts in a few milliseconds.
-    program.write_text(f"#!{sys.executable} -IS\nimport sys\n"
-                       f"sys.path.append({str(ROOT / 'tests')!r})\n"
-                       "import fake_gcloud\nsys.exit(fake_gcloud.main())\n")
-    program.chmod(0o755)
-  monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-  monkeypatch.setenv("FAKE_CLOUD", str(tmp_path))
-  monkeypatch.setattr(launcher, "ROOT", tmp_path)  # The checkout to run.
-
-  def play(**scenario):
-    (tmp_path / "scenario").write_text(repr(scenario))
-    return tmp_path
-
-  return play
-
-
-def commands(folder: pathlib.Path) -> str:
-  """The commands that were run, one per line."""
-  calls = (folder / "calls").read_text().splitlines()
-  return "".join(f"{shlex.join(ast.literal_eval(c))}\n" for c in calls)
-
-
-def read_state(folder: pathlib.Path) -> dict:
-  """The final state of the fake cloud."""
-  return ast.literal_eval((folder / "state").read_text())
-
-
-def check_golden(name: str, found: str, folder: pathlib.Path) -> None:
-  """Compares commands with a golden file."""
-  found = found.replace(str(folder), "SOURCE").replace(str(ROOT), "ROOT")
-  path = GOLDEN / f"{name}.txt"
-  if os.environ.get("UPDATE_GOLDEN"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(found)
-  assert found == path.read_text()
-
-
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_the_supervisor_does_the_right_thing(name, launcher, world, capsys):
   scenario, code, message = SCENARIOS[name]
@@ -281,8 +235,9 @@ def test_only_what_is_committed_is_sent(launcher, tmp_path):
 
 
 def test_the_commands_in_the_docs_work(launcher, capsys):
-  page = (ROOT / "docs" / "tpu.md").read_text().replace("\\\n", " ")
-  lines = re.findall(r"^python launch/tpu_vm\.py (.*)$", page, re.MULTILINE)
+  pages = [ROOT / "docs" / "tpu.md", *(ROOT / "docs" / "tpu").glob("*.md")]
+  text = "\n".join(p.read_text() for p in pages).replace("\\\n", " ")
+  lines = re.findall(r"^python launch/tpu_vm\.py (.*)$", text, re.MULTILINE)
   documented = {line.split()[0] for line in lines}
   assert documented >= {"supervise", "status", "logs", "exec", "delete"}
   for line in lines:

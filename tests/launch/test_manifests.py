@@ -127,14 +127,14 @@ def job_set_command() -> list[str]:
 
 
 def page_commands() -> list[list[str]]:
-  """The commands of docs/tpu.md, with mounted buckets."""
-  page = (ROOT / "docs" / "tpu.md").read_text().replace("\\\n", " ")
+  """The commands of docs/tpu.md and its parts."""
+  pages = [ROOT / "docs" / "tpu.md", *(ROOT / "docs" / "tpu").glob("*.md")]
+  text = "\n".join(p.read_text() for p in pages).replace("\\\n", " ")
   main = ["python", "-m", "metaformer_jax.main"]
-  flags = re.findall(r" -- +(--config=.*)$", page, re.MULTILINE)
-  xpk = re.findall(r'--command="(.*)"$', page, re.MULTILINE)
-  assert len(flags) >= 2 and len(xpk) == 1
-  return [*([*main, *shlex.split(f.replace("gs://BUCKET", "/gcs"))]
-            for f in flags), *map(shlex.split, xpk)]
+  flags = re.findall(r" -- +(--config=.*)$", text, re.MULTILINE)
+  xpk = re.findall(r'--command="(.*)"$', text, re.MULTILINE)
+  assert len(flags) >= 3 and len(xpk) == 1
+  return [*([*main, *shlex.split(f)] for f in flags), *map(shlex.split, xpk)]
 
 
 def docker_command() -> list[str]:
@@ -149,7 +149,8 @@ def test_each_calls_the_same_program_with_valid_flags(tmp_path):
                   docker_command()):
     assert command[0].endswith("python")
     assert command[1:3] == ["-m", "metaformer_jax.main"]
-    lines.append([flag.replace("/gcs", str(tmp_path)) for flag in command[3:]])
+    bucket = r"gs://(BUCKET|\$\{BUCKET\})|/gcs"
+    lines.append([re.sub(bucket, str(tmp_path), flag) for flag in command[3:]])
   (tmp_path / "tfds").mkdir()
   for split in ("train", "val"):
     for label in range(1000):
@@ -225,12 +226,30 @@ def test_slurm_gives_up_without_progress(shell, tmp_path):
   codes = []
   for attempt in range(10):
     if attempt == 3:  # This resets the count.
-      programs = SLURM | {"train": f"mkdir -p {checkpoints}/500; exit 1"}
+      programs = SLURM | {"train": f"mkdir -p {checkpoints}/500; "
+                          f"touch {checkpoints}/500/manifest.json; exit 1"}
     codes.append(shell(
         "slurm.sh", "--config=c.py", f"--workdir={tmp_path}/run",
         programs=programs, SLURM_JOB_ID="7", PYTHON="train").returncode)
   assert codes == [0] * 9 + [1]
   assert (tmp_path / "requeued").read_text() == "requeue 7\n" * 9
+
+
+def test_slurm_sees_the_steps_in_a_bucket(shell, tmp_path):
+  """As gcloud lists them; the notes are beside the job."""
+  programs = SLURM | {"train": "exit 1", "gcloud": (
+      'echo "$@" >>listed\n'
+      f"n=$(wc -l <{tmp_path}/listed)\n"
+      "[ $n -ge 4 ] && echo gs://b/run/checkpoints/500/manifest.json\n"
+      "echo gs://b/run/checkpoints/60/manifest.json")}
+  codes = [shell("slurm.sh", "--config=c.py", "--workdir=gs://b/run",
+                 programs=programs, SLURM_JOB_ID="7", PYTHON="train").returncode
+           for _ in range(8)]
+  assert codes == [0] * 7 + [1]  # The second attempt has saved step 500.
+  assert set((tmp_path / "listed").read_text().splitlines()) == {
+      "storage ls gs://b/run/checkpoints/*/manifest.json"}
+  assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [
+      "bin", "slurm"]
 
 
 def test_slurm_needs_a_workdir(shell):
@@ -284,6 +303,16 @@ def test_a_worker_starts_reports_and_stops_a_run(shell, tmp_path):
   wait_for(shell, "worker 3 id2 1")
 
 
+def test_the_log_is_copied_to_a_bucket(shell, tmp_path):
+  programs = CLOUD | {"gcloud": f'echo "$@" >>{tmp_path}/copied'}
+  shell("worker.sh", "start", "id1", "", "echo", "--workdir=gs://b/run",
+        programs=programs)
+  wait_for(shell, "worker 3 id1 0")
+  assert (tmp_path / "copied").read_text() == (
+      f"storage cp {tmp_path}/metaformer_run/log "
+      "gs://b/run/logs/t1v-n-1-w-3.log\n")
+
+
 def test_a_killed_run_is_reported(shell, tmp_path):
   shell("worker.sh", "start", "id1", "", "train", programs=CLOUD)
   wait_for(shell, "running")
@@ -306,4 +335,4 @@ def test_a_worker_installs_the_archive(shell, tmp_path):
   assert not stale.exists()
   installed = (tmp_path / "installed").read_text().splitlines()
   assert installed[-2:] == ["-m uv venv --quiet --python 3.11",
-                            "-m uv pip install --quiet .[tpu,tfds]"]
+                            "-m uv pip install --quiet .[tpu,tfds,gcs]"]
