@@ -6,7 +6,18 @@ import pathlib
 import stat
 from typing import BinaryIO
 
-from metaformer_jax import errors
+from metaformer_jax import errors, storage
+
+
+def given(key: str, value: str | pathlib.Path,
+          kind: type[errors.UserError] = errors.ConfigError) -> pathlib.Path:
+  """A path that a user gives: `local`, or one on object storage.
+
+  Raises:
+    kind: as `local` and `storage.path`.
+  """
+  path = storage.path(value, key, kind)
+  return path if storage.is_remote(path) else local(key, value, kind)
 
 
 def local(key: str, value: str | pathlib.Path,

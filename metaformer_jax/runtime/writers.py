@@ -3,6 +3,9 @@
 Everything is derived from `metrics.jsonl`, one record per line: {"step",
 "split", ...}. When a run resumes, records after the restored step are dropped,
 as these steps are repeated.
+
+For a workdir on object storage the files are local ones, of which `Mirror`
+makes objects.
 """
 
 import contextlib
@@ -16,9 +19,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from metaformer_jax import errors
+from metaformer_jax import errors, storage
 from metaformer_jax.config import paths, schema
-from metaformer_jax.runtime import workdir as workdir_lib
+from metaformer_jax.runtime import mirror
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +41,23 @@ class Writer:
                restored_step: int, curves: Sequence[str], enabled: bool):
     """`curves` are the metrics in curves.png."""
     self._workdir, self._curves = workdir, curves
-    self._file = self._events = None
+    self._file = self._events = self._mirror = None
     self.records: list[Record] = []
     if not enabled:
       return
-    path = workdir / "metrics.jsonl"
     with _storing(workdir), contextlib.ExitStack() as undo:
       undo.callback(self.close)
+      self._folder = workdir
+      if storage.is_remote(workdir):
+        self._mirror = mirror.Mirror(workdir)
+        self._folder = self._mirror.folder
+        self._mirror.fetch("metrics.jsonl")
+      path = self._folder / "metrics.jsonl"
       self.records = [r for r in read(path) if r["step"] <= restored_step]
-      workdir_lib.write(path, "".join(_line(r) for r in self.records))
+      storage.write(path, "".join(_line(r) for r in self.records))
       self._file = path.open("a")
       if cfg.tensorboard:
-        self._events = _Events(workdir / "tensorboard", restored_step + 1)
+        self._events = _Events(self._folder / "tensorboard", restored_step + 1)
       undo.pop_all()
 
   def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
@@ -65,18 +73,25 @@ class Writer:
       if self._events is not None:
         self._events.write(step, split, metrics)
 
+  def store(self) -> None:
+    """Makes objects of what was written; on disk it is there already."""
+    if self._mirror is not None:
+      self._mirror.store()
+
   def finish(self, summary: dict[str, Any]) -> pathlib.Path | None:
     """Writes summary.json and curves.png; returns the latter's path."""
     if self._file is None:
       return None
     with _storing(self._workdir):
-      workdir_lib.write(self._workdir / "summary.json",
-                        json.dumps(summary, indent=2) + "\n")
-      return draw_curves(self.records, self._curves,
-                         self._workdir / "curves.png")
+      storage.write(self._folder / "summary.json",
+                    json.dumps(summary, indent=2) + "\n")
+      draw_curves(self.records, self._curves, self._folder / "curves.png")
+      if self._mirror is not None:
+        storage.persist(self.store, mirror.PATIENCE, "storing the summary")
+    return self._workdir / "curves.png"
 
   def close(self) -> None:
-    for stream in (self._file, self._events):
+    for stream in (self._file, self._events, self._mirror):
       if stream is not None:
         with contextlib.suppress(OSError):  # Reported by `write`.
           stream.close()
@@ -135,8 +150,11 @@ def read(path: pathlib.Path) -> list[Record]:
       be read.
   """
   try:
-    with paths.open_file(path) as file:
-      content = file.read(_MAX_BYTES + 1)
+    if storage.is_remote(path):
+      content = path.read_bytes()
+    else:
+      with paths.open_file(path) as file:
+        content = file.read(_MAX_BYTES + 1)
   except FileNotFoundError:
     return []
   if len(content) > _MAX_BYTES:

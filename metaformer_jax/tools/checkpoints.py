@@ -108,7 +108,7 @@ def prune(args: argparse.Namespace, workdir: pathlib.Path,
     aside = steps.damaged(folder) if args.damaged else []
     for path in () if args.dry_run else leaving + aside:
       try:
-        (steps.discard if path in aside else steps.remove)(path)
+        (steps.drop if path in aside else steps.remove)(path)
       except OSError as e:
         raise errors.StorageError(
             f"{path}: cannot be deleted: {e.strerror}") from e
