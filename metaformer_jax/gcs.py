@@ -24,9 +24,9 @@ import google_crc32c
 import requests
 from google.auth import exceptions as auth
 
-# Before etils decides by which client Orbax reaches a bucket: TensorFlow's has
-# settings of its own. Listings must not be cached, as other processes write.
-os.environ.setdefault("EPATH_USE_TF", "false")
+# No kind of bucket is special here, and need not be asked for. Listings must
+# not be cached, as other processes write.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
 
 from etils import epath  # noqa: E402
@@ -173,8 +173,9 @@ class Path(type(epath.Path("gs://bucket"))):
     """The content, or its first `end` bytes; UnavailableError by a timeout."""
     fs = _fs()
     with _raising(self):
-      return asyn.sync(fs.loop, fs._cat_file, self._key, None, end,
-                       timeout=timeout)
+      if timeout is None:
+        return fs.cat_file(self._key, None, end)
+      return asyn.sync(fs.loop, fs._cat_file, self._key, timeout=timeout)
 
   def read_text(self, encoding: str | None = None) -> str:
     return self.read_bytes().decode(encoding or "utf-8")

@@ -5,17 +5,23 @@ has the methods of one, so that most code need not know. What differs is here:
 how a file is replaced at once, what is in a folder, and checksums.
 """
 
+import atexit
 import hashlib
 import logging
 import os
 import pathlib
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from metaformer_jax import errors
+
+# By which etils decides, once, how Orbax reaches a bucket: TensorFlow has a
+# client of its own, with other settings.
+os.environ.setdefault("EPATH_USE_TF", "false")
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +31,9 @@ SCHEME = "gs://"
 _PASSING = re.compile(
     r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED)\b")
 _LONGEST_WAIT = 30.0  # Seconds between two tries.
+
+# Local copies of what is on object storage.
+_copies: dict[pathlib.Path, pathlib.Path] = {}
 
 # Prefix of a checksum that is not a SHA-256.
 _CRC32C = "crc32c:"
@@ -124,6 +133,39 @@ def persist(act: Callable[[], Any], seconds: float, what: str) -> Any:
                   errors.one_line(e), what)
     time.sleep(wait)
     wait = min(2 * wait, _LONGEST_WAIT)
+
+
+def fetched(path: pathlib.Path,
+            is_wanted: Callable[[str], bool]) -> pathlib.Path:
+  """A copy on this machine of an object, or of files of a folder.
+
+  It is made once, and deleted when the process ends.
+
+  Args:
+    path: on object storage; it need not exist.
+    is_wanted: whether a file directly in a folder is copied, by its name.
+
+  Returns:
+    The copy; the path itself if there is nothing to be copied.
+
+  Raises:
+    OSError: it cannot be read, or written.
+  """
+  if path in _copies:
+    return _copies[path]
+  names = ([p.name for p in path.iterdir() if is_wanted(p.name)]
+           if path.is_dir() else [""] if path.is_file() else [])
+  if not names:
+    return path
+  where = tempfile.TemporaryDirectory(prefix="metaformer_jax-")
+  atexit.register(where.cleanup)
+  copy = pathlib.Path(where.name, path.name)
+  for name in names:
+    log.info("copying %s", path / name)
+    (copy / name).parent.mkdir(exist_ok=True)
+    (path / name).download(copy / name)
+  _copies[path] = copy
+  return copy
 
 
 def exists(path: pathlib.Path) -> bool:

@@ -25,7 +25,7 @@ from metaformer_jax.runtime import workdir as workdir_lib
 
 def main(args: argparse.Namespace) -> int:
   """Runs a command; returns the exit code."""
-  workdir = paths.local("--workdir", args.workdir)
+  workdir = paths.given("--workdir", args.workdir)
   folder = workdir / "checkpoints"
   if not folder.is_dir():
     raise errors.ConfigError(f"--workdir: {workdir} holds no checkpoints")

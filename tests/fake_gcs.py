@@ -1,0 +1,186 @@
+"""Object storage on the loopback, and a proxy before it that makes faults.
+
+`gcp-storage-emulator` checks no preconditions, as no server on PyPI does.
+"""
+
+import contextlib
+import http.client
+import http.server
+import itertools
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+
+BUCKET = "bkt"
+
+# Faults of a proxy, each for one request.
+FAULTS = ("429", "503", "reset", "truncated")
+
+
+def environment(port: int) -> dict[str, str]:
+  """The variables by which all clients reach a server instead of Google's."""
+  url = f"http://127.0.0.1:{port}"
+  return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url,
+          "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
+          "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+
+
+def free_port() -> int:
+  with socket.socket() as found:
+    found.bind(("127.0.0.1", 0))
+    return found.getsockname()[1]
+
+
+class Server:
+  """The emulator in a process of its own; objects survive if it has a folder.
+
+  Attributes:
+    port: at which it answers, also after a restart.
+  """
+
+  def __init__(self, folder: pathlib.Path | None = None):
+    self.port, self._folder = free_port(), folder
+    self.start()
+
+  def start(self) -> None:
+    where = (["--in-memory"] if self._folder is None else
+             [f"--data-dir={self._folder}"])
+    self._process = subprocess.Popen(
+        [sys.executable, "-m", "gcp_storage_emulator", "start",
+         "--host=127.0.0.1", f"--port={self.port}",
+         f"--default-bucket={BUCKET}", "-q", *where],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+      with contextlib.suppress(OSError), urllib.request.urlopen(
+          f"http://127.0.0.1:{self.port}/", timeout=1):
+        return
+      time.sleep(0.1)
+    raise TimeoutError("the fake server did not start")
+
+  def kill(self) -> None:
+    self._process.kill()
+    self._process.wait()
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+  """Passes requests on, and makes faults.
+
+  Attributes:
+    faults: what happens to the next requests; None: nothing.
+    is_away: whether no request is answered.
+    n_faults: how many were made.
+    requests: method, path and bytes of the body of each, when `counts`.
+  """
+
+  daemon_threads = True
+
+  def __init__(self, target: int):
+    super().__init__(("127.0.0.1", 0), _Handler)
+    self.target, self.port = target, self.server_address[1]
+    self.faults, self.is_away, self.n_faults = iter(()), False, 0
+    self.counts, self.requests = False, []
+    self._thread = threading.Thread(target=self.serve_forever, daemon=True)
+    self._thread.start()
+
+  def handle_error(self, request, address):
+    """A client that has closed its connection is no error."""
+
+  def close(self) -> None:
+    self.shutdown()
+    self.server_close()
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+
+  protocol_version = "HTTP/1.1"
+
+  def _pass_on(self):
+    server = self.server
+    body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    fault = "reset" if server.is_away else next(server.faults, None)
+    if fault:
+      server.n_faults += not server.is_away
+    if fault == "reset":
+      self.close_connection = True
+      self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                 b"\1\0\0\0\0\0\0\0")
+      self.connection.close()
+      return
+    if fault in ("429", "503"):
+      self._answer(int(fault), {}, b"{}")
+      return
+    if server.counts:
+      server.requests.append((self.command, self.path, len(body)))
+    connection = http.client.HTTPConnection("127.0.0.1", server.target)
+    try:
+      connection.request(self.command, self.path, body, dict(self.headers))
+      found = connection.getresponse()
+      content = found.read()
+    except OSError:
+      self.close_connection = True
+      return
+    finally:
+      connection.close()
+    headers = {k: v for k, v in found.getheaders() if k.lower() not in (
+        "content-length", "connection", "date", "server", "transfer-encoding")}
+    self._answer(found.status, headers, content, fault == "truncated")
+
+  def _answer(self, status, headers, content, is_cut=False):
+    self.send_response(status)
+    for name, value in headers.items():
+      self.send_header(name, value)
+    self.send_header("Content-Length", str(len(content)))
+    self.end_headers()
+    if is_cut and content:
+      self.close_connection = True
+      content = content[:len(content) // 2]
+    self.wfile.write(content)
+
+  do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _pass_on
+
+  def log_message(self, *_):
+    """Nothing."""
+
+
+def every(n: int, faults=FAULTS):
+  """One fault in n requests, of each kind in turn."""
+  kinds = itertools.cycle(faults)
+  return (next(kinds) if i % n == n - 1 else None for i in itertools.count())
+
+
+@contextlib.contextmanager
+def serving(folder: pathlib.Path | None = None):
+  """A server and a proxy before it, which the clients of this process use."""
+  server = Server(folder)
+  proxy = Proxy(server.port)
+  with pytest.MonkeyPatch.context() as change:
+    for name, value in environment(proxy.port).items():
+      change.setenv(name, value)
+    forget_clients()
+    try:
+      yield server, proxy
+    finally:
+      proxy.close()
+      server.kill()
+  forget_clients()
+
+
+def forget_clients() -> None:
+  """The next client reads the environment again."""
+  import fsspec  # noqa: PLC0415  Optional.
+  import gcsfs  # noqa: PLC0415
+
+  gcsfs.GCSFileSystem.clear_instance_cache()
+  fsspec.asyn.reset_lock()
+
+
+def variables() -> dict[str, str]:
+  """The environment of another process that uses the same server."""
+  return dict(os.environ)
