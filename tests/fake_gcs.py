@@ -50,19 +50,22 @@ class Server:
     self.start()
 
   def start(self) -> None:
-    where = (["--in-memory"] if self._folder is None else
-             [f"--data-dir={self._folder}"])
+    where, memory = (([], ["--in-memory"]) if self._folder is None else
+                     ([f"--data-dir={self._folder}"], []))
     self._process = subprocess.Popen(
-        [sys.executable, "-m", "gcp_storage_emulator", "start",
+        [sys.executable, "-m", "gcp_storage_emulator", *where, "start",
          "--host=127.0.0.1", f"--port={self.port}",
-         f"--default-bucket={BUCKET}", "-q", *where],
+         f"--default-bucket={BUCKET}", "-q", *memory],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(600):
+      if self._process.poll() is not None:
+        break
       with contextlib.suppress(OSError), urllib.request.urlopen(
           f"http://127.0.0.1:{self.port}/", timeout=1):
         return
       time.sleep(0.1)
-    raise TimeoutError("the fake server did not start")
+    self.kill()
+    raise RuntimeError("the fake server did not start")
 
   def kill(self) -> None:
     self._process.kill()

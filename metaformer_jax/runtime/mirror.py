@@ -35,10 +35,12 @@ class Mirror:
 
   def fetch(self, name: str) -> None:
     """Copies a file from object storage, if it is there."""
+    partial = self.folder / f"{name}.tmp"  # Which is not copied back.
     try:
-      self._target.joinpath(name).download(self.folder / name)
+      self._target.joinpath(name).download(partial)
+      partial.replace(self.folder / name)
     except FileNotFoundError:
-      (self.folder / name).unlink(missing_ok=True)
+      partial.unlink(missing_ok=True)
 
   def store(self) -> None:
     """Copies what has changed; raises OSError."""
