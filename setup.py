@@ -66,7 +66,8 @@ setuptools.setup(
         "hub": HUB,
         "tfds": TFDS,
         "gcs": GCS,
-        "test": [*HUB, *TFDS, "tensorflow-cpu>=2.21,<2.22", "jax[tpu]",
+        "test": [*HUB, *TFDS, *GCS, "gcp-storage-emulator>=2026.7,<2028",
+                 "tensorflow-cpu>=2.21,<2.22", "jax[tpu]",
                  "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18",
                  "tensorboard>=2.20,<3",
                  # What the files in launch/ are checked and run by.

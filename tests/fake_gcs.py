@@ -1,12 +1,15 @@
 """Object storage on the loopback, and a proxy before it that makes faults.
 
-`gcp-storage-emulator` checks no preconditions, as no server on PyPI does.
+`gcp-storage-emulator` does not tell the generation of an object with its
+content, and checks no preconditions, as no server on PyPI does. TensorStore
+needs both when it reads an object again, so the proxy adds them.
 """
 
 import contextlib
 import http.client
 import http.server
 import itertools
+import json
 import os
 import pathlib
 import socket
@@ -14,11 +17,15 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 
 import pytest
 
 BUCKET = "bkt"
+
+_OF_THE_CONNECTION = ("content-length", "connection", "date", "server",
+                      "transfer-encoding")
 
 # Faults of a proxy, each for one request.
 FAULTS = ("429", "503", "reset", "truncated")
@@ -89,6 +96,7 @@ class Proxy(http.server.ThreadingHTTPServer):
     self.target, self.port = target, self.server_address[1]
     self.faults, self.is_away, self.n_faults = iter(()), False, 0
     self.counts, self.requests = False, []
+    self.one_at_a_time = threading.Lock()
     self._thread = threading.Thread(target=self.serve_forever, daemon=True)
     self._thread.start()
 
@@ -121,19 +129,52 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return
     if server.counts:
       server.requests.append((self.command, self.path, len(body)))
-    connection = http.client.HTTPConnection("127.0.0.1", server.target)
     try:
-      connection.request(self.command, self.path, body, dict(self.headers))
-      found = connection.getresponse()
-      content = found.read()
+      with server.one_at_a_time:
+        status, headers, content = self._conditional(body)
     except OSError:
       self.close_connection = True
       return
+    self._answer(status, headers, content, fault == "truncated")
+
+  def _conditional(self, body):
+    """The answer to a request, with its generation and preconditions."""
+    url = urllib.parse.urlsplit(self.path)
+    query = dict(urllib.parse.parse_qsl(url.query))
+    generation = None
+    if "alt=media" in url.query and self.command == "GET":
+      path = url.path.removeprefix("/download")
+      generation = self._generation(path)
+    elif "ifGenerationMatch" in query:
+      path = url.path.removeprefix("/upload")
+      if "name" in query:
+        path += f"/{urllib.parse.quote(query['name'], safe='')}"
+      generation = self._generation(path)
+    if generation and query.get("ifGenerationNotMatch") == generation:
+      return 304, {}, b""
+    if query.get("ifGenerationMatch", generation or "0") != (
+        generation or "0"):
+      return 412, {}, b"{}"
+    status, headers, content = self._ask(self.command, self.path, body,
+                                         dict(self.headers))
+    if generation:
+      headers["x-goog-generation"] = generation
+    return status, headers, content
+
+  def _generation(self, path):
+    status, _, content = self._ask("GET", path, b"", {})
+    return json.loads(content)["generation"] if status == 200 else None
+
+  def _ask(self, method, path, body, headers):
+    connection = http.client.HTTPConnection("127.0.0.1", self.server.target)
+    try:
+      connection.request(method, path, body, headers)
+      found = connection.getresponse()
+      content = found.read()
     finally:
       connection.close()
-    headers = {k: v for k, v in found.getheaders() if k.lower() not in (
-        "content-length", "connection", "date", "server", "transfer-encoding")}
-    self._answer(found.status, headers, content, fault == "truncated")
+    return found.status, {k: v for k, v in found.getheaders() if k.lower()
+                          not in _OF_THE_CONNECTION}, content
 
   def _answer(self, status, headers, content, is_cut=False):
     self.send_response(status)

@@ -24,7 +24,7 @@ import statistics
 from typing import Any
 
 from metaformer_jax import cli, command, errors
-from metaformer_jax.config import json_data, typed
+from metaformer_jax.config import json_data, paths, typed
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.config.tasks import Measure
 
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     raise errors.ConfigError(
         "config.checkpoint.best_metric: differs between the variants; set the "
         "same for all, by --set checkpoint.best_metric=NAME")
-  workdir = pathlib.Path(args.workdir).expanduser()
+  workdir = paths.local("--workdir", args.workdir)
   index, count = args.part
   for (name, seed), cfg in list(zip(runs, experiments))[index::count]:
     folder = workdir / name / f"seed_{seed}"
