@@ -15,6 +15,9 @@ HUB = ["huggingface_hub>=1.3,<3"]
 # Reading data sets that TFDS prepared needs no TensorFlow; preparing does.
 TFDS = ["tensorflow-datasets>=4.9.10,<4.10", "importlib_resources>=6,<8",
         "google-crc32c>=1.6,<2"]
+# Runs and weights on gs://; TensorStore reads and writes arrays by itself.
+GCS = ["etils[epath-gcs]>=1.15,<2", "gcsfs>=2026.10,<2028",
+       "google-crc32c>=1.6,<2"]
 
 setuptools.setup(
     name="metaformer-jax",
@@ -62,8 +65,10 @@ setuptools.setup(
         "cuda13": ["jax[cuda13]"],
         "hub": HUB,
         "tfds": TFDS,
+        "gcs": GCS,
         "wandb": ["wandb>=0.31,<1"],
-        "test": [*HUB, *TFDS, "tensorflow-cpu>=2.21,<2.22", "jax[tpu]",
+        "test": [*HUB, *TFDS, *GCS, "gcp-storage-emulator>=2026.7,<2028",
+                 "tensorflow-cpu>=2.21,<2.22", "jax[tpu]",
                  "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18",
                  "tensorboard>=2.20,<3",
                  # What the files in launch/ are checked and run by.

@@ -27,7 +27,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from metaformer_jax import command, errors
+from metaformer_jax import command, errors, storage
 from metaformer_jax.config import explain, paths, saved, typed
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config.schema import Experiment
@@ -142,7 +142,8 @@ def parse(elsewhere: bool = False, otherwise: Otherwise = lambda: None,
     raise errors.ConfigError("--workdir: is empty; name a folder")
   workdir = _WORKDIR.value or os.path.join("runs", _run_name(json_path))
   cfg = resolve(config, files=not elsewhere, train=train)
-  return cfg, pathlib.Path(workdir) if elsewhere else _check_workdir(workdir)
+  return cfg, (storage.path(workdir, "--workdir") if elsewhere
+               else _check_workdir(workdir))
 
 
 def overridden(cfg: Experiment, train: bool = True) -> Experiment:
@@ -332,11 +333,10 @@ def _help(module: types.ModuleType) -> str:
 
 def _check_workdir(value: str) -> pathlib.Path:
   """Checks that a run can write to the folder; creates nothing."""
-  if "://" in value:
-    raise errors.ConfigError(
-        f"--workdir: {value} is not a local folder; runs need one")
-  workdir = paths.local("--workdir", value)
+  workdir = paths.given("--workdir", value)
   workdir_lib.check_path(workdir)
+  if storage.is_remote(workdir):
+    return workdir
   parent = paths.existing_parent(workdir)
   if not parent.is_dir():
     raise errors.ConfigError(f"--workdir: {parent} is a file, not a folder")

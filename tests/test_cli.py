@@ -99,7 +99,8 @@ LINES = [_case(*row) for row in [
      "choose another path"),
     (f"{GOOD} --workdir='TMP/a\nb'", "TMP/a b/ has control characters"),
     (f"{GOOD} --workdir=/gs/bucket/x", "/gs/bucket/x/ has a first folder"),
-    (f"{GOOD} --workdir=gs://bucket/x", "gs://bucket/x is not a local folder"),
+    (f"{GOOD} --workdir=s3://bucket/x", "s3://bucket/x is neither a local"),
+    (f"{GOOD} --workdir=gs://bkt//x", "gs://bkt//x: has an empty name"),
     (f"{GOOD} --config.data.path=TMP/dat", "config.data.path: TMP/dat",
      "did you mean data?"),
     (f"{GOOD} --config.data.path=TMP/file", "config.data.path: TMP/file is "

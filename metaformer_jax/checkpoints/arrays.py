@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import pathlib
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from metaformer_jax import errors
+from metaformer_jax import errors, storage
 from metaformer_jax.checkpoints import manifest
 from metaformer_jax.runtime import sharding
 
@@ -72,7 +73,8 @@ class Store:
 
   def save(self, folder: pathlib.Path, trees: Trees) -> None:
     """Starts to save; returns once the arrays are copied off the devices."""
-    self._orbax.save(_Path(folder), force=True, args=ocp.args.Composite(
+    folder = folder if storage.is_remote(folder) else _Path(folder)
+    self._orbax.save(folder, force=True, args=ocp.args.Composite(
         **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()}))
 
   def wait(self) -> None:
@@ -129,6 +131,26 @@ def described(tree: Any) -> dict[str, str]:
       for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def require_same(folder: pathlib.Path, have: Mapping[str, str],
+                 abstract_trees: Trees) -> None:
+  """Raises ConfigError that lists every array that differs."""
+  items = {name.partition("/")[0] for name in have}
+  problems = [f"{item} is missing" for item in abstract_trees.keys() - items]
+  shared = items & abstract_trees.keys()
+  want = described({item: abstract_trees[item] for item in shared})
+  have = {name: array for name, array in have.items()
+          if name.partition("/")[0] in shared}
+  problems += [f"{name} is missing" for name in want.keys() - have]
+  problems += [f"{name} is not in the model"
+               for name in have.keys() - want]
+  problems += [f"{name} is {have[name]}, not {want[name]}"
+               for name in have.keys() & want if have[name] != want[name]]
+  if problems:
+    raise errors.ConfigError(
+        f"{folder}: cannot be restored into this experiment: "
+        f"{'; '.join(sorted(problems))}")
+
+
 def require(folder: pathlib.Path, tree: Mapping[str, str]) -> None:
   """Opens a step as a restore does, but reads no values.
 
@@ -147,12 +169,22 @@ def require(folder: pathlib.Path, tree: Mapping[str, str]) -> None:
       found |= {f"{item}/{name}": array
                 for name, array in _stored(folder / item).items()}
   except Exception as e:  # TensorStore and JSON raise many types.
+    if storage.is_unavailable(e):
+      raise
     raise manifest.DamagedError(
         f"{item} cannot be opened again: {errors.one_line(e)}") from e
   for name, array in tree.items():
     if found.get(name) != array:
       raise manifest.DamagedError(
           f"{name} was saved as {array}, and is {found.get(name, 'missing')}")
+
+
+def _key_values(folder: pathlib.Path) -> dict[str, Any]:
+  """A folder as TensorStore names it."""
+  if not storage.is_remote(folder):
+    return {"driver": "file", "path": f"{folder}/"}
+  bucket, _, name = str(folder).removeprefix(storage.SCHEME).partition("/")
+  return {"driver": "gcs", "bucket": bucket, "path": f"{name}/"}
 
 
 def _stored(item: pathlib.Path) -> dict[str, str]:
@@ -162,9 +194,10 @@ def _stored(item: pathlib.Path) -> dict[str, str]:
   that the first process merges from what each one has written.
   """
   entries = json.loads((item / "_METADATA").read_bytes())["tree_metadata"]
+  now = time.time()  # What is read from then on is not asked for again.
   database = tensorstore.KvStore.open({
       "driver": "ocdbt", "cache_pool": {"total_bytes_limit": 2**24},
-      "base": {"driver": "file", "path": f"{item}/"}}).result()
+      "base": _key_values(item)}).result()
   n_keys = collections.Counter(
       key.rpartition(b"/")[0].decode() for key in database.list().result())
   found = {}
@@ -173,7 +206,8 @@ def _stored(item: pathlib.Path) -> dict[str, str]:
     stored = ".".join(names)
     if not n_keys[stored]:  # Or there is nothing to store, as for {}.
       continue
-    array = json.loads(database.read(f"{stored}/.zarray").result().value)
+    array = json.loads(database.read(
+        f"{stored}/.zarray", staleness_bound=now).result().value)
     n_chunks = math.prod(
         -(-size // chunk) for size, chunk
         in zip(array["shape"], array["chunks"], strict=True))

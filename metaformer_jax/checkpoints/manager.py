@@ -16,13 +16,11 @@ from concurrent import futures
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from metaformer_jax import errors
-from metaformer_jax.checkpoints import arrays, manifest, steps
+from metaformer_jax import errors, storage
+from metaformer_jax.checkpoints import arrays, manifest, outages, steps
 from metaformer_jax.config import schema, tasks
-from metaformer_jax.runtime import accounting, processes
+from metaformer_jax.runtime import accounting, leases, processes
 from metaformer_jax.runtime import workdir as workdir_lib
 
 log = logging.getLogger(__name__)
@@ -39,7 +37,8 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: pathlib.Path, cfg: schema.Checkpoint,
-               best: tasks.Measure, lock: workdir_lib.Lock | None = None):
+               best: tasks.Measure,
+               lock: workdir_lib.Lock | leases.Lease | None = None):
     """Takes the workdir, how many steps to keep, and what ranks them.
 
     Each save requires `lock`, which the run's first process holds.
@@ -51,25 +50,49 @@ class Checkpoints:
     self._last: futures.Future | None = None
     self._failure: tuple[int, Exception] | None = None
     self._verified: int | None = None
+    self._is_remote = storage.is_remote(self.directory)
+    self._outage = outages.Outage(self.directory)
 
   def save(self, step: int, trees: Trees, record: accounting.Record,
-           data: Mapping[str, Any] | None = None) -> None:
+           data: Mapping[str, Any] | None = None, *, needed: bool = True,
+           before: Callable[[], None] = lambda: None) -> None:
     """Starts to save a step; returns once it is copied off the devices.
+
+    While object storage does not answer, a step that is not needed is left out
+    with a warning, for at most `outages.PATIENCE` seconds. One that is needed
+    is complete when this returns.
 
     Args:
       step: how many steps the state has taken.
       trees: the state, by item.
       record: what the run has counted.
       data: the fingerprint of the data set, by split.
+      needed: the run ends with this step.
+      before: what must be stored before it is a step.
 
     Raises:
       StorageError: this save, or the previous one, cannot be written; or the
         workdir's lock is lost.
     """
-    self.wait()
-    folder = self.directory / str(step)
     facts = {"step": step, "record": dataclasses.asdict(record), "metrics": {},
              "data": dict(data or {}), "tree": arrays.described(trees)}
+
+    def start():
+      self.wait()
+      self._save(step, trees, facts, before)
+
+    if not self._is_remote:
+      start()
+    elif not needed:
+      if self._answers(step):
+        start()
+    else:
+      self._persist(lambda: (start(), self.wait(), self._outage.require(step)),
+                    step)
+
+  def _save(self, step: int, trees: Trees, facts: dict[str, Any],
+            before: Callable[[], None]) -> None:
+    folder = self.directory / str(step)
     try:
       if jax.process_index() == 0:
         self._require_lock()
@@ -78,25 +101,42 @@ class Checkpoints:
     except Exception as e:
       self._failure = step, e
       self.check()
-    self._start(self._complete, step, facts)
+      return
+    self._start(self._complete, step, {**facts, "before": before})
 
-  def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+  def _answers(self, step: int) -> bool:
+    """Whether object storage does; else says that a step is left out."""
+    def ask():
+      return int(not self._lock or self._lock.reachable(outages.ANSWER))
+
+    found = bool(processes.on_first(ask))
+    if not found:
+      self._outage.leave_out(step)
+    return found
+
+  def add_metrics(self, step: int, metrics: Mapping[str, float],
+                  before: Callable[[], None] = lambda: None) -> None:
     """Adds an evaluation's measures to a step that is saved, or being saved.
+
+    Those of a step that was left out are dropped.
 
     Args:
       step: its number.
       metrics: of this step's state.
+      before: as for `save`.
 
     Raises:
       ConfigError: they do not include the one that ranks checkpoints.
     """
+    if step == self._outage.missing:
+      return
     wanted = self._best.name
     if self._cfg.keep_best and wanted not in metrics:
       raise errors.ConfigError(
           f"config.checkpoint.best_metric: {wanted!r} was not measured"
           f"{errors.did_you_mean(wanted, metrics)}")
-    self._start(self._rank, step, {
-        k: v if type(v) is int else float(v) for k, v in metrics.items()})
+    self._start(self._rank, step, {"before": before, "metrics": {
+        k: v if type(v) is int else float(v) for k, v in metrics.items()}})
 
   def _start(self, task: Callable[[int, dict], None], step: int,
              facts: dict[str, Any]) -> None:
@@ -114,18 +154,33 @@ class Checkpoints:
     self._store.wait()  # For every process.
     if jax.process_index():
       return
-    folder = self.directory / str(step)
-    arrays.require(folder, facts["tree"])
-    self._require_lock()
-    manifest.write(folder, **facts)
-    steps.finish(folder)
-    self._prune()
+    folder, before = self.directory / str(step), facts.pop("before")
 
-  def _rank(self, step: int, metrics: dict[str, float]) -> None:
-    if jax.process_index() == 0:
+    def commit():
+      before()
+      arrays.require(folder, facts["tree"])
       self._require_lock()
-      manifest.add_metrics(self.directory / str(step), metrics)
+      manifest.write(folder, **facts)
+      steps.finish(folder)
+      self._outage.end()
+
+    self._persist(commit, step)
+    self._persist(self._prune, step)
+
+  def _rank(self, step: int, facts: dict[str, Any]) -> None:
+    def commit():
+      facts["before"]()
+      self._require_lock()
+      manifest.add_metrics(self.directory / str(step), facts["metrics"])
       self._prune()
+
+    if jax.process_index() == 0:
+      self._persist(commit, step)
+
+  def _persist(self, act: Callable[[], None], step: int) -> None:
+    """Calls it, again while object storage is away; on disk, once."""
+    seconds = outages.PATIENCE if self._is_remote else 0.0
+    storage.persist(act, seconds, f"saving step {step}")
 
   def _prune(self) -> None:
     """Deletes the steps that are not to be kept.
@@ -147,19 +202,29 @@ class Checkpoints:
     if not self._failure:
       return
     (step, e), self._failure = self._failure, None
-    with contextlib.suppress(Exception):  # Orbax raises its failures again.
-      self._store.close()
-    self._store = arrays.Store()
+    self._renew()
+    if self._is_remote and storage.is_unavailable(e) and (
+        jax.process_count() == 1):
+      self._outage.leave_out(step, e)
+      return
     code = e.errno if isinstance(e, OSError) else None
     found = re.search(r"os_error_code='(\d+)'", str(e))  # TensorStore's.
     code = int(found[1]) if found else code
-    if code is None and not isinstance(e, manifest.DamagedError):
+    if code is None and not isinstance(e, manifest.DamagedError) and (
+        not self._is_remote or isinstance(e, errors.UserError)):
       raise e
+    why = (errors.one_line(e) if code is None or self._is_remote
+           else os.strerror(code))
     raise errors.StorageError(
-        f"{self.directory}: step {step} cannot be saved: "
-        f"{e if code is None else os.strerror(code)}; "
+        f"{self.directory}: step {step} cannot be saved: {why}; "
         "earlier steps are unchanged; free space or grant write permission, "
         "then run the same command to continue from them") from e
+
+  def _renew(self) -> None:
+    """Replaces the store, which has failed."""
+    with contextlib.suppress(Exception):  # Orbax raises its failures again.
+      self._store.close()
+    self._store = arrays.Store()
 
   def wait(self) -> None:
     """Waits until everything is written; StorageError if that fails."""
@@ -200,7 +265,7 @@ class Checkpoints:
     Raises:
       ConfigError: there is no such step, or it is damaged.
     """
-    return self._on_first(lambda: self._find(which))
+    return processes.on_first(lambda: self._find(which))
 
   def _find(self, which: str | int) -> int:
     good, bad = steps.survey(self.directory)
@@ -221,47 +286,10 @@ class Checkpoints:
   def latest_good(self) -> int | None:
     """Returns the newest step of which every byte is intact.
 
-    Newer entries with the name of a step are moved into the folder `damaged`,
-    and what an interrupted save has left is deleted, with one warning each.
-    Returns None if no step was ever complete.
-
-    Raises:
-      ConfigError: there were complete steps, but none is intact; all stay in
-        place.
-      StorageError: a damaged step cannot be moved.
+    The first process tidies up, and all raise what `steps.choose` raises.
     """
-    self._verified = self._on_first(self._choose)
+    self._verified = processes.on_first(lambda: steps.choose(self.directory))
     return self._verified
-
-  def _choose(self) -> int | None:
-    chosen, bad = None, {}
-    for step in reversed(steps.found(self.directory)):
-      folder = self.directory / str(step)
-      try:
-        manifest.verify(folder)
-        chosen = step
-        break
-      except manifest.DamagedError as e:
-        bad[folder] = e
-    lost = [f"{folder.name}: {e}" for folder, e in bad.items()
-            if not isinstance(e, manifest.PartialError)]
-    if chosen is None and lost:
-      raise errors.ConfigError(
-          f"{self.directory}: no step is intact ({'; '.join(lost)}); restore a "
-          "copy of one, or delete the folder to start from the beginning")
-    start = "the beginning" if chosen is None else f"step {chosen}"
-    try:
-      self.directory.mkdir(parents=True, exist_ok=True)
-      for folder, e in bad.items():
-        log.warning("%s: %s; moved to %s; continuing from %s", folder, e,
-                    steps.set_aside(folder), start)
-      for folder in steps.clean(self.directory):
-        log.warning("%s: the save was interrupted; deleted; continuing from "
-                    "%s", folder, start)
-    except OSError as e:
-      raise errors.StorageError(
-          f"{self.directory}: cannot be cleaned up: {e}") from e
-    return chosen
 
   def restore(self, step: int, abstract_trees: Trees,
               position: int | None = None,
@@ -287,48 +315,23 @@ class Checkpoints:
         raise errors.ConfigError(
             f"{folder}: {e}; choose another checkpoint") from e
 
-    self._on_first(verify)
+    processes.on_first(verify)
     found = self.read(step)
     if position not in (None, found.record["position"]):
       raise errors.ConfigError(
           f"{folder}: its record is of {found.record['position']} examples, "
           f"but {step} steps of config.train.batch_size take {position}; "
           "choose another checkpoint")
-    self._compare(folder, found.tree, abstract_trees)
-    trees = self._store.restore(folder, abstract_trees)
+    arrays.require_same(folder, found.tree, abstract_trees)
+    try:
+      trees = self._store.restore(folder, abstract_trees)
+    except Exception as e:
+      if not (self._is_remote and storage.is_unavailable(e)):
+        raise
+      raise errors.StorageError(
+          f"{folder}: object storage does not answer: "
+          f"{errors.one_line(e)}") from e
     return trees, accounting.Record(**found.record)
-
-  @staticmethod
-  def _compare(folder, have: dict[str, str], abstract_trees: Trees) -> None:
-    """Raises ConfigError that lists every array that differs."""
-    items = {name.partition("/")[0] for name in have}
-    problems = [f"{item} is missing" for item in abstract_trees.keys() - items]
-    shared = items & abstract_trees.keys()
-    want = arrays.described({item: abstract_trees[item] for item in shared})
-    have = {name: array for name, array in have.items()
-            if name.partition("/")[0] in shared}
-    problems += [f"{name} is missing" for name in want.keys() - have]
-    problems += [f"{name} is not in the model"
-                 for name in have.keys() - want]
-    problems += [f"{name} is {have[name]}, not {want[name]}"
-                 for name in have.keys() & want if have[name] != want[name]]
-    if problems:
-      raise errors.ConfigError(
-          f"{folder}: cannot be restored into this experiment: "
-          f"{'; '.join(sorted(problems))}")
-
-  @staticmethod
-  def _on_first(decide: Callable[[], int | None]) -> int | None:
-    """Returns on every process what the first one decides, or raises."""
-    step = None
-    with processes.agreeing():
-      if jax.process_index() == 0:
-        step = decide()
-    if jax.process_count() > 1:
-      found = int(multihost_utils.broadcast_one_to_all(
-          np.int32(-1 if step is None else step)))
-      step = None if found < 0 else found
-    return step
 
 
 def read_variables(path: pathlib.Path) -> dict[str, Any]:

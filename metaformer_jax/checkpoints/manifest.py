@@ -1,10 +1,13 @@
 """What a saved step consists of, and whether it is intact.
 
 A step is the folder `checkpoints/STEP` with a `manifest.json`, which is written
-once everything else is on disk: the size and SHA-256 of every other file, the
+once everything else is on disk: the size and checksum of every other file, the
 shape and dtype of every array, and what the run had counted. A folder without
 one is no step (`steps`). Nothing here imports jax, so that a workdir can be
 inspected without devices.
+
+A checksum is a SHA-256; on object storage the CRC-32C that the service keeps,
+"crc32c:...", so that a step is compared without being read.
 """
 
 import dataclasses
@@ -12,15 +15,14 @@ import datetime
 import hashlib
 import json
 import math
-import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from metaformer_jax import errors
+from metaformer_jax import errors, storage
 from metaformer_jax.config.tasks import Measure
-from metaformer_jax.runtime import accounting, workdir
+from metaformer_jax.runtime import accounting
 
 NAME = "manifest.json"
 STEP = re.compile(r"0|[1-9][0-9]{0,17}")  # The name of a step's folder.
@@ -47,7 +49,7 @@ class Manifest:
       not known.
     tree: "item/name" -> "dtype[shape]" of every array.
     time: when it was completed, ISO 8601, UTC.
-    files: path in the folder -> [bytes, SHA-256].
+    files: path in the folder -> [bytes, checksum].
   """
 
   step: int
@@ -76,13 +78,10 @@ def write(folder: pathlib.Path, **facts: Any) -> Manifest:
     folder: that becomes a step.
     **facts: the other values of a `Manifest`.
   """
-  files = {}
-  for name in sorted({*_walk(folder)} - {NAME}):
-    with open(folder / name, "rb") as f:
-      files[name] = [_size(folder / name), _digest(f)]
-      os.fsync(f.fileno())
-  for part, _, _ in os.walk(folder):
-    workdir.sync(part)
+  contents = _contents(folder)
+  files = {name: [contents.size(name), contents.checksum(name, sync=True)]
+           for name in sorted(contents.names() - {NAME})}
+  contents.sync()
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
   found = Manifest(time=now, files=files, **facts)
   _replace(folder, found)
@@ -107,7 +106,7 @@ def add_metrics(folder: pathlib.Path, metrics: Mapping[str, float]) -> None:
 
 
 def _replace(folder: pathlib.Path, facts: Manifest) -> None:
-  workdir.write(folder / NAME, _encode(dataclasses.asdict(facts)).decode())
+  storage.write(folder / NAME, _encode(dataclasses.asdict(facts)))
 
 
 def verify(folder: pathlib.Path, *, contents: bool = True) -> Manifest:
@@ -125,6 +124,7 @@ def verify(folder: pathlib.Path, *, contents: bool = True) -> Manifest:
     PartialError: it has no manifest.
     DamagedError: it, or its manifest, has changed.
     ConfigError: read permission is missing.
+    StorageError: object storage does not answer.
   """
   try:
     return _verify(folder, contents)
@@ -132,13 +132,17 @@ def verify(folder: pathlib.Path, *, contents: bool = True) -> Manifest:
     raise errors.ConfigError(
         f"{e.filename or folder}: cannot be read: {e.strerror}") from e
   except OSError as e:
+    if storage.is_unavailable(e):  # Which says nothing of the step.
+      raise errors.StorageError(
+          f"{e.filename}: cannot be read: {e.strerror}") from e
     raise DamagedError(f"{e.filename or folder}: {e.strerror or e}") from e
 
 
 def _verify(folder: pathlib.Path, contents: bool) -> Manifest:
   if folder.is_symlink() or not folder.is_dir():
     raise DamagedError("is not a folder")
-  names = set(_walk(folder))
+  there = _contents(folder)
+  names = there.names()
   if NAME not in names:
     raise PartialError(
         f"has no {NAME}: is not a step that a run has completed")
@@ -152,13 +156,11 @@ def _verify(folder: pathlib.Path, contents: bool) -> Manifest:
       if not any(part.startswith(".") for part in name.split("/"))]
   for name in found.files.keys() & names:
     size, digest = found.files[name]
-    actual = _size(folder / name)
+    actual = there.size(name)
     if actual != size:
       problems.append(f"{name}: has {actual} bytes, not {size}")
-    elif contents:
-      with open(folder / name, "rb") as f:
-        if _digest(f) != digest:
-          problems.append(f"{name}: its checksum differs")
+    elif contents and there.checksum(name, digest) != digest:
+      problems.append(f"{name}: its checksum differs")
   if problems:
     problems.sort()
     more = f"; and {len(problems) - 2} more" if len(problems) > 2 else ""
@@ -188,25 +190,11 @@ def kept(found: dict[int, Manifest], n_last: int, n_best: int,
   return {*sorted(found)[-n_last:], *by_score[max(0, len(by_score) - n_best):]}
 
 
-def _walk(folder: str | pathlib.Path, prefix: str = "") -> Iterator[str]:
-  """Yields the relative paths of a folder's files, all regular."""
-  with os.scandir(folder) as entries:
-    for entry in entries:
-      name = prefix + entry.name
-      if entry.is_dir(follow_symlinks=False):
-        yield from _walk(entry.path, f"{name}/")
-      elif entry.is_file(follow_symlinks=False):
-        yield name
-      else:
-        raise DamagedError(f"{name}: is not a regular file")
-
-
-def _size(path: pathlib.Path) -> int:
-  return path.stat().st_size
-
-
-def _digest(file) -> str:
-  return hashlib.file_digest(file, "sha256").hexdigest()
+def _contents(folder: pathlib.Path) -> storage.Contents:
+  try:
+    return storage.Contents(folder)
+  except storage.IrregularError as e:
+    raise DamagedError(f"{e}: is not a regular file") from e
 
 
 def _encode(facts: dict[str, Any]) -> bytes:

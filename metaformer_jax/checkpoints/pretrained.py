@@ -11,7 +11,7 @@ import numpy as np
 
 from metaformer_jax import errors, imports
 from metaformer_jax.checkpoints import published
-from metaformer_jax.config import paths, saved
+from metaformer_jax.config import saved, weights
 from metaformer_jax.config.hub import folders
 from metaformer_jax.config.model import Model
 from metaformer_jax.convert import adapt, files, layouts
@@ -155,7 +155,7 @@ def read(path: str | pathlib.Path, family: str | None,
   Raises:
     WeightsError: one line that begins with the path.
   """
-  path = paths.local("", path, errors.WeightsError)
+  path = weights.located("", path, errors.WeightsError)
   tensors = _read_tensors(path)
   names = layouts.flatten(target)
   heads = {name for name in names if adapt.is_in_head(name)}

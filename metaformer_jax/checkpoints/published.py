@@ -99,7 +99,7 @@ def locate(value: str | pathlib.Path,
   """
   name = weights.model_of(value)
   if name is None:
-    return paths.local("", value, errors.WeightsError)
+    return weights.located("", value, errors.WeightsError)
   return fetch(name, beat)
 
 

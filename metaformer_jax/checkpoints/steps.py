@@ -5,23 +5,28 @@ No folder is renamed, so that this holds on any file system. While a step is
 saved or deleted, the file STEP.unfinished lies beside its folder; by it the
 next start knows what an interruption has left. Nothing else is ever deleted:
 without a manifest and that file, a folder may be anyone's.
+
+On object storage, where moving means copying, a damaged step is set aside by
+the file STEP.damaged, and is moved only when the step is saved again.
 """
 
 import itertools
+import logging
 import os
 import pathlib
 import re
-import shutil
 
-from metaformer_jax import errors
+from metaformer_jax import errors, storage
 from metaformer_jax.checkpoints import manifest
-from metaformer_jax.runtime import workdir
+
+log = logging.getLogger(__name__)
 
 DAMAGED = "damaged"  # The folder that damaged steps are moved to.
 
 _MARK = re.compile(rf"({manifest.STEP.pattern})\.unfinished")
 _TEXT = "metaformer_jax is {} step {}; without a manifest.json, it is no step\n"
 _ACTIVITIES = ("saving", "deleting")
+_ASIDE = "metaformer_jax has set aside step {}: "
 
 
 def found(checkpoints: pathlib.Path) -> list[int]:
@@ -30,9 +35,15 @@ def found(checkpoints: pathlib.Path) -> list[int]:
   Raises:
     ConfigError: read permission is missing.
   """
-  return sorted(int(name) for name in _listed(checkpoints)
-                if manifest.STEP.fullmatch(name)
-                and not _activity(checkpoints / name))
+  names = _listed(checkpoints)
+  steps = {name for name in names if manifest.STEP.fullmatch(name)}
+  marked = {name.partition(".")[0] for name in names if "." in name}
+  # On object storage each look at a mark is a request.
+  looked_at = steps & marked if storage.is_remote(checkpoints) else steps
+  return sorted(int(name) for name in steps
+                if name not in looked_at
+                or not (_activity(checkpoints / name)
+                        or _is_aside(checkpoints / name)))
 
 
 def survey(checkpoints: pathlib.Path, *, contents: bool = False) -> tuple[
@@ -45,7 +56,7 @@ def survey(checkpoints: pathlib.Path, *, contents: bool = False) -> tuple[
       good[step] = manifest.verify(folder, contents=contents)
     except manifest.DamagedError as e:
       # Otherwise it was deleted meanwhile.
-      if os.path.lexists(folder) and not _activity(folder):
+      if storage.exists(folder) and not _activity(folder):
         bad[step] = e
   return good, bad
 
@@ -59,22 +70,25 @@ def begin(folder: pathlib.Path) -> None:
   """
   folder.parent.mkdir(parents=True, exist_ok=True)
   if _activity(folder):
-    discard(folder)
-  _require(folder, not os.path.lexists(folder))
+    storage.discard(folder)
+  if _is_aside(folder):
+    _move_aside(folder)
+    _aside_mark(folder).unlink()
+  _require(folder, not storage.exists(folder))
   _write_mark(folder, "saving")
 
 
 def finish(folder: pathlib.Path) -> None:
   """Ends what `begin` began: the step has its manifest."""
-  _mark(folder).unlink()
+  _mark(folder).unlink(missing_ok=True)
 
 
 def remove(folder: pathlib.Path) -> None:
   """Deletes a step; if interrupted, `clean` deletes the rest."""
   _write_mark(folder, "deleting")
   (folder / manifest.NAME).unlink()
-  workdir.sync(folder)
-  discard(folder)
+  storage.sync(folder)
+  storage.discard(folder)
   _mark(folder).unlink()
 
 
@@ -88,58 +102,110 @@ def clean(checkpoints: pathlib.Path) -> list[pathlib.Path]:
   """Deletes what interruptions have left; returns the steps being saved."""
   left = unfinished(checkpoints)
   for folder in left:
-    discard(folder)
+    storage.discard(folder)
   for folder in _marked(checkpoints):
     _mark(folder).unlink()
   return [folder for folder, activity in left.items() if activity == "saving"]
 
 
-def set_aside(folder: pathlib.Path) -> pathlib.Path:
-  """Moves a damaged step to the folder `damaged`; returns its new path.
+def set_aside(folder: pathlib.Path, reason: object = "") -> pathlib.Path:
+  """Takes a damaged step out of the steps.
 
-  If interrupted, what is left is still damaged, and the next call moves it.
+  Args:
+    folder: of the step.
+    reason: what is wrong with it.
+
+  Returns:
+    The folder in `damaged` that it was moved to. If that is interrupted, what
+    is left is still damaged, and the next call moves it. On object storage, the
+    file that marks it.
   """
+  if storage.is_remote(folder):
+    mark = _aside_mark(folder)
+    _require(mark, not storage.exists(mark))
+    storage.write(mark, f"{_ASIDE.format(folder.name)}{reason}\n")
+    return mark
+  return _move_aside(folder)
+
+
+def _move_aside(folder: pathlib.Path) -> pathlib.Path:
   aside = folder.parent / DAMAGED
   aside.mkdir(exist_ok=True)
   for i in itertools.count():
     target = aside / (f"{folder.name}.{i}" if i else folder.name)
-    if not os.path.lexists(target):
-      _move(folder, target)
-      workdir.sync(aside)
-      workdir.sync(folder.parent)
+    if not storage.exists(target):
+      storage.move(folder, target)
+      storage.sync(aside)
+      storage.sync(folder.parent)
       return target
 
 
-def _move(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Moves file by file, as object storage does."""
-  if source.is_symlink() or not source.is_dir():
-    os.rename(source, target)
-    return
-  target.mkdir()
-  for name in os.listdir(source):
-    _move(source / name, target / name)
-  source.rmdir()
+def choose(checkpoints: pathlib.Path) -> int | None:
+  """The newest step of which every byte is intact; the rest is tidied up.
+
+  Newer entries with the name of a step are set aside, and what an interrupted
+  save has left is deleted, with one warning each. Returns None if no step was
+  ever complete.
+
+  Raises:
+    ConfigError: there were complete steps, but none is intact; all stay in
+      place.
+    StorageError: a damaged step cannot be set aside, or object storage does
+      not answer.
+  """
+  chosen, bad = None, {}
+  for step in reversed(found(checkpoints)):
+    folder = checkpoints / str(step)
+    try:
+      manifest.verify(folder)
+      chosen = step
+      break
+    except manifest.DamagedError as e:
+      bad[folder] = e
+  lost = [f"{folder.name}: {e}" for folder, e in bad.items()
+          if not isinstance(e, manifest.PartialError)]
+  if chosen is None and lost:
+    raise errors.ConfigError(
+        f"{checkpoints}: no step is intact ({'; '.join(lost)}); restore a "
+        "copy of one, or delete the folder to start from the beginning")
+  start = "the beginning" if chosen is None else f"step {chosen}"
+  how = "set aside by" if storage.is_remote(checkpoints) else "moved to"
+  try:
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for folder, e in bad.items():
+      log.warning("%s: %s; %s %s; continuing from %s", folder, e, how,
+                  set_aside(folder, e), start)
+    for folder in clean(checkpoints):
+      log.warning("%s: the save was interrupted; deleted; continuing from "
+                  "%s", folder, start)
+  except OSError as e:
+    raise errors.StorageError(
+        f"{checkpoints}: cannot be cleaned up: {e}") from e
+  return chosen
 
 
 def damaged(checkpoints: pathlib.Path) -> list[pathlib.Path]:
-  """The folders that `set_aside` has moved."""
+  """The folders of the steps that `set_aside` has set aside."""
+  found = [checkpoints / name for name in _listed(checkpoints)
+           if manifest.STEP.fullmatch(name) and _is_aside(checkpoints / name)]
   folder = checkpoints / DAMAGED
   if folder.is_symlink() or not folder.is_dir():
-    return []
-  return sorted(p for p in folder.iterdir()
-                if re.fullmatch(r"[0-9]+(\.[0-9]+)?", p.name))
+    return found
+  return found + sorted(p for p in folder.iterdir()
+                        if re.fullmatch(r"[0-9]+(\.[0-9]+)?", p.name))
 
 
-def discard(path: pathlib.Path) -> None:
-  """Deletes a folder, file or link, if there is one; never follows links."""
-  if path.is_dir() and not path.is_symlink():
-    shutil.rmtree(path)
-  else:
-    path.unlink(missing_ok=True)
+def drop(folder: pathlib.Path) -> None:
+  """Deletes one of the folders that `damaged` gives."""
+  storage.discard(folder)
+  if _is_aside(folder):
+    _aside_mark(folder).unlink()
 
 
 def _listed(checkpoints: pathlib.Path) -> list[str]:
   try:
+    if storage.is_remote(checkpoints):
+      return [path.name for path in checkpoints.iterdir()]
     return os.listdir(checkpoints)
   except FileNotFoundError:
     return []
@@ -152,6 +218,28 @@ def _mark(folder: pathlib.Path) -> pathlib.Path:
   return folder.with_name(f"{folder.name}.unfinished")
 
 
+def _aside_mark(folder: pathlib.Path) -> pathlib.Path:
+  return folder.with_name(f"{folder.name}.damaged")
+
+
+def _is_aside(folder: pathlib.Path) -> bool:
+  """Whether a file of this program says so; never of a folder in `damaged`."""
+  text = _read_file(_aside_mark(folder))
+  return text.startswith(_ASIDE.format(folder.name).encode())
+
+
+def _read_file(path: pathlib.Path) -> bytes:
+  """What is in a regular file; nothing if there is none."""
+  if storage.is_remote(path):
+    try:
+      return path.read_bytes()
+    except FileNotFoundError:
+      return b""
+  if path.is_symlink() or not path.is_file():
+    return b""
+  return path.read_bytes()
+
+
 def _marked(checkpoints: pathlib.Path) -> list[pathlib.Path]:
   """The folders of the steps that have a mark; they need not exist."""
   matches = map(_MARK.fullmatch, sorted(_listed(checkpoints)))
@@ -161,16 +249,13 @@ def _marked(checkpoints: pathlib.Path) -> list[pathlib.Path]:
 
 def _write_mark(folder: pathlib.Path, activity: str) -> None:
   mark = _mark(folder)
-  _require(mark, not os.path.lexists(mark) or bool(_read_mark(folder)))
-  workdir.write(mark, _TEXT.format(activity, folder.name))
+  _require(mark, not storage.exists(mark) or bool(_read_mark(folder)))
+  storage.write(mark, _TEXT.format(activity, folder.name))
 
 
 def _read_mark(folder: pathlib.Path) -> str | None:
   """What the mark of a step says; None if it has none of this program."""
-  mark = _mark(folder)
-  if mark.is_symlink() or not mark.is_file():
-    return None
-  text = mark.read_bytes()
+  text = _read_file(_mark(folder))
   return next((activity for activity in _ACTIVITIES
                if text == _TEXT.format(activity, folder.name).encode()), None)
 
@@ -178,7 +263,7 @@ def _read_mark(folder: pathlib.Path) -> str | None:
 def _activity(folder: pathlib.Path) -> str | None:
   """What the mark says, unless the step has its manifest."""
   activity = _read_mark(folder)  # First: a save writes the manifest before.
-  complete = os.path.lexists(folder / manifest.NAME)
+  complete = storage.exists(folder / manifest.NAME)
   return None if complete else activity
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from metaformer_jax import storage
 from metaformer_jax.config import conversion
 
 # An experiment takes a few kilobytes, and the values of `mesh.rules` are nested
@@ -27,6 +28,11 @@ def read(path: pathlib.Path, limit: int = MAX_BYTES) -> Any:
 
 def read_text(path: pathlib.Path, limit: int) -> str:
   """The text of a file; OSError or ValueError as for `read`."""
+  if storage.is_remote(path):
+    data = path.read_bytes(limit + 1)
+    if len(data) > limit:
+      raise ValueError(f"is larger than {limit} bytes")
+    return data.decode()
   if not path.is_file():  # Opening a pipe would block.
     raise ValueError("is not a file")
   with open(path, "rb") as file:

@@ -6,7 +6,26 @@ import pathlib
 import stat
 from typing import BinaryIO
 
-from metaformer_jax import errors
+from metaformer_jax import errors, storage
+
+
+def given(key: str, value: str | pathlib.Path,
+          kind: type[errors.UserError] = errors.ConfigError) -> pathlib.Path:
+  """A path that a user gives: `local`, or one on object storage.
+
+  Raises:
+    kind: as `local` and `storage.path`; or object storage refuses to say what
+      is there, or does not answer.
+  """
+  path = storage.path(value, key, kind)
+  if not storage.is_remote(path):
+    return local(key, value, kind)
+  try:
+    path.exists()
+  except OSError as e:
+    raise kind(f"{key}: {path}: {e.strerror}" if key else
+               f"{path}: {e.strerror}") from e
+  return path
 
 
 def local(key: str, value: str | pathlib.Path,
@@ -19,13 +38,17 @@ def local(key: str, value: str | pathlib.Path,
     kind: of the error.
 
   Raises:
-    kind: the path is too long, its user is unknown, or access is denied.
+    kind: it is a URL, or the path is too long, its user is unknown, or access
+      is denied.
   """
+  name = f"{key}: {value}" if key else f"{value}"
+  if "://" in str(value):
+    raise kind(f"{name} is a URL; give a local path")
   try:
     path = pathlib.Path(value).expanduser()
     path.exists()
   except (OSError, RuntimeError, ValueError) as e:
-    raise kind(f"{key}: {value}: {e}" if key else f"{value}: {e}") from e
+    raise kind(f"{name}: {e}") from e
   return path
 
 

@@ -8,8 +8,9 @@ import os
 import pathlib
 import re
 
-from metaformer_jax import errors
+from metaformer_jax import errors, storage
 from metaformer_jax.config import imagenet, own, paths, saved
+from metaformer_jax.config.hub import folders
 from metaformer_jax.config.model import Model
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.config.tasks import Classification
@@ -20,6 +21,29 @@ def model_of(value: str | pathlib.Path) -> str | None:
   """The model whose published weights are named; None if it is a path."""
   is_name = isinstance(value, str) and value in registry.list_models()
   return value if is_name and not os.path.lexists(value) else None
+
+
+def located(key: str, value: str | pathlib.Path,
+            kind: type[errors.UserError] = errors.ConfigError) -> pathlib.Path:
+  """The path of weights that is given as a path, not as a name.
+
+  What is on object storage is copied to this machine, but for runs.
+
+  Args:
+    key: what the user set, for the message; may be empty.
+    value: the path; it need not exist.
+    kind: of the error.
+
+  Raises:
+    kind: as `paths.given`, or it cannot be copied.
+  """
+  path = paths.given(key, value, kind)
+  if not storage.is_remote(path) or saved.find_workdir(path):
+    return path
+  try:
+    return storage.fetched(path, folders.is_part)
+  except OSError as e:
+    raise kind(f"{path}: cannot be read: {e.strerror or e}") from e
 
 
 def problem(value: str | pathlib.Path) -> str:
@@ -34,7 +58,7 @@ def problem(value: str | pathlib.Path) -> str:
   if name is not None:
     published = registry.get_spec(name).checkpoint
     return "" if published else "has no published weights; name a file of them"
-  path = paths.local("", value)
+  path = paths.given("", value)
   if path.exists():
     return ""
   near = [str(p) for p in path.parent.glob("*")]
@@ -84,7 +108,7 @@ def made(value: str, allowed: own.Allowed,
   """
   name = model_of(value)
   if name is None:
-    path = paths.local("config.init", value)
+    path = located("config.init", value)
     recorded = saved.read_weights(path, allowed, model)
     name = named_after(path) if path.is_file() else None
     if recorded or not name:

@@ -197,6 +197,20 @@ def agreeing() -> Iterator[None]:
     raise _as_error(int(i), said)
 
 
+def on_first(decide: Callable[[], int | None]) -> int | None:
+  """Returns on every process what the first one decides, or raises.
+
+  All must call it; devices take no part.
+  """
+  found, (index, count) = None, _place()
+  with agreeing():
+    if index == 0:
+      found = decide()
+  if count == 1:
+    return found
+  return json.loads(_consult(json.dumps(found), lambda said: said[0]))
+
+
 def _as_error(i: int, said: str) -> errors.UserError:
   """The error of another process, "Type: message", as one of this process."""
   kind, _, message = said.partition(": ")

@@ -10,7 +10,7 @@ import re
 import secrets
 from typing import Any
 
-from metaformer_jax import errors
+from metaformer_jax import errors, storage
 from metaformer_jax.config import json_data, saved
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.runtime import workdir as workdir_lib
@@ -38,8 +38,14 @@ def _missing(error: ImportError | None = None) -> Any:
 class Tracker:
   """A run on Weights & Biases, which a resumed run continues."""
 
-  def __init__(self, workdir: pathlib.Path, cfg: Experiment):
+  def __init__(self, workdir: pathlib.Path, folder: pathlib.Path,
+               cfg: Experiment):
     """Starts or continues the run whose id the workdir keeps.
+
+    Args:
+      workdir: of the run.
+      folder: on the disk, for wandb's own files.
+      cfg: the experiment.
 
     Raises:
       ConfigError: wandb is not installed, or refuses the project or the key.
@@ -51,7 +57,7 @@ class Tracker:
     try:
       self._run = wandb.init(
           entity=entity[0] if entity else None, project=name, resume="allow",
-          id=_run_id(workdir, project), dir=str(workdir),
+          id=_run_id(workdir, project), dir=str(folder),
           config=json.loads(saved.text(cfg)), allow_val_change=True,
           reinit="create_new",
           # What it prints is not for the terminal of a run.
@@ -106,5 +112,5 @@ def _run_id(workdir: pathlib.Path, project: str) -> str:
   except (OSError, ValueError, TypeError, KeyError):
     pass
   made = {"project": project, "id": secrets.token_hex(8)}
-  workdir_lib.write(path, json.dumps(made) + "\n")
+  storage.write(path, json.dumps(made) + "\n")
   return made["id"]

@@ -13,9 +13,10 @@ import socket
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from metaformer_jax import errors
+from metaformer_jax import errors, storage
 from metaformer_jax.config import json_data, own, saved
 from metaformer_jax.config.schema import Experiment
+from metaformer_jax.runtime import leases
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,11 @@ _LONGEST = 4095 - 255
 
 def check_path(workdir: pathlib.Path) -> None:
   """Raises ConfigError if checkpoints could not be saved in the folder."""
+  if storage.is_remote(workdir):
+    if not workdir.parts[3:]:
+      raise errors.ConfigError(
+          f"--workdir: {workdir} is a bucket; name a folder in it")
+    return
   path = f"{real_path(workdir)}/"
   problem = next((problem for problem, pattern in _REFUSED.items()
                   if re.search(pattern, path)), None)
@@ -51,6 +57,8 @@ def check_path(workdir: pathlib.Path) -> None:
 
 def real_path(workdir: pathlib.Path) -> pathlib.Path:
   """The absolute path without links: libraries resolve `link/..` wrongly."""
+  if storage.is_remote(workdir):
+    return workdir
   return pathlib.Path(os.path.realpath(workdir))
 
 
@@ -85,7 +93,7 @@ class Lock:
 
 
 @contextlib.contextmanager
-def hold(workdir: pathlib.Path) -> Iterator[Lock]:
+def hold(workdir: pathlib.Path) -> Iterator[Lock | leases.Lease]:
   """Keeps other runs and tools from writing to the folder.
 
   The lock is released when the process ends, however it ends.
@@ -94,6 +102,10 @@ def hold(workdir: pathlib.Path) -> Iterator[Lock]:
     ConfigError: another process has the lock, or the folder cannot be written.
     StorageError: the disk is full.
   """
+  if storage.is_remote(workdir):
+    with leases.hold(workdir) as lease:
+      yield lease
+    return
   lock = Lock(workdir / "lock")
   with _writing():
     workdir.mkdir(parents=True, exist_ok=True)
@@ -163,9 +175,9 @@ def claim(cfg: Experiment, workdir: pathlib.Path,
         if different:  # It is not to continue the other one's.
           (workdir / TRACKED).unlink(missing_ok=True)
   with _writing():
-    write(path, saved.text(cfg))
+    storage.write(path, saved.text(cfg))
     if parameters is not None:
-      write(workdir / "parameters.txt", parameters)
+      storage.write(workdir / "parameters.txt", parameters)
     _note_modules(cfg, workdir)
 
 
@@ -200,29 +212,8 @@ def _note_modules(cfg: Experiment, workdir: pathlib.Path) -> None:
     if before.get(name, digests[name]) != digests[name]:
       log.warning("the module %s has changed since the run in %s was started",
                   name, workdir)
-  write(path, json.dumps(digests, indent=2) + "\n")
+  storage.write(path, json.dumps(digests, indent=2) + "\n")
   own.remember(workdir)
-
-
-def write(path: pathlib.Path, text: str) -> None:
-  """Writes a file atomically: a crash leaves the old or the new one."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.unlink(missing_ok=True)  # Opening a pipe would wait for a reader.
-  with temporary.open("w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
-  sync(path.parent)
-
-
-def sync(folder: str | pathlib.Path) -> None:
-  """Syncs the entries of a folder to disk."""
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
 
 
 @contextlib.contextmanager
@@ -231,6 +222,7 @@ def _writing() -> Iterator[None]:
   try:
     yield
   except OSError as e:
-    full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = (e.errno in (errno.ENOSPC, errno.EDQUOT)
+            or storage.is_unavailable(e))
     kind = errors.StorageError if full else errors.ConfigError
     raise kind(f"--workdir: {e}") from e

@@ -3,6 +3,9 @@
 Everything is derived from `metrics.jsonl`, one record per line: {"step",
 "split", ...}. When a run resumes, records after the restored step are dropped,
 as these steps are repeated.
+
+For a workdir on object storage the files are local ones, of which `Mirror`
+makes objects.
 """
 
 import contextlib
@@ -17,11 +20,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from metaformer_jax import errors
+from metaformer_jax import errors, storage
 from metaformer_jax.config import paths
 from metaformer_jax.config.schema import Experiment, Log
-from metaformer_jax.runtime import tensorboard, tracking
-from metaformer_jax.runtime import workdir as workdir_lib
+from metaformer_jax.runtime import mirror, tensorboard, tracking
 
 log = logging.getLogger(__name__)
 
@@ -54,21 +56,27 @@ class Writer:
     """`curves` are the metrics in curves.png."""
     self._workdir, self._curves = workdir, curves
     self._file = self._table = self._events = self._tracker = None
+    self._mirror = None
     self.records: list[Record] = []
     if not enabled:
       return
-    path = workdir / "metrics.jsonl"
     with _storing(workdir), contextlib.ExitStack() as undo:
       undo.callback(self.close)
+      self._folder = workdir
+      if storage.is_remote(workdir):
+        self._mirror = mirror.Mirror(workdir)
+        self._folder = self._mirror.folder
+        self._mirror.fetch("metrics.jsonl")
+      path = self._folder / "metrics.jsonl"
       self.records = [r for r in read(path) if r["step"] <= restored_step]
-      workdir_lib.write(path, "".join(_line(r) for r in self.records))
+      storage.write(path, "".join(_line(r) for r in self.records))
       self._file = path.open("a")
-      self._table = _Table(workdir / "metrics.csv", self.records)
+      self._table = _Table(self._folder / "metrics.csv", self.records)
       if cfg.log.tensorboard:
         self._events = tensorboard.Events(
-            workdir / "tensorboard", restored_step + 1, cfg)
+            self._folder / "tensorboard", restored_step + 1, cfg)
       if cfg.log.wandb:
-        self._tracker = tracking.Tracker(workdir, cfg)
+        self._tracker = tracking.Tracker(workdir, self._folder, cfg)
       undo.pop_all()
 
   def __enter__(self) -> "Writer":
@@ -93,29 +101,36 @@ class Writer:
     if self._tracker is not None:
       self._tracker.write(step, split, metrics)
 
+  def store(self) -> None:
+    """Makes objects of what was written; on disk it is there already."""
+    if self._mirror is not None:
+      self._mirror.store()
+
   def finish(self, summary: dict[str, Any]) -> pathlib.Path | None:
     """Writes summary.json and curves.png; returns the latter's path."""
     if self._file is None:
       return None
     with _storing(self._workdir):
-      workdir_lib.write(self._workdir / "summary.json",
-                        json.dumps(summary, indent=2) + "\n")
+      storage.write(self._folder / "summary.json",
+                    json.dumps(summary, indent=2) + "\n")
       if self._events is not None:
         self._events.finish(summary["step"])
       if self._tracker is not None:
         self._tracker.finish(summary)
-      return draw_curves(self.records, self._curves,
-                         self._workdir / "curves.png")
+      draw_curves(self.records, self._curves, self._folder / "curves.png")
+      if self._mirror is not None:
+        storage.persist(self.store, mirror.PATIENCE, "storing the summary")
+    return self._workdir / "curves.png"
 
   def close(self, error: BaseException | None = None) -> None:
     """Closes all files; `error` is what ends the run, if anything does."""
-    for stream in (self._file, self._table, self._events):
-      if stream is not None:
-        with contextlib.suppress(OSError):  # Reported by `write`.
-          stream.close()
     if self._tracker is not None:
       self._tracker.close(error)
       self._tracker = None
+    for stream in (self._file, self._table, self._events, self._mirror):
+      if stream is not None:
+        with contextlib.suppress(OSError):  # Reported by `write`.
+          stream.close()
 
 
 class _Table:
@@ -140,7 +155,7 @@ class _Table:
     writer = self._writer(text)
     writer.writeheader()
     writer.writerows(records)
-    workdir_lib.write(self._path, text.getvalue())
+    storage.write(self._path, text.getvalue())
     self._file = self._path.open("a")
 
   def _writer(self, file) -> csv.DictWriter:
@@ -182,8 +197,11 @@ def read(path: pathlib.Path) -> list[Record]:
       be read.
   """
   try:
-    with paths.open_file(path) as file:
-      content = file.read(_MAX_BYTES + 1)
+    if storage.is_remote(path):
+      content = path.read_bytes()
+    else:
+      with paths.open_file(path) as file:
+        content = file.read(_MAX_BYTES + 1)
   except FileNotFoundError:
     return []
   if len(content) > _MAX_BYTES:

@@ -25,7 +25,7 @@ from metaformer_jax.runtime import workdir as workdir_lib
 
 def main(args: argparse.Namespace) -> int:
   """Runs a command; returns the exit code."""
-  workdir = paths.local("--workdir", args.workdir)
+  workdir = paths.given("--workdir", args.workdir)
   folder = workdir / "checkpoints"
   if not folder.is_dir():
     raise errors.ConfigError(f"--workdir: {workdir} holds no checkpoints")
@@ -108,7 +108,7 @@ def prune(args: argparse.Namespace, workdir: pathlib.Path,
     aside = steps.damaged(folder) if args.damaged else []
     for path in () if args.dry_run else leaving + aside:
       try:
-        (steps.discard if path in aside else steps.remove)(path)
+        (steps.drop if path in aside else steps.remove)(path)
       except OSError as e:
         raise errors.StorageError(
             f"{path}: cannot be deleted: {e.strerror}") from e

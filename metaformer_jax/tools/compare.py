@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from metaformer_jax import command, errors
-from metaformer_jax.config import comparison, json_data, own, saved
+from metaformer_jax.config import comparison, json_data, own, paths, saved
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.config.tasks import Measure
 from metaformer_jax.runtime import writers
@@ -113,8 +113,8 @@ def main(args: argparse.Namespace) -> None:
   # Slow to import; a mistake is reported at once.
   from metaformer_jax.tools import compare_page, compare_plot  # noqa: PLC0415
 
-  runs = read(list(map(pathlib.Path, args.runs)))
-  folder = pathlib.Path(args.output).expanduser()
+  runs = read([paths.given("RUN", run) for run in args.runs])
+  folder = paths.local("--output", args.output)
   try:
     folder.mkdir(parents=True, exist_ok=True)
     panels = compare_plot.panels(runs)
@@ -130,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
     print(folder / name)
 
 
-def read(paths: Sequence[pathlib.Path]) -> list[Run]:
+def read(folders: Sequence[pathlib.Path]) -> list[Run]:
   """The runs in these folders, which are data: nothing in them is trusted.
 
   Raises:
@@ -138,13 +138,13 @@ def read(paths: Sequence[pathlib.Path]) -> list[Run]:
       config.json or summary.json is damaged.
   """
   workdirs = []
-  for path in paths:
-    workdir = saved.find_workdir(path.expanduser())
+  for path in folders:
+    workdir = saved.find_workdir(path)
     if workdir is None:
       raise errors.ConfigError(
           f"{path}: is not the folder of a run; give folders that "
           "metaformer_jax.main has written, with a config.json")
-    if workdir.resolve() in map(pathlib.Path.resolve, workdirs):
+    if workdir.resolve() in [known.resolve() for known in workdirs]:
       raise errors.ConfigError(f"{path}: is given twice")
     workdirs.append(workdir)
   return [_read(name, workdir) for name, workdir in

@@ -193,7 +193,7 @@ def _experiment() -> Experiment | None:
   if weights := _weights():
     return _made(weights[0])[0]
   if workdir := cli.given("workdir"):
-    cfg = saved.read_run(paths.local("--workdir", workdir[0]), cli.allowed())
+    cfg = saved.read_run(paths.given("--workdir", workdir[0]), cli.allowed())
     return dataclasses.replace(cfg, init=None)  # The run has read it.
   return None
 

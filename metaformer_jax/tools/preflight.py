@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import flags
 
-from metaformer_jax import cli, errors
+from metaformer_jax import cli, errors, storage
 from metaformer_jax.config import checks, json_data
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.data import sources
@@ -147,7 +147,6 @@ def _say(line: str) -> None:
 def _cached(folder: str, key: str, compile_now):
   """The cached result under this key; without one, compiles and stores it."""
   from metaformer_jax.preflight import compilation  # noqa: PLC0415
-  from metaformer_jax.runtime import workdir as workdir_lib  # noqa: PLC0415
 
   if not folder or "://" in folder:
     return compile_now()
@@ -163,7 +162,7 @@ def _cached(folder: str, key: str, compile_now):
   compiled = compile_now()
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    workdir_lib.write(path, json.dumps(compiled.to_json()))
+    storage.write(path, json.dumps(compiled.to_json()))
   except OSError as e:  # The result is still reported.
     _say(f"the result cannot be cached: {e}")
   return compiled

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from metaformer_jax import cli, command, errors
-from metaformer_jax.config import json_data, saved
+from metaformer_jax.config import json_data, paths, saved
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.config.tasks import Measure
 from metaformer_jax.tools import variants
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
   variants.require_different(
       {name: experiments[name, seeds[0]] for name in names})
   measure = _measure(experiments.values())
-  workdir = pathlib.Path(args.workdir).expanduser()
+  workdir = paths.local("--workdir", args.workdir)
   for (name, seed), cfg in experiments.items():
     _require_same(cfg, workdir / name / f"seed_{seed}")
   index, count = args.part

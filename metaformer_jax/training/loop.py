@@ -55,8 +55,7 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh: Mesh,
     DataError: there are too many bad images.
     DivergedError: too many steps in a row were not finite.
     OutOfMemoryError: a step or an evaluation does not fit in memory.
-    Preempted: a process received SIGTERM or SIGINT after the first step was
-      started; the last step is saved.
+    Preempted: a process received SIGTERM or SIGINT; the last step is saved.
     StorageError: the workdir can no longer be written.
   """
   with contextlib.ExitStack() as stack:
@@ -233,8 +232,7 @@ class Run:
 
   def _check_images(self, n_seen: int) -> None:
     """Raises DataError if too many of the images so far were bad."""
-    n_bad = self.record.bad_images
-    n = max(self.train_data.n_examples, n_seen)
+    n_bad, n = self.record.bad_images, max(self.train_data.n_examples, n_seen)
     limit = self.cfg.data.max_bad_fraction
     if n_bad > limit * n:
       raise errors.DataError(
@@ -294,7 +292,7 @@ class Run:
     # A run that ended before the manifest was written has recorded it.
     if writers.last_evaluation(self.writer.records, i) is None:
       self.writer.write(i, "eval", self.result)
-    self.checkpoints.add_metrics(i, self.result)
+    self.checkpoints.add_metrics(i, self.result, self.writer.store)
     self.progress.show_evaluation(i, self.result)
 
   def evaluate_restored(self) -> None:
@@ -311,7 +309,9 @@ class Run:
     self.clock.switch_to("checkpoint")
     self.watchdog.beat(f"the checkpoint of step {i}")
     self.record.productive_seconds = self.clock.productive_seconds
-    self.checkpoints.save(i, self.state.trees(), self.record, self.data)
+    self.checkpoints.save(i, self.state.trees(), self.record, self.data,
+                          before=self.writer.store, needed=bool(
+                              self.stopping) or i == self.program.n_steps)
 
   @contextlib.contextmanager
   def _saved_if_input_ends(self, i: int) -> Iterator[None]:

@@ -28,6 +28,12 @@ _WRITERS = {"huggingface": transformers.write, "timm": timm.write}
 LAYOUTS = tuple(_WRITERS)
 
 
+def is_part(name: str) -> bool:
+  """Whether a folder's file of this name may be read."""
+  return name in (_CONFIG, _PROCESSOR) or bool(re.fullmatch(
+      r"(model.*\.safetensors|pytorch_model.*\.bin)(\.index\.json)?", name))
+
+
 def _config(path: pathlib.Path) -> dict[str, Any] | None:
   """The config.json of a folder, if transformers or timm wrote it.
 
