@@ -100,7 +100,7 @@ def test_a_resumed_run_continues(wandb, tmp_path):
 def test_another_project_is_another_run(wandb, tmp_path):
   other = small_runs.changed(CFG, log={"wandb": "team/others"})
   for cfg in (CFG, CFG, other, other):
-    tracking.Tracker(tmp_path, cfg).close()
+    tracking.Tracker(tmp_path, tmp_path, cfg).close()
   ids = [asked["id"] for asked in wandb.asked]
   assert ids[0] == ids[1] != ids[2] == ids[3]
   assert (wandb.asked[2]["entity"], wandb.asked[2]["project"]) == (
@@ -112,7 +112,7 @@ def test_another_project_is_another_run(wandb, tmp_path):
     '{"project": "mixers", "id": "../../../../evil"}'], ids=lambda t: t[:30])
 def test_damaged_id_is_replaced(wandb, tmp_path, text):
   (tmp_path / "wandb_run.json").write_text(text)
-  tracking.Tracker(tmp_path, CFG).close()
+  tracking.Tracker(tmp_path, tmp_path, CFG).close()
   kept = json.loads((tmp_path / "wandb_run.json").read_text())
   assert kept == {"project": "mixers", "id": wandb.asked[0]["id"]}
   assert re.fullmatch("[0-9a-f]{16}", kept["id"])
@@ -210,7 +210,7 @@ def test_another_experiment_does_not_continue_the_run(wandb, tmp_path):
     cfg = schema.Experiment(seed=seed, log=CFG.log)
     with workdir.hold(tmp_path):
       workdir.claim(cfg, tmp_path)
-      tracking.Tracker(tmp_path, cfg).close()
+      tracking.Tracker(tmp_path, tmp_path, cfg).close()
     ids.append(wandb.asked[-1]["id"])
   assert ids[0] == ids[1] != ids[2]
 
