@@ -273,7 +273,7 @@ class Supervisor:
 
   def _finish(self, code: int) -> int:
     """Reports why the run is over, and deletes the slice, which is billed."""
-    meaning = _MEANING.get(code, "see docs/tpu.md")
+    meaning = _MEANING.get(code, "see docs/tpu/runs.md")
     cloud.say(f"the run is over: exit code {code}, {meaning}")
     if code != DONE:
       try:
