@@ -101,7 +101,7 @@ def check(output: str) -> None:
 def save(picture: Image.Image, output: str) -> None:
   """Writes the picture; ConfigError if that is not possible."""
   try:
-    picture.save(output)
+    picture.save(output, optimize=True)
   except (OSError, ValueError) as e:
     raise errors.ConfigError(f"--output: {output}: {e}") from e
 

@@ -58,10 +58,12 @@ def augmented(cfg: Experiment, args: argparse.Namespace,
   titled = {**{f"epoch {i}": found for i, found in enumerate(by_transform)},
             **({f"step {i}": found for i, found in enumerate(by_step)}
                if changed else {})}
-  return [[_panel(task, source, f"example {index}", legend=True),
-           *(_panel(task, found[row], title)
-             for title, found in titled.items())]
-          for row, (index, source) in enumerate(zip(chosen, sources))]
+  rows = []
+  for row, (index, source) in enumerate(zip(chosen, sources)):
+    drawn = [_panel(task, found[row], title) for title, found in titled.items()]
+    rows.append([_within(_panel(task, source, f"example {index}", legend=True),
+                         max(panel.picture.height for panel in drawn)), *drawn])
+  return rows
 
 
 def predicted(cfg: Experiment, args: argparse.Namespace,
@@ -168,6 +170,15 @@ def _panel(task: Any, example: Example, title: str,
       f"{row['name']} {row['probability']:.2f}".removesuffix(" 1.00")
       for row in task.describe(found, 2) if row["probability"] >= _SHOWN)
   return panels.Panel(_enlarged(image), f"{title}\n{words}")
+
+
+def _within(panel: panels.Panel, height: int) -> panels.Panel:
+  """A panel whose picture is reduced to a height, if it is higher."""
+  width = max(1, round(panel.picture.width * height / panel.picture.height))
+  if panel.picture.height <= height:
+    return panel
+  return panel._replace(picture=panel.picture.resize(
+      (width, height), Image.Resampling.LANCZOS))
 
 
 def _enlarged(image: np.ndarray) -> Image.Image:
