@@ -91,7 +91,8 @@ def predicted(cfg: Experiment, args: argparse.Namespace,
           f"{cfg.task.name}")
     found = loaded.predict([image for image, _ in truths], len(truths))
     for row, (image, _), one in zip(rows, truths, found):
-      row.append(_panel(loaded.task, (image, one), panels.short(weights)))
+      row.append(_panel(loaded.task, (image, one), panels.short(weights),
+                        legend=True))
   return rows
 
 
