@@ -64,6 +64,7 @@ setuptools.setup(
         "cuda13": ["jax[cuda13]"],
         "hub": HUB,
         "tfds": TFDS,
+        "wandb": ["wandb>=0.31,<1"],
         "test": [*HUB, *TFDS, "tensorflow-cpu>=2.21,<2.22", "jax[tpu]",
                  "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18",
                  "tensorboard>=2.20,<3",

@@ -22,11 +22,12 @@ _BASE = runpy.run_path(str(_FOLDER / "fashion_mnist.py"))["get_config"]
 
 SEEDS = (0, 1, 2)
 
-# The published accuracies are those on ImageNet.
-VARIANTS = {name: (settings, None)
-            for name, (settings, _) in _ABLATIONS.items()
-            if name != "layer_norm"} | {
-                "group_norm": ({"norm": "group_norm"}, None)}
+# The published accuracies and batch sizes are those of ImageNet.
+VARIANTS = {
+    name: ({key: value for key, value in settings.items()
+            if key.startswith("model.")}, None)
+    for name, (settings, _) in _ABLATIONS.items() if name != "layer_norm"
+} | {"group_norm": ({"model.norm": "group_norm"}, None)}
 
 
 def get_config(variant="baseline"):
@@ -35,7 +36,6 @@ def get_config(variant="baseline"):
   # The first stage has 7 x 7 patches: windows of 3 to 9 differ in two stages.
   config.model.depths = (1, 1, 2, 1)
   config.model.dims = (32, 64, 128, 256)
-  config.model.update(settings)
   config.optim.base_lr = 0.008
   config.optim.warmup_epochs = 0.1
   config.train.batch_size = 128
@@ -44,4 +44,5 @@ def get_config(variant="baseline"):
   config.eval.every_epochs = 10.0
   config.checkpoint.every_steps = 10_000
   config.log.tensorboard = False
+  config.update_from_flattened_dict(settings)
   return config

@@ -5,13 +5,13 @@ with each, parsed in a fork of its own.
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import json
 import os
 import pathlib
 import re
-import runpy
 import shlex
 import sys
 import tempfile
@@ -19,9 +19,9 @@ from collections.abc import Iterator
 
 import pages
 
-CONSOLE = {"metaformer-train": "metaformer_jax.main",
-           "metaformer-evaluate": "metaformer_jax.tools.evaluate",
-           "metaformer-predict": "metaformer_jax.tools.predict"}
+# The console commands, and their modules.
+CONSOLE = dict(re.findall(r'(metaformer-[\w-]+) = "?\s*"?([\w.]+):',
+                          (pages.ROOT / "setup.py").read_text()))
 # Of the shell, and of other projects or machines: not run here.
 OTHERS = {".", "[", "apt-get", "cd", "cp", "docker", "eval", "gcloud", "git",
           "kubectl", "ls", "mkdir", "ruff", "sbatch", "sky", "ssh-add",
@@ -97,7 +97,7 @@ def _script(words: list[str]) -> Iterator[tuple[str, list[str]]]:
 def _check_extras(words: list[str]) -> None:
   declared = (pages.ROOT / "setup.py").read_text()
   for word in words:
-    if match := re.fullmatch(r"\.\[(.*)\]", word):
+    if match := re.fullmatch(r"(?:\.|metaformer-jax)\[(.*)\]", word):
       for extra in match[1].split(","):
         assert f'"{extra}": ' in declared, f"no such extra: {extra}"
 
@@ -158,15 +158,22 @@ def _at_hand(word: str) -> str:
   return word
 
 
-def _check_study(args) -> None:
-  from metaformer_jax.config import resolve, typed  # noqa: PLC0415
+class _CheckedError(Exception):
+  """A study's experiments are valid, and the first would begin."""
 
-  study = runpy.run_path(args.config)
-  for name in study["VARIANTS"]:
-    resolve.resolve(study["get_config"](name), files=False)
-  known = typed.keys()
-  for key, _ in args.set:
-    assert key in known, f"--set {key}: no such key"
+
+def _check_study(args) -> None:
+  """All experiments of a study; their data need not be here."""
+  from metaformer_jax import cli  # noqa: PLC0415
+  from metaformer_jax.tools import study  # noqa: PLC0415
+
+  def begin(*_):
+    raise _CheckedError
+
+  cli.resolve = functools.partial(cli.resolve, files=False)
+  study._train = begin
+  with contextlib.suppress(_CheckedError):
+    study.main(args)
 
 
 def _serve() -> None:
@@ -180,7 +187,8 @@ def _serve() -> None:
       if not pid:
         os.chdir(folder)
         message = ""
-        with contextlib.redirect_stderr(io.StringIO()):
+        with (contextlib.redirect_stderr(io.StringIO()),
+              contextlib.redirect_stdout(io.StringIO())):
           try:
             _parse(module, arguments)
           except BaseException as e:

@@ -104,7 +104,7 @@ def test_unmet_evaluates_markers_for_the_other_python():
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="wheels of x86_64")
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
 @pytest.mark.parametrize(
-    "extra", ["tpu", "cuda", "cuda13", "hub", "tfds", "test"])
+    "extra", ["tpu", "cuda", "cuda13", "hub", "tfds", "wandb", "test"])
 def test_extras_resolve(extra, python, tools, tmp_path):
   found = resolve(extra, python, tools, tmp_path)
   assert not unmet(own_requirements(extra, python), found, python)

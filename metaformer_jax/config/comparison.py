@@ -1,6 +1,6 @@
 """How two sets of facts differ, as short texts for one line."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 # What a digest begins with; its value says nothing to people.
@@ -26,6 +26,19 @@ def between(old: Mapping[str, Any], new: Mapping[str, Any],
     one, other = old.get(key, _ABSENT), new.get(key, _ABSENT)
     if one != other:
       yield _text(key, one, other, form)
+
+
+def table(facts: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+  """What differs among any number of sets of facts.
+
+  Returns:
+    For each key whose value is not the same in all, in their order, a short
+    text for each set, empty where it has no such key.
+  """
+  return {key: [_cut(one[key]) if key in one else "" for one in facts]
+          for key in dict.fromkeys(key for one in facts for key in one)
+          if any(one.get(key, _ABSENT) != facts[0].get(key, _ABSENT)
+                 for one in facts)}
 
 
 def _text(key: str, one: Any, other: Any, form: str) -> str:

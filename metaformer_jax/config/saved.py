@@ -160,7 +160,8 @@ def _read_metadata(path: pathlib.Path,
   return cfg
 
 
-def differences(cfg: Experiment, path: pathlib.Path) -> list[str]:
+def differences(cfg: Experiment, path: pathlib.Path,
+                complete: bool = True) -> list[str]:
   """What `cfg` changes, "key: old -> new", beyond what a resume may change.
 
   With other data, if that is allowed, the names of the classes may, too. A key
@@ -169,6 +170,8 @@ def differences(cfg: Experiment, path: pathlib.Path) -> list[str]:
   Args:
     cfg: the experiment to run.
     path: the config.json of a run.
+    complete: whether `cfg` has all derived values; otherwise keys that are left
+      to be derived are not compared.
 
   Raises:
     OSError, ValueError: the file is not an experiment of this version.
@@ -182,6 +185,8 @@ def differences(cfg: Experiment, path: pathlib.Path) -> list[str]:
   kept = [key for key in sorted(old)
           if skipped.isdisjoint((key, key.split(".")[0]))]
   new = flat(cfg)
+  if not complete:
+    kept = [key for key in kept if new.get(key) is not None]
   return list(comparison.between(
       {key: old[key] for key in kept},
       {key: new[key] for key in kept if key in new}))

@@ -179,6 +179,9 @@ class Log:
   every_steps: int = option(
       50, "interval of the training metrics in steps", low=1)
   tensorboard: bool = option(True, "write TensorBoard events")
+  wandb: str | None = option(
+      None, "project, or ENTITY/PROJECT, of Weights & Biases that the metrics "
+      "are sent to, too; needs the extra wandb; None or empty: none")
   hang_seconds: float = option(
       600.0, "when no step ends for this long, the stack of every thread is "
       "written to stderr", low=1, high=1e6)

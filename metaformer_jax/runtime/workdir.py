@@ -19,6 +19,9 @@ from metaformer_jax.config.schema import Experiment
 
 log = logging.getLogger(__name__)
 
+# The file that keeps the id of the run on Weights & Biases.
+TRACKED = "wandb_run.json"
+
 # What no path of a workdir may have, because Orbax, etils or TensorStore would
 # refuse it, or write to another place.
 _REFUSED = {
@@ -157,6 +160,8 @@ def claim(cfg: Experiment, workdir: pathlib.Path,
     if failed:
       with _writing():
         _clear(workdir)
+        if different:  # It is not to continue the other one's.
+          (workdir / TRACKED).unlink(missing_ok=True)
   with _writing():
     write(path, saved.text(cfg))
     if parameters is not None:
@@ -174,7 +179,8 @@ def _has_results(workdir: pathlib.Path) -> bool:
 
 def _clear(workdir: pathlib.Path) -> None:
   """Deletes what a run writes before its first checkpoint."""
-  for name in ("metrics.jsonl", "modules.json", "parameters.txt"):
+  for name in ("metrics.jsonl", "metrics.csv", "modules.json",
+               "parameters.txt"):
     (workdir / name).unlink(missing_ok=True)
   for events in (workdir / "tensorboard").glob("events*"):
     events.unlink()

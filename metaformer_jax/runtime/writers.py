@@ -6,18 +6,21 @@ as these steps are repeated.
 """
 
 import contextlib
+import csv
 import errno
+import io
 import json
 import logging
 import math
 import os
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from metaformer_jax import errors
-from metaformer_jax.config import paths, schema
+from metaformer_jax.config import paths
+from metaformer_jax.config.schema import Experiment, Log
+from metaformer_jax.runtime import tensorboard, tracking
 from metaformer_jax.runtime import workdir as workdir_lib
 
 log = logging.getLogger(__name__)
@@ -30,15 +33,27 @@ _MAX_BYTES = 2**28
 # Of a metric's name, which is shown on the terminal and in plots.
 _MAX_NAME = 200
 
+# Of metrics.csv, which has as many cells in every row.
+_MAX_COLUMNS = 256
+
+
+def check(cfg: Log) -> None:
+  """Raises ConfigError if a package that the log needs is missing."""
+  if cfg.wandb:
+    tracking.package()
+
 
 class Writer:
-  """Writes the metrics of a run, if enabled: on the first process only."""
+  """Writes the metrics of a run, if enabled: on the first process only.
 
-  def __init__(self, workdir: pathlib.Path, cfg: schema.Log,
+  As a context manager, it notes on Weights & Biases how the run has ended.
+  """
+
+  def __init__(self, workdir: pathlib.Path, cfg: Experiment,
                restored_step: int, curves: Sequence[str], enabled: bool):
     """`curves` are the metrics in curves.png."""
     self._workdir, self._curves = workdir, curves
-    self._file = self._events = None
+    self._file = self._table = self._events = self._tracker = None
     self.records: list[Record] = []
     if not enabled:
       return
@@ -48,9 +63,19 @@ class Writer:
       self.records = [r for r in read(path) if r["step"] <= restored_step]
       workdir_lib.write(path, "".join(_line(r) for r in self.records))
       self._file = path.open("a")
-      if cfg.tensorboard:
-        self._events = _Events(workdir / "tensorboard", restored_step + 1)
+      self._table = _Table(workdir / "metrics.csv", self.records)
+      if cfg.log.tensorboard:
+        self._events = tensorboard.Events(
+            workdir / "tensorboard", restored_step + 1, cfg)
+      if cfg.log.wandb:
+        self._tracker = tracking.Tracker(workdir, cfg)
       undo.pop_all()
+
+  def __enter__(self) -> "Writer":
+    return self
+
+  def __exit__(self, kind, error, traceback) -> None:
+    self.close(error)
 
   def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
     """Adds a record and its TensorBoard scalars, and syncs them to disk."""
@@ -62,8 +87,11 @@ class Writer:
       self._file.write(_line(record))
       self._file.flush()
       os.fsync(self._file.fileno())  # To survive a crash of the machine.
+      self._table.add(self.records)
       if self._events is not None:
         self._events.write(step, split, metrics)
+    if self._tracker is not None:
+      self._tracker.write(step, split, metrics)
 
   def finish(self, summary: dict[str, Any]) -> pathlib.Path | None:
     """Writes summary.json and curves.png; returns the latter's path."""
@@ -72,45 +100,64 @@ class Writer:
     with _storing(self._workdir):
       workdir_lib.write(self._workdir / "summary.json",
                         json.dumps(summary, indent=2) + "\n")
+      if self._events is not None:
+        self._events.finish(summary["step"])
+      if self._tracker is not None:
+        self._tracker.finish(summary)
       return draw_curves(self.records, self._curves,
                          self._workdir / "curves.png")
 
-  def close(self) -> None:
-    for stream in (self._file, self._events):
+  def close(self, error: BaseException | None = None) -> None:
+    """Closes all files; `error` is what ends the run, if anything does."""
+    for stream in (self._file, self._table, self._events):
       if stream is not None:
         with contextlib.suppress(OSError):  # Reported by `write`.
           stream.close()
+    if self._tracker is not None:
+      self._tracker.close(error)
+      self._tracker = None
 
 
-class _Events:
-  """TensorBoard's scalars, on disk when `write` returns.
+class _Table:
+  """metrics.csv: a row for each record, a column for each metric so far.
 
-  tensorboardX's SummaryWriter writes in a thread, which a full disk ends with a
-  traceback, leaving the run waiting for it.
+  A record with a new metric has all rows written again, into a file that
+  replaces the old one, so that the first line always names all columns. It is
+  written anew when a run resumes and need not survive a crash.
   """
 
-  def __init__(self, folder: pathlib.Path, first_step: int):
-    # Slow to import.
-    from tensorboardX import event_file_writer  # noqa: PLC0415
-    from tensorboardX.proto import event_pb2, summary_pb2  # noqa: PLC0415
+  def __init__(self, path: pathlib.Path, records: list[Record]):
+    self._path, self._file = path, None
+    self._write(records)
 
-    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-    folder.mkdir(exist_ok=True)
-    self._writer = event_file_writer.EventsWriter(str(folder / "events"))
-    # TensorBoard drops what earlier processes wrote from this step on.
-    self._writer.write_event(self._event(
-        wall_time=time.time(), step=first_step,
-        session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
+  def _write(self, records: list[Record]) -> None:
+    self.close()
+    names = dict.fromkeys(["step", "split"])
+    for record in records:
+      names.update(dict.fromkeys(record))
+    self._all, self._names = set(names), list(names)[:_MAX_COLUMNS]
+    text = io.StringIO()
+    writer = self._writer(text)
+    writer.writeheader()
+    writer.writerows(records)
+    workdir_lib.write(self._path, text.getvalue())
+    self._file = self._path.open("a")
 
-  def write(self, step: int, split: str, metrics: dict[str, float]) -> None:
-    self._writer.write_event(self._event(
-        wall_time=time.time(), step=step, summary=self._summary(value=[
-            self._summary.Value(tag=f"{split}/{name}", simple_value=value)
-            for name, value in metrics.items()])))
-    self._writer.flush()
+  def _writer(self, file) -> csv.DictWriter:
+    return csv.DictWriter(file, self._names, extrasaction="ignore",
+                          lineterminator="\n")
+
+  def add(self, records: list[Record]) -> None:
+    """Adds the last record, which is new."""
+    if records[-1].keys() <= self._all:
+      self._writer(self._file).writerow(records[-1])
+      self._file.flush()
+    else:
+      self._write(records)
 
   def close(self) -> None:
-    self._writer.close()
+    if self._file is not None:
+      self._file.close()
 
 
 @contextlib.contextmanager

@@ -114,9 +114,9 @@ def recipes(folder: pathlib.Path) -> Iterator[str]:
   """The lines of the page of all config files in a folder and its subfolders.
 
   Files without variants share the first table. A family's section begins with
-  its docstring; its file defines VARIANTS, {name: (..., published result, a
-  tuple of several, or None)}, and optionally SOURCE, of the results, and NOTES,
-  {pattern of names: text}.
+  its docstring; its file defines VARIANTS, {name: settings, or (..., published
+  result, a tuple of several, or None)}, and optionally SOURCE, of the results,
+  and NOTES, {pattern of names: text}.
 
   Raises:
     ConfigError: a file cannot be run, or an experiment is not valid.
@@ -137,7 +137,8 @@ def recipes(folder: pathlib.Path) -> Iterator[str]:
     yield f"\n## {path}\n\n{_linked(found['__doc__'].strip())}\n"
     yield from _table(_RECIPE_COLUMNS, (
         _recipe_row(path, f"{path}:{name}", found, found["get_config"](name), {
-            "published": row[-1], "notes": "; ".join(
+            "published": row[-1] if isinstance(row, tuple) else None,
+            "notes": "; ".join(
                 text for pattern, text in found.get("NOTES", {}).items()
                 if fnmatch.fnmatchcase(name, pattern))})
         for name, row in found["VARIANTS"].items()))

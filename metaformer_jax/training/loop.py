@@ -138,6 +138,7 @@ class Run:
     data = same_data.agree(training=train_data, evaluation=eval_data)
     with processes.agreeing():
       if first:
+        writers.check(cfg.log)
         lock = stack.enter_context(workdir_lib.hold(workdir))
         workdir_lib.claim(cfg, workdir, report.parameters(
             program.shapes.params, program.frozen))
@@ -165,11 +166,10 @@ class Run:
         accounting.Clock(record), processes.reading(
             stop.batches(train_data.train_batches(record.position))),
         evaluate.Evaluation(cfg, task, mesh, eval_data),
-        checkpoints, writers.Writer(workdir, cfg.log, restored,
-                                    [*names, "learning_rate"], enabled=first),
+        checkpoints, stack.enter_context(writers.Writer(
+            workdir, cfg, restored, [*names, "learning_rate"], enabled=first)),
         report.Progress(restored, program.n_steps, list(names), enabled=first),
         stop, dog, restored)
-    stack.callback(run.writer.close)
     stack.callback(run.batches.close)
     stack.callback(run.progress.close)
     stack.enter_context(jax.transfer_guard("disallow"))

@@ -10,6 +10,7 @@ NOT_CODE = {"text", "bibtex", "json", "{eval-rst}", "{toctree}"}
 # Pages whose Python blocks are executed in order, by which test.
 EXECUTED = {
     "README.md": "tests/docs/test_readme.py",
+    "comparing.md": "tests/docs/test_first_day.py",
     "design.md": "tests/docs/test_readme.py",
     "detection.md": "tests/test_mask_rcnn_runs.py",
     "extending.md": "tests/test_extending.py",

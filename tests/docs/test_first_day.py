@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 import metaformer_jax
+from metaformer_jax.config import default
+from metaformer_jax.tools import variants
 
 # What setting up needs: .ci/run does it, in a new environment.
 SET_UP = {"python3.11", ".", "pip"}
@@ -110,6 +112,29 @@ def test_the_first_day(tmp_path, monkeypatch):
                    if command[2] == "metaformer_jax.tools.predict")
   assert predicted.count("photos/star/") == 10
   assert (tmp_path / "cam.png").is_file()
+
+
+def test_the_rows_of_comparing_are_applied(tmp_path):
+  """VARIANTS of docs/comparing.md, over a model with two stages."""
+  names = pages.run_python(pages.ROOT / "docs" / "comparing.md")
+
+  def get_config():
+    config = default()
+    config.model.name, config.data.source = "poolformer_s12", "digits"
+    config.model.depths, config.model.dims = (1, 1), (8, 16)
+    config.model.token_mixers = ("pooling", "pooling")
+    config.train.batch_size = 32
+    return config
+
+  file = variants.File(tmp_path, None, names | {"get_config": get_config})
+  found = {name: (row.published, variants.experiment(file, name, row, seed=0))
+           for name, row in variants.of(file, []).items()}
+  assert {name: (published, cfg.model.norm, cfg.model.token_mixers[1],
+                 cfg.train.batch_size)
+          for name, (published, cfg) in found.items()} == {
+              "baseline": (None, None, "pooling", 32),
+              "layer_norm": (None, "layer_norm", "pooling", 32),
+              "attention": (81.0, None, "attention", 64)}
 
 
 def test_the_mixer_is_what_it_says(tmp_path):

@@ -12,7 +12,8 @@ from metaformer_jax import errors
 from metaformer_jax.config import saved, schema
 from metaformer_jax.runtime import accounting, workdir, writers
 
-CFG = schema.Experiment(data=schema.Data(source="own_data_of_this_test:make"))
+CFG = schema.Experiment(data=schema.Data(source="own_data_of_this_test:make"),
+                        log=schema.Log(tensorboard=False))
 FILES = ("metrics.jsonl", "config.json", "summary.json", "modules.json")
 
 
@@ -26,8 +27,7 @@ def start(folder, finish=False):
   """What a run does with these files, without a model."""
   with workdir.hold(folder):
     workdir.claim(CFG, folder)
-    writer = writers.Writer(folder, schema.Log(tensorboard=False), 3,
-                            ["loss", "top1"], True)
+    writer = writers.Writer(folder, CFG, 3, ["loss", "top1"], True)
     try:
       writers.last_evaluation(writer.records, 3)
       writer.write(4, "train", {"loss": 1.0, "images_per_second": 2.0})
@@ -43,8 +43,7 @@ def made(folder):
   """A workdir after three steps."""
   with workdir.hold(folder):
     workdir.claim(CFG, folder)
-    writer = writers.Writer(folder, schema.Log(tensorboard=False), 0,
-                            ["loss"], True)
+    writer = writers.Writer(folder, CFG, 0, ["loss"], True)
     for i in (1, 2, 3):
       writer.write(i, "train", {"loss": 1 / i, "skipped_steps": 0})
     writer.write(3, "eval", {"top1": 0.25})
