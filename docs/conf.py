@@ -29,6 +29,7 @@ suppress_warnings = ["myst.header"]  # Pages may skip a level of headings.
 # Docstrings: Google's sections; `name` is code.
 default_role = "code"
 autodoc_class_signature = "separated"  # Fields are listed below.
+autodoc_default_options = {"exclude-members": "__init__, __new__"}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
