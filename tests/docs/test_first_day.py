@@ -57,6 +57,8 @@ def test_the_quickstart(tmp_path, monkeypatch):
   def change(command):
     if command[2] != "metaformer_jax.main":
       return command
+    # A tuple that is given twice would be longer, not another one.
+    command = [word for word in command if "token_mixers" not in word]
     second = "attention" if "hybrid" in command[-1] else "pooling"
     return [*command, "--config.train.epochs=3", "--config.model.depths=(1,1)",
             "--config.model.dims=(16,32)", "--config.eval.every_epochs=3",
