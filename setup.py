@@ -59,6 +59,8 @@ setuptools.setup(
         "metaformer-predict = metaformer_jax.tools.predict:console",
     ]},
     extras_require={
+        # The site of docs/.
+        "docs": ["furo>=2024.8.6", "myst-parser>=4,<6", "sphinx>=8.1,<10"],
         "tpu": ["jax[tpu]"],
         # CUDA 12 and 13: two plugins, of which one must be installed.
         "cuda": ["jax[cuda12]"],

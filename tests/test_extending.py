@@ -6,9 +6,9 @@ import pathlib
 import subprocess
 import sys
 
-import guide
 import jax
 import numpy as np
+import pages
 import pytest
 import small_runs
 from PIL import Image
@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
   """The working directory, with the guide's modules; none is imported yet."""
-  names = guide.write_modules(tmp_path)
+  names = pages.write_files(ROOT / "docs" / "extending.md", tmp_path)
   monkeypatch.chdir(tmp_path)
   monkeypatch.syspath_prepend(tmp_path)
   for name in names:
@@ -79,6 +79,10 @@ def test_it_is_trained_and_compared_with_pooling(folder):
   assert [row["variant"] for row in rows] == ["pooling", "shift"]
   assert all(row["top1"][0] > 30 for row in rows), rows
   assert rows[0]["top1"] != rows[1]["top1"]
+  # The page's other code.
+  Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save("photo.png")
+  found = pages.run_python(ROOT / "docs" / "extending.md")
+  assert found["found"]["names"][0] in "0123456789"
 
 
 def test_the_model_norm_and_source_are_trained(folder):

@@ -6,6 +6,7 @@ import os
 import coco_tree
 import dense_runs
 import numpy as np
+import pages
 import pods
 import pytest
 import safetensors
@@ -126,6 +127,18 @@ def test_predictions_as_pictures_and_json(home, run):
       assert annotation["area"] == mask.sum()
     n_found += len(mine)
   assert n_found
+
+
+@pytest.mark.slow
+def test_the_page_in_python(home, run):
+  """The Python of docs/detection.md, for an image with a detection."""
+  loaded = metaformer_jax.load(run)
+  path = next(path for path in sorted((home / "coco" / "val2017").iterdir())
+              if len(loaded.predict(path)[0]["scores"]))
+  found = pages.run_python(
+      pages.ROOT / "docs" / "detection.md", {"metaformer_jax": metaformer_jax},
+      [('"runs/coco"', repr(str(run))), ('"street.jpg"', repr(str(path)))])
+  assert len(found["found"]["names"]) == len(found["found"]["boxes"])
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import command_line
 import drawings
 import jax
 import numpy as np
+import pages
 import pytest
 
 import metaformer_jax
@@ -127,6 +128,14 @@ def test_exported_weights_keep_the_names(home, trained_run):
       metaformer_jax.load(home / "runs/photos").predict(images)):
     np.testing.assert_allclose(got["probabilities"], want["probabilities"],
                                rtol=1e-4)
+
+
+def test_the_page_in_python(home, trained_run):
+  image = next((home / "more").glob("star*.jpg"))
+  found = pages.run_python(PAGE, {"metaformer_jax": metaformer_jax}, [
+      ('"runs/photos"', repr(str(home / "runs/photos"))),
+      ('"cat.jpg"', repr(str(image)))])
+  assert tuple(found["loaded"].class_names) == FEW
 
 
 @pytest.mark.slow

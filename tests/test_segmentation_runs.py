@@ -11,6 +11,7 @@ import os
 import ade_tree
 import dense_runs
 import numpy as np
+import pages
 import pods
 import pytest
 import safetensors
@@ -111,6 +112,20 @@ def test_pictures_of_predictions(home, run):
         0.55 * drawing.colours_of(labels))
     top_left = np.asarray(overlay)[:picture.height, :picture.width]
     assert np.abs(top_left - mixed).max() <= 1
+
+
+@pytest.mark.slow
+def test_the_page_in_python(home, run):
+  """The Python of docs/segmentation.md."""
+  images = home / "tree" / "ADEChallengeData2016" / "images" / "validation"
+  path = min(images.iterdir())
+  found = pages.run_python(
+      pages.ROOT / "docs" / "segmentation.md",
+      {"metaformer_jax": metaformer_jax},
+      [('"runs/ade20k"', repr(str(run))), ('"street.jpg"', repr(str(path)))])
+  label_map = found["loaded"].predict(path)[0]["label_map"]
+  with Image.open(path) as picture:
+    assert label_map.shape == picture.size[::-1]
 
 
 @pytest.mark.slow

@@ -14,9 +14,8 @@ from metaformer_jax.ops import resize
 class Level(nn.Module):
   """Convolutions with BatchNorm and ReLU; each doubles all but the finest map.
 
-  [B, h, w, C] -> [B, *shape, dim], by `n_doublings` bilinear doublings, and
-  resizing to the size of the finest map, `to_mask` [B, *shape], if they miss
-  it.
+  [B, h, w, C] -> [B, H, W, dim], by `n_doublings` bilinear doublings, and
+  resizing to the size of the finest map, `to_mask` [B, H, W], if they miss it.
   """
 
   dim: int

@@ -61,7 +61,7 @@ _MODEL_COLUMNS = ("model", "parameters", "frozen", "GMACs", "input", "crop",
 _RECIPES = """\
 # Recipes
 
-Written by `python -m metaformer_jax.tools.summarize --configs=configs --output=docs/recipes.md`. Each row is an experiment of [configs/](../configs):
+Written by `python -m metaformer_jax.tools.summarize --configs=configs --output=docs/recipes.md`. Each row is an experiment of `configs/`:
 
     python -m metaformer_jax.main --config=configs/caformer.py:s18 --config.data.path=/path/to/imagenet
 
