@@ -52,6 +52,7 @@ class Tracker:
       self._run = wandb.init(
           entity=entity[0] if entity else None, project=name, resume="allow",
           id=_run_id(workdir, project), dir=str(workdir),
+          name="/".join(workdir.absolute().parts[-2:]),
           config=json.loads(saved.text(cfg)), allow_val_change=True,
           reinit="create_new",
           # What it prints is not for the terminal of a run.

@@ -123,10 +123,10 @@ def _results(runs: Sequence[compare.Run]) -> Iterable[Row]:
 
 def _ranked(values: Sequence[float | None], texts: Sequence[str],
             up: bool | None) -> list[tuple[str, bool]]:
-  """The texts, and which of them has the best value, if there are several."""
+  """The texts, and which of them has the best value, if the values differ."""
   known = [value for value in values if value is not None and value == value]
   best = None
-  if len(known) > 1 and up is not None:
+  if len(set(known)) > 1 and up is not None:
     best = (max if up else min)(known)
   return [(text, value is not None and value == best)
           for text, value in zip(texts, values)]

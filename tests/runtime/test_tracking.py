@@ -93,6 +93,7 @@ def test_a_resumed_run_continues(wandb, tmp_path):
   one, other = wandb.asked
   assert one == other and re.fullmatch("[0-9a-f]{16}", one["id"])
   assert (one["project"], one["entity"]) == ("mixers", None)
+  assert one["name"] == f"{tmp_path.parent.name}/{tmp_path.name}"
   assert one["config"]["optim"]["base_lr"] == CFG.optim.base_lr
   assert one["config"]["log"]["wandb"] == "mixers"
 
