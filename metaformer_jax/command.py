@@ -35,6 +35,24 @@ class Parser(argparse.ArgumentParser):
     raise errors.ConfigError(f"command line: {message}; see --help")
 
 
+def own_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+  """A tool's own arguments, where the others are those of an experiment.
+
+  They are taken out of `sys.argv`, which `cli.parse` then reads. The parser
+  must not take abbreviations, as --config would be one of --configs.
+  """
+  args, rest = parser.parse_known_args()
+  sys.argv = [sys.argv[0], *rest]
+  return args
+
+
+def positive(text: str) -> int:
+  """The type of an argument that is a positive integer."""
+  if not text.isdecimal() or not int(text):
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+  return int(text)
+
+
 def program(module: str) -> str:
   """How a module was started: by its console command, or by `python -m`."""
   name = pathlib.Path(sys.argv[0]).name

@@ -123,6 +123,25 @@ class Loader:
     if reason:
       raise errors.DataError(reason)
 
+  def training_example(self, index: int, epoch: int) -> dict[str, Any]:
+    """What training sees of an example in an epoch, if it is not replaced.
+
+    Raises:
+      DataError: why it cannot be used.
+    """
+    example, reason = streams.attempt(
+        self._examples, self.transform, index,
+        streams.augment_rng(self.seed, epoch, index))
+    if reason:
+      raise errors.DataError(reason)
+    return example
+
+  @property
+  def indices(self) -> np.ndarray:
+    """The examples that are used, in the data's order: int [n_examples]."""
+    return np.sort(np.concatenate([np.asarray(group, np.int64)
+                                   for group in self._groups]))
+
   @property
   def _examples(self) -> base.Source:
     """The source, whose records name their groups."""

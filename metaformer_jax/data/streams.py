@@ -51,8 +51,7 @@ class Train:
     place, repeat = divmod(place, self._repeats)
     place = int(_permutation(self._seed, epoch, number, n)[place])
     index = int(group[place])
-    key = (self._seed, _AUGMENT, epoch, index)
-    rng = np.random.default_rng((*key, repeat) if repeat else key)
+    rng = augment_rng(self._seed, epoch, index, repeat)
     others = ((int(group[other]), other_rng) for other, other_rng in _others(
         (self._seed, _REPLACE, epoch, index), place, n, repeat))
     return _example(self._source, self._transform, index, rng, others)
@@ -171,6 +170,13 @@ def stacked(examples: Sequence[Example]) -> dict[str, np.ndarray]:
   """The arrays of examples, along a new first axis."""
   return {name: np.stack([example[name] for example in examples])
           for name in examples[0]}
+
+
+def augment_rng(seed: int, epoch: int, index: int,
+                repeat: int = 0) -> np.random.Generator:
+  """What the transform of an example draws from, in an epoch of training."""
+  key = (seed, _AUGMENT, epoch, index)
+  return np.random.default_rng((*key, repeat) if repeat else key)
 
 
 def attempt(source: base.Source, transform: Transform, index: int,

@@ -96,7 +96,7 @@ class Backbone(NamedTuple):
 
 
 # What a run asks of a task; `preprocess`, `postprocess` and `describe` are for
-# tools, and so are `pictures` and `annotations`, which a task need not have.
+# tools, and so are the methods after them, which a task need not have.
 REQUIRED = ("model", "pretrained", "rng_names", "init_inputs", "train_batches",
             "loss", "predict", "make_data", "make_evaluators")
 
@@ -181,6 +181,41 @@ class Task(Protocol):
 
     Returns:
       Pictures by name, "overlay" for example.
+    """
+
+  def truth(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record of the data says of its image, as `postprocess` gives it.
+
+    Raises:
+      Exception: of many types; the record is not usable.
+    """
+
+  def training_examples(
+      self, batch: Batch, rngs: Mapping[str, jax.Array] | None = None,
+  ) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    """A batch of training as a user sees it.
+
+    Args:
+      batch: of the training transform.
+      rngs: those of the loss, for what the step does to the batch on the
+        device; None for what it is given.
+
+    Returns:
+      For each example its image, uint8 [H, W, 3], without padding, and its
+      targets, as `postprocess` gives predictions.
+    """
+
+  def drawn(self, found: Mapping[str, Any], image: np.ndarray, factor: int = 1,
+            legend: bool = True) -> Image.Image:
+    """What `postprocess` or `truth` gave, on the image.
+
+    A task without it has nothing to draw; `describe` says it in words.
+
+    Args:
+      found: of one image.
+      image: uint8 [H, W, 3].
+      factor: by which the image is enlarged first, so that text is legible.
+      legend: whether the names of colours are beside it.
     """
 
   def annotations(self, found: Mapping[str, Any]) -> dict[str, Rows]:

@@ -164,12 +164,34 @@ class Classification:
     logits = np.asarray(outputs, np.float32)
     if not self.cfg.task.num_classes:
       return {"features": logits}
-    classes = np.argsort(-logits, kind="stable")
     exponents = np.exp(logits - logits.max())
-    found = {"classes": classes,
-             "probabilities": (exponents / exponents.sum())[classes]}
+    return self._ranked(exponents / exponents.sum(), logits)
+
+  def _ranked(self, probabilities: np.ndarray,
+              by: np.ndarray) -> dict[str, Any]:
+    """What `postprocess` returns, of probabilities [C], in an order."""
+    classes = np.argsort(-by, kind="stable")
+    found = {"classes": classes, "probabilities": probabilities[classes]}
     names = self.class_names
     return found | ({"names": [names[i] for i in classes]} if names else {})
+
+  def truth(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The label; of several, of ImageNet-ReaL, each with the same part."""
+    labels = np.asarray(record.get("labels", record["label"])).reshape(-1)
+    targets = np.zeros(self.cfg.task.num_classes, np.float32)
+    targets[labels[labels >= 0]] = 1
+    return self._ranked(targets / max(targets.sum(), 1), targets)
+
+  def training_examples(self, batch, rngs=None):
+    images, labels = batch["image"], batch["label"]
+    if rngs is None:
+      targets = jax.nn.one_hot(labels, self.cfg.task.num_classes)
+    else:
+      images, targets = jax.jit(self._mixed)(images, labels, rngs["augment"])
+      images = image_ops.denormalize(images, self.cfg.data.mean,
+                                     self.cfg.data.std)
+    return [(image, self._ranked(target, target)) for image, target in zip(
+        np.asarray(images), np.asarray(targets))]
 
   @functools.cached_property
   def class_names(self) -> tuple[str, ...] | None:

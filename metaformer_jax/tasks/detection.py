@@ -168,10 +168,33 @@ class Detection:
   def pictures(self, found: Mapping[str, Any], image: bytes | np.ndarray,
                ) -> dict[str, Image.Image]:
     """"overlay": boxes on the image, with names and scores, over any masks."""
-    picture = np.asarray(images.decode(image, self.cfg.data.max_pixels))
-    shown = (found["boxes"], found["classes"], found["scores"], self._names())
-    return {"overlay": drawing.masks(picture, found["masks"], *shown)
-            if "masks" in found else drawing.boxes(picture, *shown)}
+    picture = images.decode(image, self.cfg.data.max_pixels)
+    return {"overlay": self.drawn(found, np.asarray(picture))}
+
+  def drawn(self, found: Mapping[str, Any], image: np.ndarray, factor: int = 1,
+            legend: bool = True) -> Image.Image:
+    del legend  # Boxes have their names.
+
+    def enlarged(x):
+      return x.repeat(factor, 0).repeat(factor, 1) if factor > 1 else x
+
+    image = enlarged(image)
+    shown = (found["boxes"] * factor, found["classes"], found["scores"],
+             self._names())
+    if "masks" not in found:
+      return drawing.boxes(image, *shown)
+    masks = found["masks"]
+    if factor > 1:
+      masks = list(map(enlarged, masks))
+    return drawing.masks(image, masks, *shown)
+
+  def truth(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    """As `postprocess`, but "scores" are None."""
+    return objects.truth(record, self.cfg.data, self.cfg.task, self.class_names)
+
+  def training_examples(self, batch, rngs=None):
+    del rngs  # The step leaves images as they are.
+    return objects.of_batch(batch, self.class_names)
 
 
 # With cells at every level, and soon traced.

@@ -55,22 +55,26 @@ def labels(label_map: np.ndarray) -> Image.Image:
   return picture
 
 
-def overlay(image: np.ndarray, label_map: np.ndarray,
-            names: Sequence[str]) -> Image.Image:
+def overlay(image: np.ndarray, label_map: np.ndarray, names: Sequence[str],
+            legend: bool = True) -> Image.Image:
   """The colours of the classes on the image, and a legend beside it.
 
   Args:
     image: uint8 [H, W, 3].
-    label_map: uint8 [H, W].
+    label_map: uint8 [H, W]; what is no class is not coloured.
     names: of the classes.
+    legend: whether there is one.
 
   Returns:
     RGB; the image is at its left. The legend lists the classes with most
     pixels first.
   """
   mixed = (1 - _OPACITY) * image + _OPACITY * colours_of(label_map)
+  mixed = np.where(label_map[..., None] < len(names), mixed, image)
   picture = Image.fromarray(mixed.round().astype(np.uint8))
-  counts = np.bincount(label_map.ravel(), minlength=256)
+  counts = np.bincount(label_map.ravel(), minlength=256)[:len(names)]
+  if not (legend and counts.any()):
+    return picture
   ranked = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
   lines = [(names[i], tuple(colours_of(i).tolist())) for i in ranked[:_LISTED]]
   if len(ranked) > _LISTED:
@@ -121,7 +125,7 @@ class _Plate(NamedTuple):
 
 
 def boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray,
-          scores: np.ndarray, names: Sequence[str]) -> Image.Image:
+          scores: np.ndarray | None, names: Sequence[str]) -> Image.Image:
   """Boxes in the colours of their classes, with names and scores.
 
   Better boxes are drawn over others. Labels lie at the edges of their boxes,
@@ -132,7 +136,7 @@ def boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray,
     image: uint8 [H, W, 3].
     boxes: float [n, 4], x1, y1, x2 and y2 in pixels.
     labels: int [n], the classes.
-    scores: float [n].
+    scores: float [n]; None for objects without, the first one then is the best.
     names: of the classes.
 
   Returns:
@@ -140,7 +144,7 @@ def boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray,
   """
   picture = Image.fromarray(image)
   draw = ImageDraw.Draw(picture)
-  for i in np.argsort(-np.asarray(scores), kind="stable")[::-1]:
+  for i in _ranked(scores, len(boxes))[::-1]:
     _outline(draw, _inside(_pixels(boxes[i], picture.size), picture.size),
              tuple(colours_of(labels[i]).tolist()), _line(picture.size))
   _label(picture, boxes, labels, scores, names)
@@ -148,7 +152,7 @@ def boxes(image: np.ndarray, boxes: np.ndarray, labels: np.ndarray,
 
 
 def masks(image: np.ndarray, masks: Sequence[np.ndarray], boxes: np.ndarray,
-          labels: np.ndarray, scores: np.ndarray,
+          labels: np.ndarray, scores: np.ndarray | None,
           names: Sequence[str]) -> Image.Image:
   """Masks in the colours of their classes, with outlines, names and scores.
 
@@ -160,14 +164,14 @@ def masks(image: np.ndarray, masks: Sequence[np.ndarray], boxes: np.ndarray,
     masks: bool [n, H, W].
     boxes: float [n, 4], x1, y1, x2 and y2 in pixels.
     labels: int [n], the classes.
-    scores: float [n].
+    scores: float [n], or None.
     names: of the classes.
 
   Returns:
     RGB, of the image's size.
   """
   drawn = image.copy()
-  for i in np.argsort(-np.asarray(scores), kind="stable")[::-1]:
+  for i in _ranked(scores, len(boxes))[::-1]:
     _fill(drawn, masks[i], colours_of(labels[i]), _line(image.shape[:2]))
   picture = Image.fromarray(drawn)
   _label(picture, boxes, labels, scores, names)
@@ -213,17 +217,17 @@ def _pixels(box: np.ndarray, size: tuple[int, int]) -> list[int]:
 
 
 def _label(picture: Image.Image, boxes: np.ndarray, labels: np.ndarray,
-           scores: np.ndarray, names: Sequence[str]) -> None:
+           scores: np.ndarray | None, names: Sequence[str]) -> None:
   """Writes names and scores beside boxes; the arguments are those of `boxes`.
   """
   draw = ImageDraw.Draw(picture)
   font = ImageFont.load_default(max(min(picture.size) / 35, 10))
-  ranked = np.argsort(-np.asarray(scores), kind="stable")
   plates, left = [], _COVERED * picture.width * picture.height
-  for i in ranked:
+  for i in _ranked(scores, len(boxes)):
     if left <= 0:
       break
-    text = _text(names[labels[i]], scores[i], font, picture.width)
+    text = _text(names[labels[i]], None if scores is None else scores[i], font,
+                 picture.width)
     places = _plates(_pixels(boxes[i], picture.size), text,
                      tuple(colours_of(labels[i]).tolist()), font, picture.size)
     free = next((place for place in places
@@ -233,6 +237,13 @@ def _label(picture: Image.Image, boxes: np.ndarray, labels: np.ndarray,
       left -= free.width * free.height
   for plate in plates:
     _write(draw, plate, font)
+
+
+def _ranked(scores: np.ndarray | None, n: int) -> np.ndarray:
+  """The numbers of n objects, the best one first."""
+  if scores is None:
+    return np.arange(n)
+  return np.argsort(-np.asarray(scores), kind="stable")
 
 
 def _inside(box: Sequence[int], size: tuple[int, int]) -> tuple[int, ...]:
@@ -252,14 +263,15 @@ def _outline(draw: ImageDraw.ImageDraw, box: tuple[int, ...],
   draw.rectangle(box, outline=colour, width=line)
 
 
-def _text(name: str, score: float, font: ImageFont.FreeTypeFont,
+def _text(name: str, score: float | None, font: ImageFont.FreeTypeFont,
           width: int) -> str:
-  """A name and a score; the end of the name is cut off if it is too wide."""
-  name, score, end = errors.one_line(name), f"{score:.2f}", ""
+  """A name and any score; the end of the name is cut off if it is too wide."""
+  name, end = errors.one_line(name), ""
+  score = "" if score is None else f" {score:.2f}"
   while name and font.getlength(
-      f"{name}{end} {score}") + 2 * _padding(font) > width:
+      f"{name}{end}{score}") + 2 * _padding(font) > width:
     name, end = name[:-1], "…"
-  return f"{name}{end} {score}"
+  return f"{name}{end}{score}"
 
 
 def _plates(box: Sequence[int], text: str, colour: tuple[int, int, int],

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as pymask
 
+from metaformer_jax.config import schema, tasks
 from metaformer_jax.data.sources import base as data
 from metaformer_jax.data.sources import outlines
+from metaformer_jax.data.transforms import detection as transforms
 from metaformer_jax.evaluation import coco_ap, masks
 from metaformer_jax.tasks import base
 
@@ -107,6 +109,63 @@ def find(outputs: Mapping[str, np.ndarray], size: Sequence[int],
   if names:
     found["names"] = [names[i] for i in found["classes"]]
   return found
+
+
+def truth(record: data.Record, section: schema.Data, task: tasks.Detection,
+          names: Sequence[str] | None) -> dict[str, Any]:
+  """The objects of a record, as `find` returns them; "scores" are None.
+
+  With `task.has_masks` there are masks, of objects without an outline empty.
+
+  Raises:
+    Exception: of many types; the record is not usable.
+  """
+  image, boxes, labels = transforms.decode(record, section, task.num_classes)
+  size = image.shape[:2]
+  found = _known(boxes, labels, size, names)
+  if task.has_masks:
+    found["masks"] = [
+        np.zeros(size, bool) if segment is None
+        else outlines.decode(segment, size).astype(bool)
+        for segment in record["segments"]]
+  return found
+
+
+def of_batch(batch: Mapping[str, np.ndarray], names: Sequence[str] | None,
+             ) -> list[tuple[np.ndarray, dict[str, Any]]]:
+  """The images of a training batch, each with its objects; as `truth`."""
+  examples = []
+  for i, (height, width) in enumerate(batch["size"].tolist()):
+    kept = batch["labels"][i] >= 0
+    found = _known(batch["boxes"][i][kept], batch["labels"][i][kept],
+                   (height, width), names)
+    if "masks" in batch:
+      found["masks"] = [
+          _pasted(mask, frame, (height, width)) for mask, frame in zip(
+              batch["masks"][i][kept], batch["frames"][i][kept])]
+    examples.append((batch["image"][i][:height, :width], found))
+  return examples
+
+
+def _known(boxes: np.ndarray, labels: np.ndarray, size: Sequence[int],
+           names: Sequence[str] | None) -> dict[str, Any]:
+  found = {"boxes": boxes, "scores": None, "classes": labels,
+           "size": tuple(size)}
+  return found | ({"names": [names[i] for i in labels]} if names else {})
+
+
+def _pasted(cells: np.ndarray, frame: np.ndarray,
+            size: tuple[int, int]) -> np.ndarray:
+  """The mask bool [H, W] of cells [M, M] that divide a frame, in pixels."""
+  left, top, right, bottom = map(int, frame)
+  rows, columns = (
+      (np.arange(n) + 0.5) * len(cells) // n for n in (bottom - top,
+                                                       right - left))
+  part = cells[rows.astype(int)][:, columns.astype(int)] > 0
+  whole = np.zeros(size, bool)
+  inside = whole[top:bottom, left:right]  # A frame may end beyond the image.
+  inside[...] = part[:inside.shape[0], :inside.shape[1]]
+  return whole
 
 
 def describe(found: Mapping[str, Any], top: int) -> base.Rows:

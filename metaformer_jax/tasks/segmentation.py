@@ -162,9 +162,7 @@ class Segmentation:
       classes, if they are known}.
     """
     height, width = example["label_size"]
-    names = self.class_names
-    return {"label_map": np.asarray(outputs)[:height, :width],
-            **({"names": names} if names else {})}
+    return self._named(np.asarray(outputs)[:height, :width])
 
   @property
   def class_names(self) -> tuple[str, ...] | None:
@@ -183,12 +181,31 @@ class Segmentation:
   def pictures(self, found: Mapping[str, Any], image: bytes | np.ndarray,
                ) -> dict[str, Image.Image]:
     """"labels", with a palette, and "overlay", with a legend of names."""
-    label_map = found["label_map"]
-    names = found.get("names", range(self.cfg.task.num_classes))
     picture = images.decode(image, self.cfg.data.max_pixels)
-    return {"labels": drawing.labels(label_map),
-            "overlay": drawing.overlay(np.asarray(picture), label_map,
-                                       list(map(str, names)))}
+    return {"labels": drawing.labels(found["label_map"]),
+            "overlay": self.drawn(found, np.asarray(picture))}
+
+  def drawn(self, found: Mapping[str, Any], image: np.ndarray, factor: int = 1,
+            legend: bool = True) -> Image.Image:
+    names = found.get("names", range(self.cfg.task.num_classes))
+    image, label_map = (x.repeat(factor, 0).repeat(factor, 1)
+                        for x in (image, found["label_map"]))
+    return drawing.overlay(image, label_map, list(map(str, names)), legend)
+
+  def truth(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    """As `postprocess`; the label map is IGNORE where it has no class."""
+    _, labels = transforms.decode(record, self.cfg.data, self.cfg.task)
+    return self._named(labels)
+
+  def training_examples(self, batch, rngs=None):
+    del rngs  # The step leaves images as they are.
+    return [(image[:height, :width], self._named(labels[:height, :width]))
+            for image, labels, (height, width) in zip(
+                batch["image"], batch["label"], batch["size"])]
+
+  def _named(self, label_map: np.ndarray) -> dict[str, Any]:
+    names = self.class_names
+    return {"label_map": label_map, **({"names": names} if names else {})}
 
 
 def create(cfg: Experiment,

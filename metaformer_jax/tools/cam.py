@@ -1,15 +1,21 @@
 r"""Draws which parts of an image support a class:
 
-    python -m metaformer_jax.tools.cam --model=poolformer_s12 \
-        --weights=poolformer_s12.pth.tar --image=cat.jpg --output=cam.png
+    python -m metaformer_jax.tools.cam --weights=poolformer_s12.pth.tar \
+        --image=cat.jpg --output=cam.png
+    python -m metaformer_jax.tools.cam --weights=runs/one --weights=runs/two \
+        --method=gradcam++ --layer=stage3 --image=cat.jpg --output=cam.png
 
-The map is Grad-CAM's (arXiv 1610.02391), by default of the last stage and of
-the class that the model predicts, as in the official PoolFormer (misc/
-cam_image.py). It is drawn over the picture at its own size, where the model has
-seen it: what the crop of the evaluation leaves out keeps its colours. --weights
-may also be a run's workdir; then the model is that of the run, and --class may
-be one of its classes' names. The class, its probability and the output's path
-are printed as JSON.
+The map is Grad-CAM's (arXiv 1610.02391) or that of another --method, by default
+of the last stage and of the class that the model predicts, as in the official
+PoolFormer (misc/cam_image.py). It is scaled as by pytorch-grad-cam, and drawn
+over the picture at its own size, where the model has seen it: what the crop of
+the evaluation leaves out keeps its colours.
+
+Several --weights are drawn side by side, after the picture itself, each with
+the preprocessing of its own model. --weights may also be a run's workdir; then
+the model is that of the run, and --class may be one of its classes' names. For
+each of them a line of JSON has the class and its probability, and the output's
+path.
 """
 
 import argparse
@@ -18,113 +24,34 @@ import json
 import logging
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from flax import linen as nn
 from PIL import Image
 
 from metaformer_jax import command, errors, inference
 from metaformer_jax.config import tasks
 from metaformer_jax.data import images
 from metaformer_jax.data.transforms import classification as transforms
-from metaformer_jax.models import mlp_mixer, pvt, vit
+from metaformer_jax.models import activation_maps
 from metaformer_jax.ops import images as image_ops
+from metaformer_jax.tools import panels
 
 log = logging.getLogger("metaformer_jax.tools.cam")
-
-
-def grad_cam(model: nn.Module, variables, images: jax.Array,
-             classes: jax.Array | None = None,
-             stage: str | None = None) -> jax.Array:
-  """Where the features of a stage support a class: Grad-CAM, eq. 1 and 2.
-
-  alpha_k = mean over the pixels of dy/dA_k;  map = relu(sum_k alpha_k A_k),
-  for the logit y of the class and the channels A_k of the features.
-
-  In ViT, DeiT and PVT the class token does not depend on the patches after the
-  last attention, so that the features of the last stage have no gradient. There
-  A is the input of this attention: the patches after the last block's first
-  norm.
-
-  Args:
-    model: of `create_model`, with a head.
-    variables: as for `model.apply`.
-    images: normalised images [B, H, W, 3].
-    classes: int [B], each below `model.num_classes`: the maps of others would
-      be 0; None for those with the largest logits.
-    stage: a name in the model's features, by default the last.
-
-  Returns:
-    Maps [B, h, w] of the stage's size, float32, not scaled: 0 where the
-    features do not support the class.
-
-  Raises:
-    ValueError: the model has no head or no such stage.
-  """
-  if not model.num_classes:
-    raise ValueError("the model is without a head: it has no classes")
-  shapes = jax.eval_shape(functools.partial(model.apply, method="features"),
-                          variables, images)
-  stage = stage or max(shapes)
-  if stage not in shapes:
-    raise ValueError(f"the model has no stage {stage!r}"
-                     f"{errors.did_you_mean(stage, shapes)}")
-  b, h, w, dim = shapes[stage].shape
-  path = _path(model, stage, last=stage == max(shapes))
-
-  def logits_and_features(change):
-    """Logits with [B, h w, dim] added to the features; and the features."""
-    features = []
-
-    def add(next_fn, args, kwargs, context):
-      out = next_fn(*args, **kwargs)
-      if context.module.path != path or context.method_name != "__call__":
-        return out
-      x, *rest = out if isinstance(out, tuple) else (out,)
-      tokens = x.reshape(b, -1, dim)
-      n_prefix = tokens.shape[1] - h * w  # Class tokens come first.
-      features.append(tokens[:, n_prefix:])
-      tokens = tokens.at[:, n_prefix:].add(change.astype(x.dtype))
-      x = tokens.reshape(x.shape)
-      return (x, *rest) if rest else x
-
-    with nn.intercept_methods(add):
-      logits = model.apply(variables, images)
-    (found,) = features
-    return logits.astype(jnp.float32), found.astype(jnp.float32)
-
-  logits, gradient, features = jax.vjp(
-      logits_and_features, jnp.zeros((b, h * w, dim)), has_aux=True)
-  if classes is None:
-    classes = logits.argmax(-1)
-  (gradients,) = gradient(jax.nn.one_hot(classes, model.num_classes))
-  alpha = gradients.mean(1)
-  return nn.relu(jnp.einsum("bnk,bk->bn", features, alpha)).reshape(b, h, w)
-
-
-def _path(model: nn.Module, stage: str, last: bool) -> tuple[str, ...]:
-  """Path of the module whose output `grad_cam` takes as a stage's features."""
-  if isinstance(model, vit.VisionTransformer):
-    return f"block{model.depth}", "norm1"
-  if isinstance(model, pvt.PyramidVisionTransformer) and last:
-    return stage, f"block{model.depths[-1]}", "norm1"
-  if isinstance(model, mlp_mixer.PatchMlp):
-    return (f"block{model.depth}",)
-  return (stage,)
 
 
 def overlay(image: np.ndarray, cam: np.ndarray, *,
             box: Sequence[float] | None = None, alpha: float = 0.5,
             colormap: str = "turbo") -> np.ndarray:
-  """Blends a map, scaled to a maximum of 1, over an image.
+  """Blends a map over an image.
 
   Args:
     image: uint8 [H, W, 3].
-    cam: [h, w], resized bilinearly; if it is all 0, it is not scaled.
+    cam: [h, w], from 0 to 1, as of `activation_maps.scaled`; resized
+      bilinearly.
     box: (left, top, right, bottom) of the map in pixels of the image, by
       default the whole; it may be larger. Elsewhere the image is unchanged.
     alpha: opacity of the map.
@@ -134,7 +61,6 @@ def overlay(image: np.ndarray, cam: np.ndarray, *,
     uint8 [H, W, 3].
   """
   cam = np.asarray(cam, np.float32)
-  cam = cam / (cam.max() or 1)
   height, width = image.shape[:2]
   left, top, right, bottom = box or (0, 0, width, height)
   # The pixels in the box, and the part of the map that lies over them.
@@ -158,58 +84,96 @@ def _inside(start: float, end: float, size: int) -> tuple[int, int]:
   return first, max(first + 1, min(size, round(end)))
 
 
+class Explained(NamedTuple):
+  """What one model says of an image.
+
+  Attributes:
+    row: of the output: weights, class, name if it is known, probability.
+    picture: the image.
+    drawn: the map over it.
+  """
+
+  row: dict[str, Any]
+  picture: Image.Image
+  drawn: Image.Image
+
+
 def main(args: argparse.Namespace) -> None:
-  """Draws the map that the command line names."""
-  if pathlib.Path(args.output).suffix != ".png":
-    raise errors.ConfigError(f"--output: {args.output} does not end with .png")
+  """Draws the maps that the command line names."""
+  panels.check(args.output)
+  found = [_explain(weights, model, args)
+           for weights, model in panels.models_of(args.weights, args.model)]
+  picture = found[0].drawn
+  if len(found) > 1:
+    picture = panels.grid([[
+        panels.Panel(found[0].picture, "the image"),
+        *(panels.Panel(one.drawn, _caption(one.row)) for one in found)]])
+  panels.save(picture, args.output)
+  for one in found:
+    print(json.dumps({**one.row, "output": args.output}), flush=True)
+
+
+def _caption(row: dict[str, Any]) -> str:
+  return (f"{panels.short(row['weights'])}\n{row.get('name', row['class'])} "
+          f"{row['probability']:.2f}")
+
+
+def _explain(weights: str, model: str | None,
+             args: argparse.Namespace) -> Explained:
+  """The map of one of --weights.
+
+  Raises:
+    ConfigError: the weights are not of a classifier, it has no such class or
+      layer, or the image cannot be used.
+  """
   try:
-    loaded = inference.load(args.weights, model=args.model,
+    loaded = inference.load(weights, model=model,
                             allow_import=args.allow_import)
   except errors.ConfigError as e:
     raise errors.ConfigError(f"--weights: {e}") from e
   cfg = loaded.cfg
   if not isinstance(cfg.task, tasks.Classification):
     raise errors.ConfigError(
-        f"--weights: {args.weights} is of the task {cfg.task.name}; only "
+        f"--weights: {weights} is of the task {cfg.task.name}; only "
         "classifiers have maps of classes")
   label = None if args.label is None else class_number(
       str(args.label), cfg.task.num_classes, loaded.class_names)
   try:
-    found, cam = _explain(loaded, args.image, label, args.stage)
+    found, cam = _compute(loaded, args, label)
   except ValueError as e:
-    raise errors.ConfigError(f"command line: {e}") from e
+    raise errors.ConfigError(f"--weights: {weights}: {e}") from e
   except errors.DataError as e:
     raise errors.ConfigError(f"--image: {e}") from e
   if not cam.any():
-    log.warning("nothing in %s supports class %d: the map is zero", args.image,
-                found["class"])
+    log.warning("%s: nothing in %s supports class %d: the map is zero", weights,
+                args.image, found["class"])
   picture = images.decode(
       pathlib.Path(args.image).expanduser().read_bytes(), cfg.data.max_pixels)
   box = transforms.EvalTransform(cfg.data, cfg.task).box(*picture.size)
-  try:
-    Image.fromarray(overlay(np.asarray(picture), cam, box=box)).save(
-        args.output)
-  except OSError as e:
-    raise errors.ConfigError(f"--output: {args.output}: {e}") from e
-  print(json.dumps({**found, "output": args.output}), flush=True)
+  return Explained({"weights": weights, **found}, picture, Image.fromarray(
+      overlay(np.asarray(picture), cam, box=box)))
 
 
-def _explain(loaded: inference.Loaded, image: str, label: int | None,
-             stage: str | None) -> tuple[dict[str, Any], np.ndarray]:
+def _compute(loaded: inference.Loaded, args: argparse.Namespace,
+             label: int | None) -> tuple[dict[str, Any], np.ndarray]:
   """A class with its probability, by default the predicted one; and its map."""
-  example = loaded.preprocess(image)
+  example = loaded.preprocess(args.image)
   batch = {name: value[None] for name, value in example.items()}
   outputs = jax.jit(loaded.task.predict)(loaded.variables, batch)
   found = loaded.task.postprocess(np.asarray(outputs[0]), example)
+  if "classes" not in found:
+    raise ValueError("the model is without a head: it has no classes")
   label = int(found["classes"][0]) if label is None else label
   inputs = image_ops.normalize(
       batch["image"], loaded.cfg.data.mean, loaded.cfg.data.std)
-  maps = jax.jit(functools.partial(grad_cam, loaded.model, stage=stage))(
-      loaded.variables, inputs, jnp.array([label]))
+  maps = jax.jit(functools.partial(
+      activation_maps.maps, loaded.model, layer=args.layer,
+      method=args.method))(loaded.variables, inputs, jnp.array([label]))
+  (scaled,) = np.asarray(activation_maps.scaled(maps, *inputs.shape[1:3]))
   (probability,) = found["probabilities"][found["classes"] == label]
   names = loaded.class_names
   return {"class": label, **({"name": names[label]} if names else {}),
-          "probability": float(probability)}, np.asarray(maps[0])
+          "probability": float(probability)}, scaled
 
 
 def class_number(text: str, n: int, names: Sequence[str] | None) -> int:
@@ -247,18 +211,17 @@ def class_number(text: str, n: int, names: Sequence[str] | None) -> int:
 def parse() -> argparse.Namespace:
   """The command line."""
   parser = command.Parser(__doc__, "cam")
-  parser.add_argument("--model", help="a name of metaformer_jax.list_models(), "
-                      "for weights that do not record it")
-  parser.add_argument("--allow_import", default="", help="modules of your own "
-                      "that the weights may name, separated by commas")
-  parser.add_argument("--weights", required=True,
-                      help="safetensors, .pth, or a run's workdir")
+  panels.add_weights(parser)
   parser.add_argument("--image", required=True, help="an image file")
   parser.add_argument("--output", required=True, help="a .png file")
   parser.add_argument("--class", dest="label", help="its name, or its number "
                       "from 0; by default the predicted one")
-  parser.add_argument("--stage", help="draw the features of this stage, e.g. "
-                      "stage3; by default the last")
+  parser.add_argument("--method", choices=list(activation_maps.METHODS),
+                      default="gradcam", help="gradcam by default; eigencam is "
+                      "the same for all classes")
+  parser.add_argument("--layer", help="draw the features of this stage or "
+                      "module, e.g. stage3 or stage3/block2/token_mixer; by "
+                      "default the last stage")
   return parser.parse_args()
 
 

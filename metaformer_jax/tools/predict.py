@@ -189,12 +189,12 @@ def parse() -> argparse.Namespace:
                       "with published weights, a file, or a run's folder")
   parser.add_argument("--model", help="a name of metaformer_jax.list_models(), "
                       "for weights that do not record it")
-  parser.add_argument("--top", type=_positive, default=5,
+  parser.add_argument("--top", type=command.positive, default=5,
                       help="classes or objects to show for each image, the "
                       "best ones, 5 by default; --output has all objects")
   parser.add_argument("--output", help="a folder for what a segmentation or "
                       "detection model predicts")
-  parser.add_argument("--batch_size", type=_positive, default=32,
+  parser.add_argument("--batch_size", type=command.positive, default=32,
                       help="images per call of the model, at most; 32 by "
                       "default")
   form = parser.add_mutually_exclusive_group()
@@ -205,12 +205,6 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--allow_import", default="", help="modules of your own "
                       "that the weights may name, separated by commas")
   return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-  if not text.isdecimal() or not int(text):
-    raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-  return int(text)
 
 
 def console() -> None:

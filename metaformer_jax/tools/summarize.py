@@ -1,29 +1,41 @@
-"""Prints the table of models, or that of the recipes, as Markdown:
+r"""Prints the table of models, that of the recipes, or a model's layers:
 
     python -m metaformer_jax.tools.summarize "caformer*"
     python -m metaformer_jax.tools.summarize --configs=configs
+    python -m metaformer_jax.tools.summarize --model=poolformer_s12 --depth=1
+    python -m metaformer_jax.tools.summarize \
+        --config=configs/coco_mask_rcnn.py:resnet50 --json
 
 Parameters and multiply-accumulates are those of the traced program; nothing is
 computed. `--output` writes a page of this project: docs/models.md, or, with
 --configs, docs/recipes.md.
+
+The layers are modules to a depth of --depth, each with all that is below it,
+for one image: of the model's size, or of the experiment's training. A row does
+not count what other rows do, so that the last line is their sum. Bytes of
+activations are those of all outputs of modules that call no others, which is
+not what is in memory at one time. The heads of an R-CNN count for one region.
 """
 
 import argparse
 import fnmatch
+import json
 import pathlib
 import runpy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from metaformer_jax import command, errors
+from metaformer_jax import cli, command, errors
 from metaformer_jax import tasks as task_lib
 from metaformer_jax.checkpoints import published
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config import tasks
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.models import cost, registry
+from metaformer_jax.tools import layer_table
 
 _MODELS = f"""\
 # Models
@@ -224,9 +236,24 @@ def page(args: argparse.Namespace) -> str:
   return _MODELS + table if args.output else table
 
 
+def layers(args: argparse.Namespace) -> str:
+  """The layers of --model, or of the command line's experiment."""
+  if not args.model:
+    cfg, _ = cli.parse(elsewhere=True)
+    summary = layer_table.of_experiment(cfg, args.depth)
+  else:
+    try:
+      summary = layer_table.of_model(args.model, args.depth)
+    except ValueError as e:
+      raise errors.ConfigError(f"--model: {e}") from e
+  text = (json.dumps(summary, indent=2) if args.json
+          else layer_table.text(summary))
+  return text + "\n"
+
+
 def main(args: argparse.Namespace) -> None:
-  """Prints or writes the page."""
-  text = page(args)
+  """Prints or writes what the command line asks for."""
+  text = layers(args) if args.model or _has_config() else page(args)
   if args.output:
     pathlib.Path(args.output).write_text(text)
   else:
@@ -234,14 +261,29 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse() -> argparse.Namespace:
-  """The command line."""
-  parser = command.Parser(__doc__, "summarize")
+  """The tool's own part of the command line; the rest is the experiment's."""
+  parser = command.Parser(__doc__, "summarize", allow_abbrev=False)
   parser.add_argument("pattern", nargs="?", default="*",
                       help="shell pattern of model names, all by default")
   parser.add_argument("--configs", help="a folder of config files; instead of "
                       "the models, their experiments are listed")
+  parser.add_argument("--model", help="a model's layers")
+  parser.add_argument("--depth", type=command.positive, default=2,
+                      help="of the modules that have rows, 2 by default; with "
+                      "--model, or --config and --config.KEY=VALUE")
+  parser.add_argument("--json", action="store_true", help="layers as JSON")
   parser.add_argument("--output", help="a file to write instead of printing")
-  return parser.parse_args()
+  args = command.own_arguments(parser)
+  if args.model and _has_config():
+    parser.error("--model cannot be combined with --config; set "
+                 "--config.model.name")
+  if not _has_config() and sys.argv[1:]:
+    parser.error(f"unrecognized arguments: {' '.join(sys.argv[1:])}")
+  return args
+
+
+def _has_config() -> bool:
+  return bool(cli.given("config") or cli.given("config_json"))
 
 
 if __name__ == "__main__":
