@@ -251,10 +251,10 @@ def test_two_processes(workdir, tmp_path):
   for process in processes:
     process.kill()
     process.wait()
-  assert pods.finish(pods.start(cfg, workdir, 2, 2, tmp_path)) == [0, 0], (
+  assert pods.finish(pods.start(cfg, workdir, 2, 2, tmp_path), 500) == [0, 0], (
       pods.said(tmp_path, workdir))
   whole = tmp_path / "whole"
-  assert pods.finish(pods.start(cfg, whole, 2, 2, tmp_path)) == [0, 0]
+  assert pods.finish(pods.start(cfg, whole, 2, 2, tmp_path), 500) == [0, 0]
   assert pods.losses(workdir) == pods.losses(whole)
   folder = workdir / "checkpoints/20"
   assert any("ocdbt.process_1" in name for name in folder.objects())
