@@ -203,14 +203,8 @@ class Run:
     self.clock.switch_to("setup")
     self.progress.say("compiling the training step; a large model takes "
                       "minutes")
-    said = set()
-    for arguments in step.abstract_arguments(
-        self.cfg, self.task, self.mesh, self.program):
-      lowered, warnings = step.lower(
-          self.cfg, self.mesh, self.program, arguments)
-      for line in set(warnings) - said:
-        self.progress.say(line)
-      said.update(warnings)
+    for arguments, lowered in step.lower(
+        self.cfg, self.task, self.mesh, self.program, self.progress.say):
       self._compiled[base.signature(arguments[1])] = lowered.compile()
     self.progress.say(
         f"compiled the training step in {self.clock.spent():.1f} s")
