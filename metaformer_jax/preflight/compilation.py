@@ -39,7 +39,7 @@ class Lowered:
     mesh: the devices to compile for.
     arguments: shapes, dtypes and shardings of the step's arguments.
     step: the lowered step.
-    warnings: of `step.lower`.
+    warnings: of `step.lower`, for all shapes of a batch.
   """
 
   name: str
@@ -123,12 +123,10 @@ def lower_steps(cfg: Experiment, task: base.Task, mesh: Mesh,
   """
   program = step_lib.build(cfg, task, mesh, n_examples)
   name = f"a step of {cfg.train.batch_size} images on {mesh.size} devices"
-  steps = []
-  for arguments in step_lib.abstract_arguments(cfg, task, mesh, program):
-    step, warnings = step_lib.lower(cfg, mesh, program, arguments)
-    steps.append(Lowered(name, program, mesh, arguments, step,
-                         tuple(warnings)))
-  return steps
+  warnings: list[str] = []
+  steps = list(step_lib.lower(cfg, task, mesh, program, warnings.append))
+  return [Lowered(name, program, mesh, arguments, step, tuple(warnings))
+          for arguments, step in steps]
 
 
 def compile_step(lowered: Lowered,

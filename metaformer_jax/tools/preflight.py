@@ -112,15 +112,14 @@ def preflight(cfg: Experiment, target: topologies.Slice, *,
          for lowered in lower_for(batch_size)),
         key=lambda compiled: (not compiled.fits, compiled.needed))
 
-  first, *_ = steps = lower_for(cfg.train.batch_size)
+  first, *_ = lower_for(cfg.train.batch_size)
   mesh, program = first.mesh, first.program
   subject = report.Subject(
       cfg, target, sum(x.size for x in jax.tree.leaves(program.shapes.params)),
       mesh.size, len({d.process_index for d in mesh.devices.flat}),
       dict(mesh.shape), program.n_steps, n_examples, examples_are,
       max(map(sharding.n_bytes, task.train_batches(cfg.train.batch_size))),
-      versions, tuple(dict.fromkeys(
-          line for lowered in steps for line in lowered.warnings)))
+      versions, first.warnings)
   compiled = compile_for(cfg.train.batch_size)
   tried = {}
   if find_batch:

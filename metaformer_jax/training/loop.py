@@ -202,8 +202,9 @@ class Run:
     self.clock.switch_to("setup")
     self.progress.say("compiling the training step; a large model takes "
                       "minutes")
-    self._compiled = step.compile_all(
-        self.cfg, self.task, self.mesh, self.program, self.progress.say)
+    for arguments, lowered in step.lower(
+        self.cfg, self.task, self.mesh, self.program, self.progress.say):
+      self._compiled[base.signature(arguments[1])] = lowered.compile()
     self.progress.say(
         f"compiled the training step in {self.clock.spent():.1f} s")
 

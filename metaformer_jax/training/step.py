@@ -5,7 +5,7 @@ its own devices, the preflight for those of a TPU elsewhere.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -224,51 +224,44 @@ def abstract_arguments(cfg: Experiment, task: base.Task, mesh: Mesh,
       for batch in task.train_batches(cfg.train.batch_size)]
 
 
-def lower(cfg: Experiment, mesh: Mesh, program: Program,
-          arguments: tuple[Any, Any, Any]) -> tuple[jax.stages.Lowered,
-                                                    list[str]]:
+def lower(cfg: Experiment, task: base.Task, mesh: Mesh, program: Program,
+          warn: Callable[[str], None],
+          ) -> Iterator[tuple[tuple[Any, Any, Any], jax.stages.Lowered]]:
   """Lowers `program.step`, which must not have been traced before.
 
   Args:
-    cfg, mesh: of which the program is made.
+    cfg, task, mesh: of which the program is made.
     program: of the run.
-    arguments: one of `abstract_arguments`.
+    warn: is called once with each line of what to warn of: why a stage has no
+      kernel, with `config.compile.kernels`.
 
-  Returns:
-    The step, and what to warn of: a line for each reason why a stage has no
-    kernel, with `config.compile.kernels`.
+  Yields:
+    (arguments, step) for each of `abstract_arguments`.
 
   Raises:
     ConfigError: kernels are asked for, and no branch has one.
   """
-  with cfg.compile.traced() as branches:
-    lowered = program.step.lower(*arguments)
+  said = set()
+  for arguments in abstract_arguments(cfg, task, mesh, program):
+    with cfg.compile.traced() as branches:
+      lowered = program.step.lower(*arguments)
+    for line in _about_kernels(cfg, mesh, branches):
+      if line not in said:
+        warn(line)
+      said.add(line)
+    yield arguments, lowered
+
+
+def _about_kernels(cfg, mesh, branches) -> Iterator[str]:
   if cfg.compile.kernels == "xla":
-    return lowered, []
+    return
   platform = mesh.devices.flat[0].platform
   if platform != "tpu":
-    return lowered, [f"config.compile.kernels: {cfg.compile.kernels} is for "
-                     f"TPUs; a program for a {platform} has none"]
+    yield (f"config.compile.kernels: {cfg.compile.kernels} is for TPUs; a "
+           f"program for a {platform} has none")
+    return
   branches.require()
-  return lowered, list(branches.warnings())
-
-
-def compile_all(cfg: Experiment, task: base.Task, mesh: Mesh, program: Program,
-                say: Callable[[str], None]) -> dict[tuple, Any]:
-  """`lower`, and compiles, the step for each shape of a batch.
-
-  Returns:
-    {`base.signature` of a batch: the compiled step}; `say` gets each warning
-    once.
-  """
-  lowered, warnings = {}, {}
-  for arguments in abstract_arguments(cfg, task, mesh, program):
-    made, lines = lower(cfg, mesh, program, arguments)
-    lowered[base.signature(arguments[1])] = made
-    warnings |= dict.fromkeys(lines)
-  for line in warnings:
-    say(line)
-  return {signature: made.compile() for signature, made in lowered.items()}
+  yield from branches.warnings()
 
 
 def advice(cfg: Experiment) -> str:
