@@ -243,7 +243,7 @@ def test_faults_and_a_server_that_restarts(runs, cloud, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(workdir, tmp_path):
-  """They save together, and resume after both were killed."""
+  """Both are killed and resume. Process 0 writes: the arrays are small."""
   cfg = dataclasses.replace(pods.small(), train=dataclasses.replace(
       pods.small().train, steps=20))
   processes = pods.start(cfg, workdir, 2, 2, tmp_path)
@@ -256,8 +256,7 @@ def test_two_processes(workdir, tmp_path):
   whole = tmp_path / "whole"
   assert pods.finish(pods.start(cfg, whole, 2, 2, tmp_path), 500) == [0, 0]
   assert pods.losses(workdir) == pods.losses(whole)
-  folder = workdir / "checkpoints/20"
-  assert any("ocdbt.process_1" in name for name in folder.objects())
+  assert saved(workdir)[-1] == 20
 
 
 @pytest.mark.slow
