@@ -273,7 +273,10 @@ def test_scaled_maps_fill_the_range_and_constant_ones_are_zero():
   np.testing.assert_array_equal(found[1:], 0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (
+        name not in ("poolformer_s12", "deit_base_distilled_patch16_224")))
+    for name in MODELS])
 def test_every_family_has_maps_of_gray_images(name):
   """Of the class's own gradient: layercam's are 0 only where all others are.
 
