@@ -149,6 +149,8 @@ def _at_hand(word: str) -> str:
   key, _, value = word.partition("=")
   if value == "SEED":
     return f"{key}=0"
+  if value.startswith("gs://BUCKET"):
+    return word.replace("gs://", "")
   if key == "--config.init" and "/" in value:  # A run, or a file.
     return f"{key}=caformer_s18"
   if key == "--config_json":
