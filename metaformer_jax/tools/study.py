@@ -24,7 +24,7 @@ import statistics
 from typing import Any
 
 from metaformer_jax import cli, command, errors
-from metaformer_jax.config import json_data, typed
+from metaformer_jax.config import json_data, shipped, typed
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.config.tasks import Measure
 
@@ -34,7 +34,7 @@ _MAX_RESULT_BYTES = 2**20
 
 def main(args: argparse.Namespace) -> None:
   """Runs the part of the study that the command line names."""
-  study = load(pathlib.Path(args.config))
+  study = load(pathlib.Path(shipped.find(args.config)))
   names = fnmatch.filter(study["VARIANTS"], args.only)
   if not names:
     raise errors.ConfigError(
@@ -261,7 +261,12 @@ def parse() -> argparse.Namespace:
   return parser.parse_args()
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-study."""
   command.start_logging()
   with command.one_line_errors():
     main(parse())
+
+
+if __name__ == "__main__":
+  console()
