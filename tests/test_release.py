@@ -113,3 +113,10 @@ def test_a_study_finds_them(tmp_path, monkeypatch):
       "study", "--config=configs/ablations.py", "--workdir=x", "--only=pool_4"])
   with pytest.raises(errors.ConfigError, match="no variant matches 'pool_4'"):
     study.main(study.parse())
+
+
+def test_what_is_public_is_there():
+  """Type checkers read the list, Python the table of places."""
+  assert metaformer_jax.__all__ == sorted(metaformer_jax._WHERE)
+  for name in metaformer_jax.__all__:
+    assert getattr(metaformer_jax, name).__name__ == name
