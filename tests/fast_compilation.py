@@ -1,6 +1,7 @@
 """With what the tests compile: most programs run only once."""
 
 import sys
+import threading
 from importlib import metadata
 
 from packaging import version
@@ -12,7 +13,7 @@ if version.Version(metadata.version("jaxlib")) < version.Version("0.11"):
 
 XLA_FLAGS = " ".join(_FLAGS)
 
-# Programs that are lowered in one context. Contexts grow.
+# Programs that a thread lowers in one context. Contexts grow.
 _PROGRAMS = 64
 
 
@@ -25,13 +26,13 @@ def share_contexts() -> None:
   mlir = sys.modules.get("jax._src.interpreters.mlir")
   if mlir is None:
     return
-  make, context, n = mlir.make_ir_context, None, 0
+  make, of_thread = mlir.make_ir_context, threading.local()
 
   def shared():
-    nonlocal context, n
+    n = getattr(of_thread, "n", 0)
     if n % _PROGRAMS == 0:
-      context = make()
-    n += 1
-    return context
+      of_thread.context = make()
+    of_thread.n = n + 1
+    return of_thread.context
 
   mlir.make_ir_context = shared
