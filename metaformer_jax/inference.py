@@ -6,9 +6,16 @@ import functools
 import itertools
 import logging
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import (
+  Callable,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+  Sized,
+)
 from concurrent import futures
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +36,8 @@ from metaformer_jax.tasks import base
 log = logging.getLogger(__name__)
 
 # A file, its bytes, a picture, or uint8 [H, W, 3].
-Picture = str | pathlib.Path | bytes | Image.Image | np.ndarray | jax.Array
+Picture: TypeAlias = (
+    str | pathlib.Path | bytes | Image.Image | np.ndarray | jax.Array)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,17 +143,18 @@ class Loaded:
                batch_size: int,
                ) -> Iterator[dict[str, Any] | errors.DataError]:
     """The predictions for one batch of examples; errors are passed on."""
+    examples = {i: result for i, result in enumerate(results)
+                if not isinstance(result, errors.DataError)}
     groups = collections.defaultdict(list)  # Of examples of the same shapes.
-    for i, result in enumerate(results):
-      if not isinstance(result, errors.DataError):
-        groups[base.signature(result)].append(i)
-    found = list(results)
+    for i, example in examples.items():
+      groups[base.signature(example)].append(i)
+    found: list[dict[str, Any] | errors.DataError] = list(results)
     for group in groups.values():
       # Each size is compiled; that of all batches is the best if it fits.
       n = batch_size if len(groups) == 1 else enough_for(len(group))
-      predicted = self._outputs([results[i] for i in group], n)
+      predicted = self._outputs([examples[i] for i in group], n)
       for i, outputs in zip(group, predicted):
-        found[i] = self.task.postprocess(outputs, results[i])
+        found[i] = self.task.postprocess(outputs, examples[i])
     yield from found
 
   def _outputs(self, examples: list[dict[str, np.ndarray]],
@@ -162,7 +171,7 @@ class Loaded:
       yield jax.tree.map(lambda x, i=i: x[i], outputs)
 
   @functools.cached_property
-  def _compiled(self):
+  def _compiled(self) -> Callable[..., Any]:
     return jax.jit(self.task.predict)
 
 
@@ -260,10 +269,11 @@ def load(weights: str | pathlib.Path, *, model: str | None = None,
   except TypeError as e:
     raise errors.ConfigError(f"config.model: {e}") from e
   if num_classes is not None:
-    cfg = dataclasses.replace(cfg, task=dataclasses.replace(
-        cfg.task, num_classes=num_classes, class_names=None))
+    head: dict[str, Any] = {"num_classes": num_classes, "class_names": None}
+    cfg = dataclasses.replace(cfg, task=dataclasses.replace(cfg.task, **head))
   cfg, task = tasks.create(cfg, files=False)
   if isinstance(cfg.task, sections.Classification):
+    assert cfg.model.name is not None  # `tasks.create` needs one.
     variables = pretrained.load_pretrained(
         cfg.model.name, path, num_classes=num_classes,
         input_size=cfg.task.input_size, allow_import=allow_import,

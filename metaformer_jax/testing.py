@@ -28,7 +28,7 @@ class MixerTest:
   size: ClassVar[tuple[int, int]] = (9, 8)
 
   @pytest.mark.parametrize("check", check_mixer.CHECKS)
-  def test_contract(self, check):
+  def test_contract(self, check: str) -> None:
     mixer = vars(type(self))["mixer"]  # A function must not become a method.
     check_mixer.check_mixer(mixer, dim=self.dim, size=self.size,
                             checks=[check])

@@ -31,5 +31,9 @@ def pytest_addoption(parser):
                    help="folder of the full-size files, for -m parity")
 
 
+def pytest_collection_finish():
+  fast_compilation.share_contexts()
+
+
 def pytest_unconfigure():
   _CACHE.cleanup()

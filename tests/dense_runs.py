@@ -13,12 +13,16 @@ import jax
 import numpy as np
 import pods
 import pytest
+import small_runs
 from flax import traverse_util
 
 import metaformer_jax
+from metaformer_jax import tasks
 from metaformer_jax.checkpoints import manager
-from metaformer_jax.config import typed
-from metaformer_jax.training import backbone
+from metaformer_jax.config import resolve, saved, typed
+from metaformer_jax.runtime import devices
+from metaformer_jax.tools import prepare as prepare_tool
+from metaformer_jax.training import backbone, loop
 
 # Of runs that end in seconds, and compare well.
 COMMON = {
@@ -41,8 +45,9 @@ def tool(name, *argv, n_devices=1, **kwargs) -> str:
 def prepare(home: pathlib.Path, source: str, tree: pathlib.Path, task: str,
             options: dict) -> pathlib.Path:
   """Makes a home of a folder that has the tree; returns it."""
-  tool("prepare", f"--source={source}", f"--path={tree}",
-       f"--output={home / 'prepared'}", "--shards=2")
+  prepare_tool.main(prepare_tool.parse([
+      f"--source={source}", f"--path={tree}", f"--output={home / 'prepared'}",
+      "--shards=2"]))
   config = typed.default(task)
   options = {**COMMON, "data.path": str(home / "prepared"), **options}
   for key, value in options.items():
@@ -66,6 +71,15 @@ def finished(home: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
   """Runs to the end; returns the workdir."""
   codes = pods.finish([start(home, workdir)])
   assert codes == [0], (home / f"{workdir.name}.log").read_text()
+  return workdir
+
+
+def trained(home: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+  """As `finished`, in this process, on one device."""
+  cfg = resolve.resolve(saved.read_json(home / "cfg.json"))
+  mesh = devices.make_mesh(small_runs.changed(cfg, mesh={"data": 1}))
+  cfg, task = tasks.create(cfg)
+  loop.train_and_evaluate(cfg, task, mesh, workdir)
   return workdir
 
 

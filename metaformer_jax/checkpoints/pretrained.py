@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from metaformer_jax import errors, imports
 from metaformer_jax.checkpoints import published
@@ -67,10 +68,11 @@ def load_pretrained(name: str, path: str | pathlib.Path | None = None, *,
   """
   own = imports.is_path(name)
   spec = None if own else registry.get_spec(name)
-  if not own:
+  n_made: int | None = None
+  size: int | tuple[int, int] | None = None
+  if spec is not None:
     spec.override(**overrides)  # Raises if a name is unknown.
-  n_made, size = ((None, None) if own else
-                  (spec.num_classes, spec.input_size))
+    n_made, size = spec.num_classes, spec.input_size
   path = published.fetch(name) if path is None else published.locate(path)
   with published.advising(path):
     made = saved.read_weights(path, allow_import, name)
@@ -81,7 +83,7 @@ def load_pretrained(name: str, path: str | pathlib.Path | None = None, *,
     size = made.task.input_size or size
     overrides = _with_defaults(made.model, name, overrides, path)
   size = size if input_size is None else input_size
-  if own and None in (size, num_classes or n_made):
+  if size is None or (own and (num_classes or n_made) is None):
     raise ValueError(f"{path} does not record for which images and classes "
                      f"{name} was made: give input_size and num_classes")
   height, width = (size, size) if isinstance(size, int) else size
@@ -94,7 +96,7 @@ def load_pretrained(name: str, path: str | pathlib.Path | None = None, *,
                      "model without _in21k in its name")
   image = jnp.zeros((1, height, width, in_chans))
 
-  def make(n):
+  def make(n: int | None) -> nn.Module:
     return registry.create_model(name, num_classes=n, **overrides)
 
   # To omit a head that the file has, its shape must be known.
@@ -102,13 +104,14 @@ def load_pretrained(name: str, path: str | pathlib.Path | None = None, *,
   target = jax.eval_shape(whole.init, jax.random.key(0), image)
   kept = target if num_classes != 0 else jax.eval_shape(
       make(0).init, jax.random.key(0), image)
-  variables = read(path, spec and spec.family, target, (height, width),
+  family = None if spec is None else spec.family
+  variables = read(path, family, target, (height, width),
                    kept=kept, new_head=num_classes is not None and not head_21k,
                    head_21k=head_21k)
   missing = layouts.flatten(kept).keys() - layouts.flatten(variables)
   if missing:
     @jax.jit  # Only what is missing is computed.
-    def fresh(rng):
+    def fresh(rng: jax.Array) -> dict[str, jax.Array]:
       found = layouts.flatten(whole.init(rng, image))
       return {name: found[name] for name in missing}
 
@@ -137,7 +140,7 @@ def _with_defaults(made: Model, name: str, overrides: Mapping[str, Any],
 
 
 def read(path: str | pathlib.Path, family: str | None,
-         target: Mapping[str, Any], image_size: tuple[int, int], *,
+         target: Mapping[str, Any], image_size: tuple[int, int] | None, *,
          kept: Mapping[str, Any] | None = None,
          **head: bool) -> dict[str, Any]:
   """Reads weights into the shapes of `target`, as variables of numpy arrays.
@@ -146,7 +149,8 @@ def read(path: str | pathlib.Path, family: str | None,
     path: as for `load_pretrained`.
     family: `ModelSpec.family`; None for weights with our names only.
     target: variables of the whole model, or their shapes.
-    image_size: (height, width) of the model's images.
+    image_size: (height, width) of the model's images, to which position
+      embeddings are resized; None if there is nothing to resize.
     kept: the part of `target` to return; all by default. The rest may be
       absent from the file.
     **head: new_head, other_classes and head_21k of `adapt.to_shape`. A head to
@@ -159,15 +163,17 @@ def read(path: str | pathlib.Path, family: str | None,
   tensors = _read_tensors(path)
   names = layouts.flatten(target)
   heads = {name for name in names if adapt.is_in_head(name)}
-  advice, renewed = {}, set()  # The first is an ordered set.
+  advice: dict[str, None] = {}  # An ordered set.
+  renewed: set[str] = set()
 
-  def to_shape(name, value, shape):
-    value = adapt.to_shape(name, value, shape, image_size=image_size, **head)
-    if value is None:
+  def to_shape(name: str, value: np.ndarray,
+               shape: tuple[int, ...]) -> np.ndarray | None:
+    made = adapt.to_shape(name, value, shape, image_size=image_size, **head)
+    if made is None:
       renewed.add(name)
-    elif value.shape != shape:
-      advice[adapt.advice(name, value, shape)] = None
-    return value
+    elif made.shape != shape:
+      advice[adapt.advice(name, made, shape)] = None
+    return made
 
   unwanted = set() if kept is None else names.keys() - layouts.flatten(kept)
   try:
@@ -223,7 +229,7 @@ def warm_start(variables: Mapping[str, Any],
   """
   found, flat = layouts.flatten(weights), layouts.flatten(variables)
 
-  def place(name, fresh):
+  def place(name: str, fresh: jax.Array) -> jax.Array:
     if name not in found:
       return fresh
     value = np.asarray(found[name])

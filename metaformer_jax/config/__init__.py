@@ -4,8 +4,15 @@ Config files begin with `default()`; it is loaded on first use, so that the
 dataclasses can be imported without ml_collections.
 """
 
+from typing import TYPE_CHECKING, Any
 
-def __getattr__(name):
+if TYPE_CHECKING:
+  from metaformer_jax.config.typed import default
+
+__all__ = ["default"]
+
+
+def __getattr__(name: str) -> Any:
   if name == "default":
     from metaformer_jax.config import typed  # noqa: PLC0415
 

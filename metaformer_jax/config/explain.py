@@ -6,7 +6,7 @@ import re
 import sys
 
 from metaformer_jax import errors
-from metaformer_jax.config import typed
+from metaformer_jax.config import shipped, typed
 
 
 def value(message: str, reason: str) -> str:
@@ -29,10 +29,12 @@ def config_file(error: BaseException) -> str:
     return f"--config: {file} is not a file; give e.g. configs/quickstart.py"
   if not file.is_file():
     near = f"; the working directory is {os.getcwd()}"
-    if file.parent.is_dir():
+    ours = pathlib.Path(shipped.FOLDER.name)
+    if file.parent == ours or file.parent.is_dir():
       near = errors.did_you_mean(file.stem, [
-          str(p) for where in {file.parent, pathlib.Path("configs")}
-          for p in where.glob("*.py") if p.is_file()],
+          *(str(p) for p in file.parent.glob("*.py") if p.is_file()),
+          *(str(ours / p.name) for folder in (ours, shipped.FOLDER)
+            for p in folder.glob("*.py") if p.is_file())],
           by=lambda path: pathlib.Path(path).stem)
     return f"--config: {file} is not a file{near}"
   while error.args and isinstance(error.args[0], BaseException):

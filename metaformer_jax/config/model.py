@@ -7,7 +7,8 @@ declare a name differently, the family of the named model decides.
 import dataclasses
 import functools
 import operator
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from metaformer_jax.models import options, registry, settings
 
@@ -36,25 +37,25 @@ class _Named:
 
 def _declarations() -> dict[str, dict[str, dataclasses.Field]]:
   """{hyper-parameter: {family: its declaration}}."""
-  found = {}
+  found: dict[str, dict[str, dataclasses.Field]] = {}
   for family, cls in settings.FAMILIES.items():
     for f in dataclasses.fields(cls):
       found.setdefault(f.name, {})[family] = f
   return found
 
 
-def _union(declared: dict[str, dataclasses.Field]) -> tuple[Any, Any]:
+def _union(declared: Mapping[str, dataclasses.Field]) -> tuple[Any, Any]:
   """Type and field of a hyper-parameter that several families may declare.
 
   The type has one alternative for each different type; limits that differ are
   omitted. The help says which families have the hyper-parameter.
   """
-  types = dict.fromkeys(f.type for f in declared.values())
+  types: list[Any] = list(dict.fromkeys(f.type for f in declared.values()))
   limits, *others = ({k: v for k, v in f.metadata.items() if k != "help"}
                      for f in declared.values())
   if any(other != limits for other in others):
     limits = dict.fromkeys(limits)
-  owners = {}
+  owners: dict[str, list[str]] = {}
   for family, f in declared.items():
     owners.setdefault(f.metadata["help"], []).append(family)
   help_text = "; ".join(
@@ -66,7 +67,8 @@ def _union(declared: dict[str, dataclasses.Field]) -> tuple[Any, Any]:
               **limits, "help": help_text}))
 
 
-def _section(declarations) -> type[_Named]:
+def _section(declarations: Mapping[str, Mapping[str, dataclasses.Field]],
+             ) -> type[_Named]:
   """A dataclass of these hyper-parameters: {name: {family: declaration}}."""
   fields = []
   for name, declared in declarations.items():
@@ -82,7 +84,14 @@ def _section(declarations) -> type[_Named]:
 
 _DECLARATIONS = _declarations()
 
-Model = _section(_DECLARATIONS)
+if TYPE_CHECKING:  # Its other attributes are those of `_DECLARATIONS`.
+  @dataclasses.dataclass(frozen=True, init=False)
+  class Model(_Named):
+    def __init__(self, **hyper_parameters: Any): ...
+
+    def __getattr__(self, name: str) -> Any: ...
+else:
+  Model = _section(_DECLARATIONS)
 
 _FIELDS_OF = {
     cls: {f.name: f for f in dataclasses.fields(_section({

@@ -106,7 +106,7 @@ def _grid(n: int, image_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def to_shape(name: str, value: np.ndarray, shape: tuple[int, ...], *,
-             image_size: tuple[int, int], new_head: bool = False,
+             image_size: tuple[int, int] | None, new_head: bool = False,
              other_classes: bool = False,
              head_21k: bool = False) -> np.ndarray | None:
   """Adapts one converted array to the shape that the model has.

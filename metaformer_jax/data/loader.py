@@ -20,7 +20,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ class Loader:
   _kept: list[readers.Reader] = dataclasses.field(
       default_factory=list, init=False, repr=False, compare=False)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.batch_size % self.process_count:
       raise ValueError(f"a batch of {self.batch_size} cannot be divided among "
                        f"{self.process_count} processes")
@@ -91,7 +91,7 @@ class Loader:
     return sum(-(-len(group) // self.batch_size) for group in self._groups)
 
   @property
-  def _groups(self) -> tuple[Sequence[int], ...]:
+  def _groups(self) -> tuple[streams.Indices, ...]:
     return self.groups or (range(len(self.source)),)
 
   def fingerprint(self) -> dict[str, Any]:
@@ -183,17 +183,15 @@ class Loader:
       DataError: without groups; an example is bad, and so are all that could
         give its shape.
     """
-    if self.groups:
-      stream = streams.GroupedEvaluation(self._examples, self.transform,
-                                         self.groups, self.batch_size)
-    else:
-      stream = streams.Evaluation(self.source, self.transform)
-    parts = self._parts(stream, 0)
+    parts = self._parts(
+        streams.GroupedEvaluation(self._examples, self.transform, self.groups,
+                                  self.batch_size)
+        if self.groups else streams.Evaluation(self.source, self.transform), 0)
     yield from self._read(
         parts, range(self.n_eval_batches * parts.n_per_batch),
         "evaluation leaves it out", self._kept)
 
-  def _parts(self, stream, position: int) -> streams.Parts:
+  def _parts(self, stream: streams.Stream, position: int) -> streams.Parts:
     return streams.Parts(stream, position, self.batch_size, self.process_index,
                          self.process_count)
 

@@ -22,7 +22,7 @@ import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent import futures
 from multiprocessing import reduction, resource_tracker, util
 from typing import Any, Protocol
@@ -58,7 +58,7 @@ class Reader(Protocol):
 
 
 def batches(reader: Reader, numbers: Iterable[int],
-            n_parts: int) -> Iterator[Arrays]:
+            n_parts: int) -> Generator[Arrays, None, None]:
   """Reads batches in order.
 
   Args:

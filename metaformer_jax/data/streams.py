@@ -20,6 +20,7 @@ from metaformer_jax.data.sources import base
 
 Example = dict[str, Any]
 Transform = Callable[..., Example]
+Indices = np.ndarray | range
 
 # Part of each seed, so that no two uses draw the same numbers.
 _ORDER, _AUGMENT, _REPLACE, _TURNS = 0, 1, 2, 3
@@ -35,7 +36,7 @@ class Train:
   """The endless stream: position -> augmented example."""
 
   def __init__(self, source: base.Source, transform: Transform, seed: int,
-               repeats: int, groups: Sequence[np.ndarray], batch_size: int):
+               repeats: int, groups: Sequence[Indices], batch_size: int):
     """As in `loader.Loader`; `groups` has at least one group."""
     self._source, self._transform = source, transform
     self._seed, self._repeats, self._groups = seed, repeats, groups
@@ -132,6 +133,9 @@ class GroupedEvaluation:
             "bad": np.int64(index if reason else -1)}
 
 
+Stream = Train | Evaluation | GroupedEvaluation
+
+
 class Parts:
   """A process's batches of a stream, in parts of a few examples.
 
@@ -141,8 +145,8 @@ class Parts:
     n_per_batch: parts of a batch.
   """
 
-  def __init__(self, stream, start: int, batch_size: int, process_index: int,
-               process_count: int):
+  def __init__(self, stream: Stream, start: int, batch_size: int,
+               process_index: int, process_count: int):
     """The first batch of all processes is at the position `start`."""
     self._stream, self._start, self._global = stream, start, batch_size
     self._local = batch_size // process_count

@@ -50,7 +50,8 @@ class _Subject:
     shape = (_BATCH, *size, self.dim)
     return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
-  def __call__(self, x: jax.Array, mask=None) -> jax.Array:
+  def __call__(self, x: jax.Array,
+               mask: jax.Array | None = None) -> jax.Array:
     return self.module.apply(self.variables, x, mask=mask, train=False)
 
   def train(self, x: jax.Array, variables: Mapping[str, Any]) -> jax.Array:
@@ -89,7 +90,7 @@ def _gradient(mixer: _Subject) -> Iterator[str]:
   weight = mixer.image(mixer.size, seed=2)
   params = mixer.variables.get("params", {})
 
-  def loss(params, x):
+  def loss(params: Any, x: jax.Array) -> jax.Array:
     y = mixer.train(x, {**mixer.variables, "params": params})
     return (y.astype(jnp.float32) * weight).sum()
 

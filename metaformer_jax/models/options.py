@@ -1,12 +1,17 @@
 """How a hyper-parameter, or another value of an experiment, is declared."""
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 REQUIRED = dataclasses.MISSING
 
 
-def option(default, help_text, *, low=None, high=None, above=None, choices=None,
-           own=False, length=None, each=None, role="function"):
+def option(default: Any, help_text: str, *, low: float | None = None,
+           high: float | None = None, above: float | None = None,
+           choices: Iterable[str] | None = None, own: bool = False,
+           length: int | None = None, each: str | None = None,
+           role: str = "function") -> Any:
   """A dataclass field with its meaning and limits.
 
   Args:

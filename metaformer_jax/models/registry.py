@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metaformer_jax import errors, imports
 from metaformer_jax.models import (
@@ -13,6 +13,9 @@ from metaformer_jax.models import (
   pyramids,
 )
 from metaformer_jax.models import spec as spec_lib
+
+if TYPE_CHECKING:
+  from flax import linen as nn
 
 _MODELS: dict[str, spec_lib.ModelSpec] = {
     **poolformer.MODELS, **baselines.MODELS, **compared.MODELS,
@@ -34,7 +37,7 @@ def get_spec(name: str) -> spec_lib.ModelSpec:
 
 def create_model(name: str, *, num_classes: int | None = None,
                  dtype: Any = None, compile: compiling.Compile | None = None,
-                 **overrides: Any):
+                 **overrides: Any) -> "nn.Module":
   """Builds the Linen module of a named model.
 
   Args:

@@ -10,6 +10,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from metaformer_jax.models import limits, parts, windows
 from metaformer_jax.models.options import REQUIRED, option
@@ -66,7 +67,7 @@ class Family:
     With the same weights the two models compute something else.
     """
 
-    def value(settings, key):
+    def value(settings: "Family", key: str) -> Any:
       found = getattr(settings, key)
       return tuple(found) if isinstance(found, list) else found
 

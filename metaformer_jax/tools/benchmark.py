@@ -389,6 +389,11 @@ def _modes(text: str) -> list[str]:
   return text.split(",")
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-benchmark."""
   with command.one_line_errors():
     main(*parse())
+
+
+if __name__ == "__main__":
+  console()

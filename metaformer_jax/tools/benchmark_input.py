@@ -222,6 +222,11 @@ def parse() -> argparse.Namespace:
   return parser.parse_args()
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-benchmark-input."""
   with command.one_line_errors():
     main(parse())
+
+
+if __name__ == "__main__":
+  console()

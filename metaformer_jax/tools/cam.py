@@ -225,7 +225,12 @@ def parse() -> argparse.Namespace:
   return parser.parse_args()
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-cam."""
   command.start_logging()
   with command.one_line_errors():
     main(parse())
+
+
+if __name__ == "__main__":
+  console()

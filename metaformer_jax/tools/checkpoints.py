@@ -211,7 +211,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-checkpoints."""
   command.start_logging()
   with command.one_line_errors():
     raise SystemExit(main(parse()))
+
+
+if __name__ == "__main__":
+  console()

@@ -232,7 +232,12 @@ def parse() -> argparse.Namespace:
   return parser.parse_args()
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-compare."""
   command.start_logging()
   with command.one_line_errors():
     main(parse())
+
+
+if __name__ == "__main__":
+  console()

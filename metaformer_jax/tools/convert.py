@@ -240,7 +240,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-convert."""
   command.start_logging()
   with command.one_line_errors():
     main(parse())
+
+
+if __name__ == "__main__":
+  console()

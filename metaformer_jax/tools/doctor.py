@@ -300,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def console() -> None:
-  """Runs the tool."""
+  """The command metaformer-doctor."""
   with command.one_line_errors():
     sys.exit(main())
 

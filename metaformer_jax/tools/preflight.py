@@ -175,5 +175,10 @@ def _key(lowered, target: topologies.Slice, versions: dict[str, str]) -> str:
   ]).encode()).hexdigest()[:24]
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-preflight."""
   cli.run(main, elsewhere=True)
+
+
+if __name__ == "__main__":
+  console()

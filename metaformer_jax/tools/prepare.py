@@ -271,7 +271,12 @@ def count(text: str) -> int:
   return value
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-prepare."""
   command.start_logging()
   with command.one_line_errors():
     main(parse())
+
+
+if __name__ == "__main__":
+  console()

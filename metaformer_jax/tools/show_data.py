@@ -230,6 +230,11 @@ def parse() -> argparse.Namespace:
   return command.own_arguments(parser)
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-show-data."""
   with command.one_line_errors():
     main(parse())
+
+
+if __name__ == "__main__":
+  console()

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from metaformer_jax import cli, command, errors
-from metaformer_jax.config import json_data, paths, saved
+from metaformer_jax.config import json_data, paths, saved, shipped
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.config.tasks import Measure
 from metaformer_jax.tools import variants
@@ -45,7 +45,7 @@ _MAX_RESULT_BYTES = 2**20
 
 def main(args: argparse.Namespace) -> None:
   """Runs the part of the study that the command line names."""
-  file = variants.read(args.config)
+  file = variants.read(shipped.find(args.config))
   seeds = list(dict.fromkeys(args.seeds or file.names.get("SEEDS", (0,))))
   if not (args.sweep or "VARIANTS" in file.names or len(seeds) > 1):
     raise errors.ConfigError(
@@ -241,7 +241,12 @@ def parse() -> argparse.Namespace:
   return parser.parse_args()
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-study."""
   command.start_logging()
   with command.one_line_errors():
     main(parse())
+
+
+if __name__ == "__main__":
+  console()

@@ -65,6 +65,7 @@ Written by `python -m metaformer_jax.tools.summarize --configs=configs --output=
 
     python -m metaformer_jax.main --config=configs/caformer.py:s18 --config.data.path=/path/to/imagenet
 
+- The files come with the package: where the working directory has no `configs/NAME.py`, that of the installed package is used, and its path is printed. So the commands are the same after `pip install`, with or without a checkout; a file of your own in `configs/` comes first.
 - Top-1, mIoU, box and mask AP (percent) are published, by the source beside them, and were not measured here. Measured numbers are in [results.md](results.md).
 - The peak learning rate is that of the batch size in the table; with another `--config.train.batch_size` it scales in proportion. Epochs: training + cool-down.
 - The batches of ImageNet are for a TPU pod slice or several GPUs. `--config.train.accumulate=8` computes one in eight parts, to fit it on fewer devices.
@@ -286,6 +287,11 @@ def _has_config() -> bool:
   return bool(cli.given("config") or cli.given("config_json"))
 
 
-if __name__ == "__main__":
+def console() -> None:
+  """The command metaformer-summarize."""
   with command.one_line_errors():
     main(parse())
+
+
+if __name__ == "__main__":
+  console()

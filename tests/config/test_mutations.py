@@ -243,8 +243,8 @@ def test_every_change_is_refused(data):
 
 
 def test_changes_as_json(data, tmp_path):
-  part = [*in_turn(step=10)]
-  assert len(part) >= 100
+  part = [*in_turn(step=25)]
+  assert len(part) >= 40
   refused(*as_files(part, data, tmp_path))
 
 
@@ -258,7 +258,7 @@ def test_changes_as_overrides(data):
 
 def test_changes_at_the_entry_point(data, tmp_path):
   """Some of them, as users run the entry point."""
-  lines, keys = as_files([*in_turn(step=150)], data, tmp_path)
+  lines, keys = as_files([*in_turn(step=400)], data, tmp_path)
   for line, key in zip(lines, keys):
     result = command_line.run([*line, f"--workdir={tmp_path / 'run'}"])
     command_line.check_refused(result)

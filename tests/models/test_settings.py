@@ -19,6 +19,8 @@ from metaformer_jax.models import (
   settings,
 )
 
+# Of whatever depth, strides and channels are the same.
+SHALLOW = {"depths": (1,) * 4, "depth": 1}
 # A model of each family, at a stride and channels that differ from its row's.
 OTHERS = {
     "poolformer_s12": {"in_stride": 2, "in_pad": 3, "dims": (8, 16, 24, 40)},
@@ -36,13 +38,15 @@ OTHERS = {
 @pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("name", OTHERS)
 def test_features_have_the_declared_stride_and_channels(name, changed):
-  overrides = OTHERS[name] if changed else {}
+  spec = metaformer_jax.get_spec(name)
+  overrides = OTHERS[name] if changed else {
+      key: value for key, value in SHALLOW.items() if spec.has(key)}
   model = metaformer_jax.create_model(name, **overrides)
   x = jnp.zeros((1, 64, 128, 3))
   variables = jax.eval_shape(model.init, jax.random.key(0), x)
   features = jax.eval_shape(
       lambda v: model.apply(v, x, method="features"), variables)
-  info = metaformer_jax.get_spec(name).override(**overrides).feature_info()
+  info = spec.override(**overrides).feature_info()
   assert info == model.feature_info()
   assert {key: y.shape for key, y in features.items()} == {
       key: (1, 64 // stride, 128 // stride, dim)

@@ -51,7 +51,7 @@ def arrays(shapes, dtype, seed=0):
 @pytest.mark.parametrize("kind", ["pointwise", "strided", "depthwise"])
 def test_values_and_gradients_are_the_same(kind, dtype):
   rng = np.random.default_rng(1)
-  for seed in range(6):
+  for seed in range(6 if dtype == "float32" else 3):
     *shapes, window = case(kind, rng)
     assert any(convolution.forms(shapes[1], window))
     platform_forms.assert_same(
@@ -93,9 +93,10 @@ def test_a_layer_is_flaxs(size, kwargs):
   x, = arrays([(2, *(9, 12)[:len(size)], 4)], "float32")
   ours = layers.Conv(8, size, **kwargs)
   flax = layers.Conv.func(8, size, **kwargs)
-  variables = ours.init(jax.random.key(0), x)
-  np.testing.assert_allclose(ours.apply(variables, x),
-                             flax.apply(variables, x), rtol=0, atol=2e-6)
+  variables = jax.jit(ours.init)(jax.random.key(0), x)
+  np.testing.assert_allclose(
+      jax.jit(ours.apply)(variables, x), jax.jit(flax.apply)(variables, x),
+      rtol=0, atol=2e-6)
 
 
 def test_the_gradient_of_images_is_neither_computed_nor_counted():
@@ -103,7 +104,8 @@ def test_the_gradient_of_images_is_neither_computed_nor_counted():
   window = convolution.Window((4, 4), ((2, 2), (2, 2)), 1)
 
   def loss(fn):
-    return jax.grad(lambda kernel: (fn(x, kernel, window)**2).sum())
+    return jax.jit(jax.grad(
+        lambda kernel: (fn(x, kernel, window)**2).sum()))
 
   counted = [cost.count_macs(loss(fn), kernel)
              for fn in (convolution.conv, plain)]
@@ -116,7 +118,8 @@ def test_under_vmap_and_in_a_loop():
   x, kernel = arrays([(3, 9, 11, 4), (3, 3, 1, 4)], "float32")
   window = convolution.Window((1, 1), ((1, 1), (1, 1)), 4)
   want = plain(x, kernel, window)
-  each = jax.vmap(lambda x: convolution.conv(x[None], kernel, window)[0])(x)
+  each = jax.jit(jax.vmap(
+      lambda x: convolution.conv(x[None], kernel, window)[0]))(x)
   np.testing.assert_allclose(each, want, atol=2e-6)
 
   def total(kernel):
@@ -125,6 +128,6 @@ def test_under_vmap_and_in_a_loop():
             x[None], kernel, window).sum(), None), 0.0, x)[0]
 
   np.testing.assert_allclose(
-      jax.grad(total)(kernel),
-      jax.grad(lambda kernel: plain(x, kernel, window).sum())(kernel),
+      jax.jit(jax.grad(total))(kernel), jax.jit(jax.grad(
+          lambda kernel: plain(x, kernel, window).sum()))(kernel),
       rtol=1e-5, atol=1e-5)

@@ -58,7 +58,8 @@ def test_an_image_alone(method):
   for (h, w), to in PAIRS:
     x = image(h, w)
     np.testing.assert_allclose(
-        resize.resize(x[None], to, method=method)[0],
+        jax.jit(lambda x, to=to: resize.resize(x[None], to, method=method))(
+            x)[0],
         both(LINES[method], x, *to), atol=1e-6, err_msg=f"{h} x {w} to {to}")
 
 
@@ -112,19 +113,20 @@ def test_doubling_and_resizing_at_once_is_one_after_the_other():
 def test_adaptive_pooling_has_pytorchs_bins(side):
   sizes = jnp.array([size for size, _ in PAIRS])
   images = [image(*size, seed=i) for i, size in enumerate(sizes)]
-  got = resize.adaptive_average_pool(on_canvases(images), side, sizes)
-  for y, x in zip(got, images):
+  pool = jax.jit(resize.adaptive_average_pool, static_argnums=1)
+  for y, x in zip(pool(on_canvases(images), side, sizes), images):
     np.testing.assert_allclose(y, both(pooled_line, x, side, side), atol=1e-6)
   np.testing.assert_allclose(
-      resize.adaptive_average_pool(images[1][None], side)[0],
+      pool(images[1][None], side)[0],
       both(pooled_line, images[1], side, side), atol=1e-6)
 
 
 def test_an_example_without_an_image_gives_zeros():
   x, none = on_canvases([image(1, 1)]), jnp.zeros((1, 2), int)
   some = jnp.array([[4, 4]])
+  run = jax.jit(resize.resize, static_argnums=1)
   for from_sizes, to_sizes in ((none, some), (some, none), (none, none)):
-    assert not resize.resize(x, TO_CANVAS, from_sizes, to_sizes).any()
+    assert not run(x, TO_CANVAS, from_sizes, to_sizes).any()
   assert not resize.adaptive_average_pool(x, 3, none).any()
 
 
@@ -136,7 +138,7 @@ def test_padding_gets_no_gradient():
     y = resize.by_masks(y, mask, TO_CANVAS, resize.mask(size + 4, *TO_CANVAS))
     return jnp.square(y).sum()
 
-  gradient = np.array(jax.grad(loss)(on_canvases([image(5, 3)])))
+  gradient = np.array(jax.jit(jax.grad(loss))(on_canvases([image(5, 3)])))
   assert np.all(gradient[0, :5, :3])
   gradient[0, :5, :3] = 0
   assert not gradient.any()

@@ -21,7 +21,7 @@ from metaformer_jax.ops import augment
 from metaformer_jax.tasks import auto_augment
 
 RECIPE = "rand-m9-mstd0.5-inc1"
-N = 10_000
+N = 4000
 
 
 def alike(one, other):

@@ -138,7 +138,7 @@ def test_another_experiment_is_refused(finished):
 
 
 def test_interrupted_at_any_step(tmp_path):
-  """In one process: stopped after 1, 3 and 5 steps, always the same end."""
+  """In one process: stopped after 1 and 4 steps, always the same end."""
   cfg = derived.fill(schema.Experiment(
       model=schema.Model(name="poolformer_s12", depths=(1,), dims=(16,),
                          token_mixers=("pooling",), drop_path_rate=0.5),
@@ -179,7 +179,7 @@ def test_interrupted_at_any_step(tmp_path):
   mesh = devices.make_mesh(cfg)
   whole = loop.train_and_evaluate(cfg, Task(cfg), mesh, tmp_path / "whole")
   parts = tmp_path / "parts"
-  for limit in (1, 2, 2):
+  for limit in (1, 3):
     task = Task(cfg)
     object.__setattr__(task, "limit", limit)
     try:

@@ -13,7 +13,9 @@ from metaformer_jax.config.tasks import (
   segmentation,
 )
 
-Measure, Task, Own = base.Measure, base.Task, base.Own
+Measure = base.Measure
+Task = base.Task
+Own = base.Own
 Classification = classification.Classification
 Segmentation = segmentation.Segmentation
 Detection = detection.Detection

@@ -86,7 +86,8 @@ class Classification(base.Task):
 
   @property
   def input_size(self) -> tuple[int, int] | None:
-    return self.image_size and (self.image_size, self.image_size)
+    size = self.image_size
+    return None if size is None else (size, size)
 
   def check(self, cfg: "Experiment", files: bool) -> Iterator[str]:
     if self.input_size is not None:
@@ -110,7 +111,7 @@ class Classification(base.Task):
       yield (f"config.task.eval_labels: {self.eval_labels} needs "
              f"config.data.source=folder, not {cfg.data.source}")
     names, n = self.class_names, self.num_classes
-    if None not in (names, n) and len(names) != n:
+    if names is not None and n is not None and len(names) != n:
       yield (f"config.task.class_names: {len(names)} names, but "
              f"config.task.num_classes is {n}")
     if files and self.eval_labels == "real" and not _is_file(self.real_path):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metaformer_jax.config.tasks import base
 from metaformer_jax.models.options import option
@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 # Sides of the images that a network sees are padded to a multiple of it.
 ALIGNED = 32
 
-_RETINANET = {"anchor_scale": 4.0, "anchor_octaves": 3, "positive_iou": 0.5,
-              "negative_iou": 0.4}
-_RCNN = {"anchor_scale": 8.0, "anchor_octaves": 1, "positive_iou": 0.7,
-         "negative_iou": 0.3}
+_RETINANET: dict[str, Any] = {
+    "anchor_scale": 4.0, "anchor_octaves": 3, "positive_iou": 0.5,
+    "negative_iou": 0.4}
+_RCNN: dict[str, Any] = {
+    "anchor_scale": 8.0, "anchor_octaves": 1, "positive_iou": 0.7,
+    "negative_iou": 0.3}
 
 # What differs from head to head.
 _DEFAULTS = {"retinanet": _RETINANET, "faster_rcnn": _RCNN, "mask_rcnn": _RCNN}
@@ -183,9 +185,10 @@ class Detection(base.Task):
       yield (f"config.task.scale: {self.scale} has the shorter side first; "
              f"give ({self.scale[1]}, {self.scale[0]})")
     task = self.filled()
-    if task.negative_iou > task.positive_iou:
-      yield (f"config.task.negative_iou: {task.negative_iou} is above "
-             f"config.task.positive_iou = {task.positive_iou}")
+    low, high = task.negative_iou, task.positive_iou
+    if low is not None and high is not None and low > high:
+      yield (f"config.task.negative_iou: {low} is above "
+             f"config.task.positive_iou = {high}")
     measure = cfg.checkpoint.best_metric or ""
     if measure.startswith("mask_") and not self.has_masks:
       yield (f"config.checkpoint.best_metric: {measure} is not measured with "

@@ -90,7 +90,8 @@ class Segmentation(base.Task):
 
   @property
   def input_size(self) -> tuple[int, int]:
-    return self.crop_size
+    height, width = self.crop_size
+    return height, width
 
   def check(self, cfg: "Experiment", files: bool) -> Iterator[str]:
     del files
@@ -100,7 +101,7 @@ class Segmentation(base.Task):
       yield (f"config.task.scale_range: ({low}, {high}) is not in ascending "
              "order")
     names, n = self.class_names, self.num_classes
-    if None not in (names, n) and len(names) != n:
+    if names is not None and n is not None and len(names) != n:
       yield (f"config.task.class_names: {len(names)} names, but "
              f"config.task.num_classes is {n}")
     for key in ("pool_sizes", "eval_scales"):

@@ -21,7 +21,7 @@ annotations with "segmentation" if masks are needed.
 """
 
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -57,11 +57,29 @@ class Source(Protocol):
   A run compares them with those of its checkpoint, and between its processes.
   """
 
-  n_classes: int | None
+  @property
+  def n_classes(self) -> int | None: ...
 
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Record: ...
+
+
+class MapSource(Source, Protocol):
+  """A source of label maps."""
+
+  def sizes(self) -> np.ndarray: ...
+
+
+class ObjectSource(MapSource, Protocol):
+  """A source of objects."""
+
+  @property
+  def category_ids(self) -> Sequence[int | None]: ...
+
+  def has_objects(self) -> np.ndarray: ...
+
+  def annotations(self) -> dict[str, Any]: ...
 
 
 class _Renumbered:
@@ -89,6 +107,8 @@ class _RenumberedMaps(_Renumbered):
   A label map is decoded, and renumbered, in the transform.
   """
 
+  _source: MapSource
+
   def __getitem__(self, index: int) -> Record:
     return {**self._source[index], "numbers": self._numbers}
 
@@ -102,15 +122,18 @@ class _RenumberedObjects(_Renumbered):
   `category_ids` are None for the classes that the source does not have.
   """
 
-  def __init__(self, source: Source, numbers: Sequence[int], n_classes: int):
+  _source: ObjectSource
+
+  def __init__(self, source: ObjectSource, numbers: Sequence[int],
+               n_classes: int):
     super().__init__(source, numbers, n_classes)
-    self._numbers = np.array(numbers, np.int32)
+    self._array = np.array(numbers, np.int32)
     ids = dict(zip(numbers, source.category_ids))
     self.category_ids = tuple(ids.get(i) for i in range(n_classes))
 
   def __getitem__(self, index: int) -> Record:
     record = self._source[index]
-    return {**record, "labels": self._numbers[record["labels"]]}
+    return {**record, "labels": self._array[record["labels"]]}
 
   def sizes(self) -> np.ndarray:
     return self._source.sizes()
@@ -132,6 +155,10 @@ class Grouped:
     for number, group in enumerate(groups):
       self._numbers[group] = number
 
+  @property
+  def n_classes(self) -> int | None:
+    return self._source.n_classes
+
   def __len__(self) -> int:
     return len(self._source)
 
@@ -151,8 +178,9 @@ def renumbered(source: Source, names: Sequence[str]) -> Source:
     return source
   check_names(own, names, "the data")
   numbers = {name: i for i, name in enumerate(names)}
-  kind = (_RenumberedObjects if hasattr(source, "annotations") else
-          _RenumberedMaps if hasattr(source, "sizes") else _Renumbered)
+  kind: Callable[..., Source] = (
+      _RenumberedObjects if hasattr(source, "annotations") else
+      _RenumberedMaps if hasattr(source, "sizes") else _Renumbered)
   return kind(source, [numbers[name] for name in own], len(names))
 
 
@@ -191,6 +219,7 @@ def check_folder(data: schema.Data, inside: Iterable[str] = (),
     inside: further checks; not iterated over if there is no folder.
     hint: where to get the folder; by default the nearest existing folder.
   """
+  assert data.path is not None
   if "://" in data.path:
     yield (f"config.data.path: {data.path} is not a local folder, which source "
            f"{data.source} needs")
