@@ -341,7 +341,8 @@ def test_commands_run_at_the_same_time(launcher, monkeypatch):
 
 def test_ctrl_c_ends_commands_on_all_hosts(tmp_path):
   script = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {str(ROOT / "launch")!r})
 import commands
 print("ready", flush=True)
@@ -351,9 +352,7 @@ try:
 except KeyboardInterrupt:
   sys.exit(130)
 """
-  with subprocess.Popen([sys.executable, "-c", script], stdout=-1,
-                        preexec_fn=lambda: signal.signal(
-                            signal.SIGINT, signal.default_int_handler)) as p:
+  with subprocess.Popen([sys.executable, "-c", script], stdout=-1) as p:
     assert p.stdout.readline() == b"ready\n"
     end = time.monotonic() + 20
     while len(os.listdir(tmp_path)) < 3 and time.monotonic() < end:

@@ -82,7 +82,8 @@ def test_mixers_get_what_they_share_with_the_model():
   conv = {"conv_kernel_size": 7, "conv_init": "trunc_normal"}
   assert made == [
       {"pool_size": 5, "pool_subtract": True}, conv,
-      {**conv, "activation": "star_relu"}, {"attention_proj_bias": True}]
+      {**conv, "activation": "star_relu"},
+      {"attention_proj_bias": True, "kernels": "xla"}]
 
 
 @pytest.mark.parametrize("name,changes,line", [

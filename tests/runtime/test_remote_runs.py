@@ -106,7 +106,8 @@ def test_a_killed_run_equals_one_on_disk(workdir, tmp_path, capsys):
       assert np.array_equal(a, b)
   names = {p.name for p in workdir.iterdir()}
   assert names == {"config.json", "parameters.txt", "metrics.jsonl",
-                   "summary.json", "curves.png", "checkpoints", "tensorboard"}
+                   "metrics.csv", "summary.json", "curves.png",
+                   "checkpoints", "tensorboard"}
   assert json.loads((workdir / "summary.json").read_text()) == summaries[0]
   assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
   [events] = (workdir / "tensorboard").objects().values()
