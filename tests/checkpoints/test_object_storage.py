@@ -275,6 +275,7 @@ def test_a_run_that_was_killed_here_holds_nothing(folder, monkeypatch):
 # Faults
 
 
+@pytest.mark.slow
 def test_faults_of_requests_are_repeated(folder, proxy):
   proxy.faults = fake_gcs.every(25)
   with opened(folder) as checkpoints:

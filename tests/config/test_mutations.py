@@ -237,8 +237,9 @@ def refused_here(path, data, key, changes):
         f"{key.rpartition('.')[2]} has " in message), (path, changes, message)
 
 
-def test_every_change_is_refused(data):
-  for path, (key, changes) in in_turn():
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_change_is_refused(data, step):
+  for path, (key, changes) in in_turn(step=step):
     refused_here(path, data, key, changes)
 
 
