@@ -32,6 +32,14 @@ INTERVAL, SILENCE = 15.0, 50.0
 _POLL = 2.0
 
 
+def lost(path: pathlib.Path) -> errors.StorageError:
+  """The error of a run whose lock, at this path, no longer names it."""
+  return errors.StorageError(
+      f"{path}: was deleted or replaced while this run held it, so that "
+      "another one may write to the folder; nothing more is saved; run the "
+      "same command to continue from the last checkpoint")
+
+
 class Lease:
   """That this process holds a workdir, as its object `lock` says."""
 
@@ -84,10 +92,7 @@ class Lease:
   def require(self) -> None:
     """Raises StorageError unless the workdir is still held."""
     if not self.is_held():
-      raise errors.StorageError(
-          f"{self.path}: was deleted or replaced while this run held it, so "
-          "that another one may write to the folder; nothing more is saved; "
-          "run the same command to continue from the last checkpoint")
+      raise lost(self.path)
 
   def end(self) -> None:
     """Ends the heartbeats, and deletes the object if it names this run."""

@@ -86,10 +86,7 @@ class Lock:
   def require(self) -> None:
     """Raises StorageError unless the lock is still held."""
     if not self.is_held():
-      raise errors.StorageError(
-          f"{self.path}: was deleted or replaced while this run held it, so "
-          "that another one may write to the folder; nothing more is saved; "
-          "run the same command to continue from the last checkpoint")
+      raise leases.lost(self.path)
 
 
 @contextlib.contextmanager

@@ -138,7 +138,7 @@ class _Table:
 
   A record with a new metric has all rows written again, into a file that
   replaces the old one, so that the first line always names all columns. It is
-  written anew when a run resumes and need not survive a crash.
+  rewritten when a run resumes, so it need not survive a crash.
   """
 
   def __init__(self, path: pathlib.Path, records: list[Record]):

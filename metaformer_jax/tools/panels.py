@@ -39,7 +39,9 @@ def grid(rows: Sequence[Sequence[Panel]]) -> Image.Image:
     RGB.
   """
   side = max(max(panel.picture.size) for row in rows for panel in row)
-  factor = min(_LARGEST / side, 1) if side > _SMALLEST else _SMALLEST // side
+  factor = min(_LARGEST / side, 1)
+  if side <= _SMALLEST:  # A whole number, so that pixels stay squares.
+    factor = _SMALLEST // side
   rows = [[panel._replace(picture=_resized(panel.picture, factor))
            for panel in row] for row in rows]
   widths = [max(row[i].picture.width for row in rows if i < len(row))
