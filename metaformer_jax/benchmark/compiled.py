@@ -6,7 +6,7 @@ bound is what the chip's published rates allow.
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -42,9 +42,15 @@ class Traffic(NamedTuple):
   HBM: float
 
 
-def measure(cfg: Experiment, mode: str,
-            target: topologies.Slice) -> dict[str, list[dict[str, Any]]]:
+def measure(cfg: Experiment, mode: str, target: topologies.Slice,
+            warn: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
   """Compiles a training step, of the first shape of a batch, or a prediction.
+
+  Args:
+    cfg: the experiment.
+    mode: "train" or "infer".
+    target: the slice to compile for.
+    warn: is called with what lowering a training step warned of.
 
   Returns:
     {"measured": [row], "operations": rows of `Traffic`, as dicts}. The row has
@@ -57,7 +63,8 @@ def measure(cfg: Experiment, mode: str,
   """
   cfg, task = tasks.create(cfg, files=False)
   mesh = devices.make_mesh(cfg, topologies.devices(target))
-  fn, arguments = (_train if mode == "train" else _infer)(cfg, task, mesh)
+  fn, arguments = (_train(cfg, task, mesh, warn) if mode == "train" else
+                   _infer(cfg, task, mesh))
   lowered, start = fn.lower(*arguments), time.monotonic()
   program, needed = compilation.try_compile(lowered)
   seconds = time.monotonic() - start
@@ -84,9 +91,12 @@ def measure(cfg: Experiment, mode: str,
   return {"measured": [row], "operations": [t._asdict() for t in moved]}
 
 
-def _train(cfg: Experiment, task: base.Task, mesh: Mesh):
+def _train(cfg: Experiment, task: base.Task, mesh: Mesh,
+           warn: Callable[[str], None]):
   """The step of a run, and the shapes of its arguments."""
   lowered, *_ = compilation.lower_steps(cfg, task, mesh, batches.N_EXAMPLES)
+  for line in lowered.warnings:
+    warn(line)
   return lowered.program.step, lowered.arguments
 
 

@@ -204,7 +204,8 @@ def compile_for(mode: str, cfg: schema.Experiment,
 
   case = _case(mode, cfg) | {"program": args.compiled_for.name}
   _say(case, "compiling; a large model takes minutes")
-  found = compiled.measure(cfg, mode, args.compiled_for)
+  found = compiled.measure(cfg, mode, args.compiled_for,
+                           lambda line: _say(case, f"warning: {line}"))
   return {"ratios": [], "failed": []} | {
       key: [case | row for row in rows] for key, rows in found.items()}
 

@@ -1,5 +1,6 @@
 """tools.benchmark --compiled_for: costs by the compiler of a TPU elsewhere."""
 
+import dataclasses
 import json
 import sys
 
@@ -8,7 +9,8 @@ import pytest
 from metaformer_jax import errors
 from metaformer_jax.config import schema
 from metaformer_jax.config import tasks as sections
-from metaformer_jax.preflight import topologies
+from metaformer_jax.models import compiling
+from metaformer_jax.preflight import compilation, topologies
 from metaformer_jax.tools import benchmark
 
 CFG = schema.Experiment(
@@ -69,6 +71,19 @@ def test_tables_have_the_kinds_and_parts(monkeypatch, capsys):
   out = capsys.readouterr().out
   assert "HBM of an image by kind of operation" in out
   assert "stage1/mlp" in out
+
+
+def test_a_stage_without_a_kernel_is_named(monkeypatch, capsys):
+  """The step is lowered, and not compiled, as that takes a minute."""
+  monkeypatch.setattr(compilation, "try_compile", lambda _: (None, 0))
+  monkeypatch.setitem(globals(), "CFG", dataclasses.replace(
+      CFG, compile=compiling.Compile(kernels="pallas")))
+  with pytest.raises(errors.ConfigError, match=r"need 0\.00 GiB"):
+    run(monkeypatch, "--batch_size=8", "--mode=train", "--compiled_for=v5e-1")
+  lines = [line.partition("warning: ")[2] for line in
+           capsys.readouterr().err.splitlines() if "warning: " in line]
+  assert any(line.startswith("config.compile.kernels: there is no kernel for "
+                             "the MLP of stage1") for line in lines), lines
 
 
 @pytest.mark.parametrize("argv,message", [
