@@ -122,9 +122,10 @@ def test_predictions_as_pictures_and_json(home, run):
     mine = [a for a in written["annotations"] if a["image_id"] == image["id"]]
     assert len(mine) == len(found["masks"])
     for annotation, mask in zip(mine, found["masks"]):
-      rle = annotation["segmentation"]
-      np.testing.assert_array_equal(outlines.decode(rle, mask.shape), mask)
-      assert annotation["area"] == mask.sum()
+      decoded = outlines.decode(annotation["segmentation"], mask.shape)
+      assert annotation["area"] == decoded.sum()
+      # Another size of batch rounds otherwise: a pixel at 0.5 may change.
+      assert (decoded != mask).mean() < 1e-3
     n_found += len(mine)
   assert n_found
 

@@ -253,7 +253,8 @@ def test_all_processes_need_the_module(module, tmp_path):
   other = tmp_path / "other"
   other.mkdir()
   for code, words in ((None, f"there is no module '{module}'"),
-                      (f"{MODULE}# Another.\n", f"in the module {module};")):
+                      (f"{MODULE}# Another.\n",
+                       f"other code of the module {module};")):
     if code:
       (other / f"{module}.py").write_text(code)
     flags = pods.flags_of(2)

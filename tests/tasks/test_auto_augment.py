@@ -77,8 +77,9 @@ def test_draws_are_distributed_as_the_hosts(task):
     ours, theirs = (v[1][v[0] == number] for v in (device, host))
     assert (len(ours) > 0) == (len(theirs) > 0)
     if len(ours):
-      assert distributions.ks(ours.astype(np.float32),
-                              theirs.astype(np.float32)) < 1, number
+      # Many are clipped to one magnitude, which float32 has an ulp beside.
+      assert distributions.ks(ours.astype(float).round(5),
+                              theirs.astype(float).round(5)) < 1, number
   ours, theirs = (v[2][v[0] > 0].astype(int) for v in (device, host))
   if task.auto_augment.startswith("rand"):
     assert alike(*(np.bincount(v, minlength=2) for v in (ours, theirs)))

@@ -116,7 +116,7 @@ def test_detections(name):
   factors = np.divide(rcnn_cases.ORIGINAL_SIZE, detector_cases.IMAGE_SIZE)
   boxes = found["boxes"][:n] * np.tile(factors[::-1], 2).astype(np.float32)
   np.testing.assert_allclose(boxes, want[:, :4], atol=2e-3)
-  np.testing.assert_allclose(found["scores"][:n], want[:, 4], atol=1e-5)
+  np.testing.assert_allclose(found["scores"][:n], want[:, 4], atol=3e-5)
   np.testing.assert_array_equal(found["labels"][:n], want[:, 5])
   pasted = np.array(list(masks.paste(
       found["masks"][:n], boxes, rcnn_cases.ORIGINAL_SIZE, 0.5)))
