@@ -315,9 +315,13 @@ def test_the_log_is_copied_to_a_bucket(shell, tmp_path):
 
 def test_a_killed_run_is_reported(shell, tmp_path):
   shell("worker.sh", "start", "id1", "", "train", programs=CLOUD)
+  home = tmp_path / "metaformer_run"
+  for _ in range(600):  # Running from the start, before it has written these.
+    if (home / "pid").exists():
+      break
+    time.sleep(0.05)
   wait_for(shell, "running")
-  session = int((tmp_path / "metaformer_run" / "session").read_text())
-  os.killpg(session, 9)
+  os.killpg(int((home / "session").read_text()), 9)
   wait_for(shell, "worker 3 id1 137")
 
 
