@@ -7,12 +7,14 @@ read, so what fails on gs:// is told apart here: a file that is not there as it
 was, or cannot be read, ends the run; a damaged record makes a bad example.
 """
 
+import atexit
 import bisect
+import contextlib
 import functools
 import itertools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -27,6 +29,44 @@ _AT_ONCE = 16
 _OPTIONS, _BUFFER = "readahead_buffer_size:0", 2**15
 
 AGAIN = "prepare the data set again"
+
+# Seconds for which Python waits, when it ends, for records that are being read.
+_LONGEST_END = 10.0
+
+
+class _Reads:
+  """The reads of all threads, which Python waits for when it ends.
+
+  A thread that returns from C++ to an interpreter that has ended would abort
+  the process.
+  """
+
+  def __init__(self):
+    self._changed = threading.Condition()
+    self._n, self._has_ended = 0, False
+    atexit.register(self._end)
+
+  @contextlib.contextmanager
+  def one(self) -> Iterator[None]:
+    """Within it, Python does not end."""
+    with self._changed:
+      if self._has_ended:
+        raise RuntimeError("Python ends")
+      self._n += 1
+    try:
+      yield
+    finally:
+      with self._changed:
+        self._n -= 1
+        self._changed.notify_all()
+
+  def _end(self) -> None:
+    with self._changed:
+      self._has_ended = True
+      self._changed.wait_for(lambda: not self._n, _LONGEST_END)
+
+
+_reads = _Reads()
 
 
 class Records:
@@ -75,6 +115,11 @@ class Records:
       raise IndexError(index)
     part = bisect.bisect_right(self._ends, index)
     place = self._parts[part][1] + index - (self._ends[part - 1] if part else 0)
+    with _reads.one():
+      return self._read_or_explain(part, place)
+
+  def _read_or_explain(self, part: int, place: int) -> bytes:
+    """As `__getitem__`, by file; on gs:// it is tried a second time."""
     try:
       return self._read(part, place)
     except Exception:
