@@ -64,7 +64,9 @@ def test_a_run_on_gs_is_told_to_stop_and_resumes(tmp_path):
     assert lines[0] == lines[1] and len(lines[0].splitlines()) == 5
     dense_runs.require_equal(*(metaformer_jax.load(where).variables
                                for where in (str(workdir), whole)))
-    dense_runs.tool("compare", workdir, whole, f"--output={tmp_path}/page")
-    assert str(workdir) in (tmp_path / "page/compare.html").read_text()
+    table = dense_runs.tool("compare", workdir, whole,
+                            f"--output={tmp_path}/page").splitlines()
+    assert table[1].split()[:6] == [  # Its name, its state, its measure.
+        f"gs/{fake_gcs.BUCKET}/runs/stopped", *table[2].split()[1:6]]
     one, two = compare.read([workdir, whole])
     assert one.values("eval", "miou") == two.values("eval", "miou") != []
