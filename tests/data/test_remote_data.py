@@ -6,6 +6,7 @@ import itertools
 import pathlib
 import pickle
 import re
+import sys
 
 import ade_tree
 import coco_tree
@@ -170,6 +171,24 @@ def test_a_source_of_small_files_says_what_to_do(source, task):
       "config.data.path: gs://bkt/data is not a local folder, which source "
       f"{source} needs; mount the bucket, as launch/tpu_vm.py does, or copy "
       "the data to this machine by tools.prepare --stage")
+
+
+def test_a_missing_table_is_one_line(cloud, tmp_path):
+  folder = made("coco", coco_tree.make(tmp_path), tmp_path / "o")
+  (folder / "train.safetensors").unlink()
+  url = upload(folder, "without_table")
+  source_files.fails(
+      lambda: sources.create(data(url), "train", task=MASKS),
+      f"config.data.path: {url}/train.safetensors: cannot be used: ")
+
+
+def test_a_missing_extra_is_one_line(monkeypatch):
+  monkeypatch.delattr("metaformer_jax.gcs")
+  monkeypatch.setitem(sys.modules, "metaformer_jax.gcs", None)
+  found, = problems("gs://bkt/data")
+  assert found.startswith(
+      "config.data.path: gs://bkt/data: needs the extra gcs")
+  assert found.endswith("pip install 'metaformer-jax[gcs]'")
 
 
 def test_no_permission_is_one_line(remote, proxy):

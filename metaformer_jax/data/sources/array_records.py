@@ -143,8 +143,6 @@ class Records:
     return reader.read([place])[0]
 
 
-
-
 def _opened(path: str) -> Any:
   from array_record.python import array_record_module  # noqa: PLC0415  Linux.
 
