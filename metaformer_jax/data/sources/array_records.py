@@ -189,10 +189,13 @@ def _remote_count(path: str) -> int:
     RuntimeError: it is damaged.
   """
   try:
-    return _count(path)
+    found = _count(path)
   except RuntimeError:
     storage.path(path).read_bytes(1)  # This client says why it cannot.
     raise
+  if not found:  # Older versions of array_record raise nothing.
+    storage.path(path).read_bytes(1)
+  return found
 
 
 def _count(path: str) -> int:
