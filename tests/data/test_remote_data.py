@@ -66,6 +66,13 @@ def local(tmp_path_factory):
   return str(made("ade20k", ade_tree.make(folder, N_TRAIN, 5), folder / "o"))
 
 
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+  """A local folder of objects with outlines."""
+  folder = tmp_path_factory.mktemp("objects")
+  return made("coco", coco_tree.make(folder), folder / "o")
+
+
 @pytest.fixture
 def remote(cloud, local, request):
   return upload(local, re.sub(r"\W+", "_", request.node.name))
@@ -104,12 +111,11 @@ def test_batches_are_those_of_the_local_copy(local, remote, workers):
       assert not one["replaced"].any()
 
 
-def test_objects_with_outlines_are_those_of_the_local_copy(cloud, tmp_path):
-  folder = made("coco", coco_tree.make(tmp_path), tmp_path / "o")
-  url = upload(folder, "objects")
+def test_objects_with_outlines_are_those_of_the_local_copy(cloud, objects):
+  url = upload(objects, "objects")
   for split in ("train", "eval"):
     one, other = (sources.create(data(path), split, task=MASKS)
-                  for path in (str(folder), url))
+                  for path in (str(objects), url))
     for a, b in zip(source_files.records(one), source_files.records(other),
                     strict=True):
       assert repr(a) == repr(b) and a["image"] == b["image"]
@@ -173,10 +179,9 @@ def test_a_source_of_small_files_says_what_to_do(source, task):
       "the data to this machine by tools.prepare --stage")
 
 
-def test_a_missing_table_is_one_line(cloud, tmp_path):
-  folder = made("coco", coco_tree.make(tmp_path), tmp_path / "o")
-  (folder / "train.safetensors").unlink()
-  url = upload(folder, "without_table")
+def test_a_missing_table_is_one_line(cloud, objects):
+  url = upload(objects, "without_table")
+  (storage.path(url) / "train.safetensors").unlink()
   source_files.fails(
       lambda: sources.create(data(url), "train", task=MASKS),
       f"config.data.path: {url}/train.safetensors: cannot be used: ")
