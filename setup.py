@@ -17,9 +17,10 @@ HUB = ["huggingface_hub>=1.3,<3"]
 # Reading data sets that TFDS prepared needs no TensorFlow; preparing does.
 TFDS = ["tensorflow-datasets>=4.9.10,<4.10", "importlib_resources>=6,<8",
         "google-crc32c>=1.6,<2"]
-# Runs and weights on gs://; TensorStore reads and writes arrays by itself.
-GCS = ["etils[epath-gcs]>=1.15,<2", "gcsfs>=2026.10,<2028",
-       "google-crc32c>=1.6,<2"]
+# Runs, weights and data on gs://; TensorStore and array_record (of these
+# versions) read them by themselves.
+GCS = ["array-record>=0.8.3,<0.9", "etils[epath-gcs]>=1.15,<2",
+       "gcsfs>=2026.10,<2028", "google-crc32c>=1.6,<2"]
 
 class BuildPy(build_py.build_py):
   """Copies configs/ into the package, where `config.shipped` finds it."""

@@ -19,9 +19,9 @@ import commands
 # Errors of a request that would fail again, in the same zone.
 _FINAL = ("absent", "auth", "refused")
 
-# The package itself writes to buckets: only data are read by mounts. If False,
-# the workdir is in a mount as well.
-NATIVE_WORKDIR = True
+# Flags that name data, which are read by a mount. For all others the package
+# itself reads and writes buckets.
+_DATA = re.compile(r"--?config\.(data|task)\.")
 
 # Bucket names: a-z, 0-9, and in between also - _ and dots.
 _BUCKET = re.compile(r"gs://([a-z0-9](?:[a-z0-9._-]*[a-z0-9])?)(?=/|$)")
@@ -195,14 +195,13 @@ class Run:
     if not re.fullmatch(_BUCKET.pattern + "/.+", workdir):
       raise UsageError("--workdir after --: give gs://BUCKET/FOLDER; a folder "
                        "on a machine is deleted with it")
-    own = [flag.lstrip("-").startswith("workdir=") for flag in flags]
-    flags = [f"--workdir={workdir}" if is_workdir else flag
-             for is_workdir, flag in zip(own, flags, strict=True)]
-    mounted = [not (NATIVE_WORKDIR and is_workdir) for is_workdir in own]
-    buckets = {bucket for used, flag in zip(mounted, flags, strict=True) if used
+    flags = [f"--workdir={workdir}"
+             if flag.lstrip("-").startswith("workdir=") else flag
+             for flag in flags]
+    buckets = {bucket for flag in flags if _DATA.match(flag)
                for bucket in _BUCKET.findall(flag)}
-    return cls(tuple(_BUCKET.sub(r"/gcs/\1", flag) if used else flag
-                     for used, flag in zip(mounted, flags, strict=True)),
+    return cls(tuple(_BUCKET.sub(r"/gcs/\1", flag) if _DATA.match(flag)
+                     else flag for flag in flags),
                workdir, tuple(sorted(buckets)))
 
   @property

@@ -41,7 +41,7 @@ class OutOfMemoryError(ConfigError):
 
 
 class DataError(UserError):
-  """Too many examples are unusable; the message names one."""
+  """Too many examples are unusable, or their files gone; names one."""
 
 
 class StorageError(UserError):

@@ -219,25 +219,38 @@ class Path(type(epath.Path("gs://bucket"))):
     with _raising(self):
       _fs().cp_file(self._key, target._key)
 
-  def download(self, target: str | os.PathLike) -> None:
-    """Copies the object into a local file, and compares their checksums."""
+  def facts(self) -> Object:
+    """What the service says of the object; FileNotFoundError if it has none."""
+    found = self._info() or {}
+    if found.get("type") != "file":
+      raise FileNotFoundError(
+          errno.ENOENT, "there is no such object or bucket", str(self))
+    return Object(int(found["size"]), found.get("crc32c"))
+
+  def download(self, target: str | os.PathLike,
+               facts: Object | None = None) -> None:
+    """Copies the object into a local file, and compares their checksums.
+
+    Args:
+      target: the file, which is replaced.
+      facts: of the object, as of a listing; by default they are asked for.
+
+    Raises:
+      OSError: also if the object was replaced while it was read.
+    """
+    facts = facts or self.facts()
     with open(target, "wb") as file:
-      found = self.blocks()
       checksum = google_crc32c.Checksum()
-      for block in found:
+      for block in self.blocks(facts):
         checksum.update(block)
         file.write(block)
-    want = (self._info() or {}).get("crc32c")
-    if want not in (None, _encoded(checksum)):
+    if facts.crc32c not in (None, _encoded(checksum)):
       raise OSError(errno.EIO, "its checksum differs from the service's",
                     str(self))
 
-  def blocks(self) -> Iterator[bytes]:
-    """The content, in blocks of 16 MiB."""
-    fs, size, start = _fs(), (self._info() or {}).get("size"), 0
-    if size is None:
-      raise FileNotFoundError(
-          errno.ENOENT, "there is no such object or bucket", str(self))
+  def blocks(self, facts: Object | None = None) -> Iterator[bytes]:
+    """The content, in blocks of 16 MiB; `facts` as for `download`."""
+    fs, size, start = _fs(), (facts or self.facts()).size, 0
     while start < size:
       with _raising(self):
         block = fs.cat_file(self._key, start, min(size, start + _BLOCK))

@@ -2,7 +2,8 @@
 
 `gcp-storage-emulator` does not tell the generation of an object with its
 content, and checks no preconditions, as no server on PyPI does. TensorStore
-needs both when it reads an object again, so the proxy adds them.
+needs both when it reads an object again, so the proxy adds them. It also reads
+the end of an object ("bytes=-N"), with which array_record begins.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ BUCKET = "bkt"
 _OF_THE_CONNECTION = ("content-length", "connection", "date", "server",
                       "transfer-encoding")
 
-# Faults of a proxy, each for one request.
+# Faults of a proxy, each for one request; other numbers are status codes, too.
 FAULTS = ("429", "503", "reset", "truncated")
 
 
@@ -35,6 +36,7 @@ def environment(port: int) -> dict[str, str]:
   """The variables by which all clients reach a server instead of Google's."""
   url = f"http://127.0.0.1:{port}"
   return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url,
+          "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,
           "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
           "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 
@@ -124,7 +126,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                                  b"\1\0\0\0\0\0\0\0")
       self.connection.close()
       return
-    if fault in ("429", "503"):
+    if fault and fault.isdigit():
       self._answer(int(fault), {}, b"{}")
       return
     if server.counts:
@@ -155,8 +157,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if query.get("ifGenerationMatch", generation or "0") != (
         generation or "0"):
       return 412, {}, b"{}"
-    status, headers, content = self._ask(self.command, self.path, body,
-                                         dict(self.headers))
+    sent = dict(self.headers)
+    if sent.get("Range", "").startswith("bytes=-"):
+      del sent["Range"]
+    status, headers, content = self._ask(self.command, self.path, body, sent)
+    if status == 200 and "Range" not in sent and "Range" in self.headers:
+      size = len(content)
+      content = content[-int(self.headers["Range"].removeprefix("bytes=-")):]
+      status, headers["Content-Range"] = 206, (
+          f"bytes {size - len(content)}-{size - 1}/{size}")
     if generation:
       headers["x-goog-generation"] = generation
     return status, headers, content

@@ -10,6 +10,7 @@ archives:
 
 import io
 import pathlib
+import subprocess
 import sys
 import tarfile
 
@@ -19,6 +20,9 @@ from PIL import Image
 # The first classes of ImageNet, in label order.
 SYNSETS = ("n01440764", "n01443537", "n01484850", "n01491361")
 N_TRAIN, N_VAL = 3, 6  # Training images of each class; validation images.
+
+# In which TFDS writes it.
+FORMATS = ("tfrecord", "array_record")
 
 
 def jpeg(rng: np.random.Generator) -> bytes:
@@ -73,6 +77,15 @@ def prepare_tfds(tars: pathlib.Path, data_dir: pathlib.Path,
                          file_format=file_format)
   builder.download_and_prepare(
       download_config=tfds.download.DownloadConfig(manual_dir=str(tars)))
+
+
+def python(*args):
+  """Runs a fresh interpreter that finds `tests/`; returns what it prints."""
+  done = subprocess.run(
+      [sys.executable, *args], capture_output=True, text=True, check=False,
+      cwd=pathlib.Path(__file__).parent, timeout=300)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout
 
 
 def _write(path, data):

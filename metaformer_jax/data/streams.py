@@ -185,11 +185,16 @@ def augment_rng(seed: int, epoch: int, index: int,
 
 def attempt(source: base.Source, transform: Transform, index: int,
             rng: np.random.Generator | None) -> tuple[Example, str]:
-  """Reads and transforms an example; returns it, and why it is bad, or ""."""
+  """Reads and transforms an example; returns it, and why it is bad, or "".
+
+  DataError if the data set cannot be read any more.
+  """
   record = {}
   try:
     record = source[index]
     return transform(record, rng), ""
+  except errors.DataError:  # The data set cannot be read any more.
+    raise
   except Exception as e:
     path = repr(record.get("path", ""))[1:-1]  # Escaped, to identify the file.
     return {}, errors.one_line(

@@ -8,6 +8,12 @@ any place; train on it with --config.data.source=array_record and
 --config.data.path. The records have the files' bytes: the examples are the same
 bit for bit.
 
+    python -m metaformer_jax.tools.prepare --stage \
+        --path=gs://BUCKET/imagenet --output=/mnt/ssd/imagenet
+
+copies any data set from a bucket to this machine, as it is, and compares the
+checksum of each file; a complete copy is recognised by names and sizes.
+
 Each image, and label map, is decoded once. If one cannot be used, it is named,
 and nothing is written, unless --skip_bad leaves it out. The folder gets its
 name when it is complete; its bytes depend on the data and --shards only.
@@ -40,6 +46,7 @@ from metaformer_jax.data.sources import (
   prepared,
 )
 from metaformer_jax.data.transforms import detection, segmentation
+from metaformer_jax.tools import staging
 
 log = logging.getLogger("metaformer_jax.tools.prepare")
 
@@ -160,6 +167,9 @@ class _Objects(_Split):
 
 def main(args: argparse.Namespace) -> None:
   """Writes the folder that the command line asks for."""
+  if args.stage:
+    staging.stage(args.path, paths.local("--output", args.output).absolute())
+    return
   output = _output(args.output)
   data = schema.Data(source=args.source, path=args.path,
                      train_split=args.train_split, eval_split=args.eval_split,
@@ -245,10 +255,11 @@ def _output(name: str) -> pathlib.Path:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
   """The command line."""
   parser = command.Parser(__doc__, "prepare")
-  parser.add_argument("--source", required=True,
-                      choices=("ade20k", "coco", "label_maps"),
+  parser.add_argument("--source", choices=("ade20k", "coco", "label_maps"),
                       help="the form of the data, as in config.data.source")
   parser.add_argument("--path", required=True, help="as in config.data.path")
+  parser.add_argument("--stage", action="store_true",
+                      help="copy a folder from gs:// instead; any data set")
   parser.add_argument("--output", required=True, help="a new folder")
   parser.add_argument("--train_split", help="as in config.data")
   parser.add_argument("--eval_split", help="as in config.data")
@@ -261,7 +272,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                       "in ade20k")
   parser.add_argument("--skip_bad", action="store_true",
                       help="leave out examples that cannot be used")
-  return parser.parse_args(argv)
+  args = parser.parse_args(argv)
+  others = [f"--{name}" for name, value in vars(args).items()
+            if name not in ("path", "output", "stage")
+            and value != parser.get_default(name)]
+  if args.stage and others:
+    parser.error(f"--stage copies files as they are, without {others[0]}")
+  if not args.stage and not args.source:
+    parser.error("--source is required, or --stage")
+  return args
 
 
 def count(text: str) -> int:

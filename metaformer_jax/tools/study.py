@@ -19,13 +19,15 @@ all combinations. Commas within brackets belong to a value.
 
 Each variant and seed is a run in WORKDIR/NAME/seed_N, which is resumed if it
 was interrupted, and skipped if it is finished. study.json, study.md and
-study.png in WORKDIR compare all finished runs by the experiments' best_metric.
+study.png in WORKDIR compare all finished runs by the experiments' best_metric;
+it may be gs://BUCKET/FOLDER.
 With --part=0/4 to --part=3/4, four hosts share the runs.
 """
 
 import argparse
 import fnmatch
 import gc
+import io
 import json
 import pathlib
 import re
@@ -33,7 +35,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from metaformer_jax import cli, command, errors
+from metaformer_jax import cli, command, errors, storage
 from metaformer_jax.config import json_data, paths, saved, shipped
 from metaformer_jax.config.schema import Experiment
 from metaformer_jax.config.tasks import Measure
@@ -65,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
   variants.require_different(
       {name: experiments[name, seeds[0]] for name in names})
   measure = _measure(experiments.values())
-  workdir = paths.local("--workdir", args.workdir)
+  workdir = paths.given("--workdir", args.workdir)
   for (name, seed), cfg in experiments.items():
     _require_same(cfg, workdir / name / f"seed_{seed}")
   index, count = args.part
@@ -118,10 +120,8 @@ def _train(cfg: Experiment, folder: pathlib.Path) -> None:
   except errors.DivergedError as e:  # Also a result of the study.
     summary = {"diverged": str(e)}
   network = cost.of_inputs(task.model, *task.init_inputs())
-  beside = folder / f"{_RESULT}.tmp"
-  beside.write_text(json.dumps(
+  storage.write(folder / _RESULT, json.dumps(
       {**summary, **network._asdict()}, indent=2) + "\n")
-  beside.replace(folder / _RESULT)
   jax.clear_caches()
   gc.collect()
 
@@ -136,8 +136,9 @@ def collect(study: dict[str, variants.Variant], workdir: pathlib.Path,
   rows = []
   scale = 100 if measure.is_fraction else 1
   for name, variant in study.items():
-    done = [_read_result(path, measure) for path in
-            sorted((workdir / name).glob(f"seed_*/{_RESULT}"))]
+    done = [_read_result(folder / _RESULT, measure) for folder in
+            sorted((workdir / name).glob("seed_*"))
+            if (folder / _RESULT).is_file()]
     if not done:
       continue
     values = [scale * run[measure.name] for run in done if measure.name in run]
@@ -169,9 +170,11 @@ def report(study: dict[str, variants.Variant], workdir: pathlib.Path,
 
   rows = collect(study, workdir, measure)
   workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / "study.json").write_text(json.dumps(rows, indent=2) + "\n")
-  (workdir / "study.md").write_text(table(rows, measure))
-  study_plot.draw(rows, measure, _title(measure), workdir / "study.png")
+  storage.write(workdir / "study.json", json.dumps(rows, indent=2) + "\n")
+  storage.write(workdir / "study.md", table(rows, measure))
+  picture = io.BytesIO()
+  study_plot.draw(rows, measure, _title(measure), picture)
+  storage.write(workdir / "study.png", picture.getvalue())
 
 
 def _title(measure: Measure) -> str:

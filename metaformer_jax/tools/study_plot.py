@@ -3,7 +3,7 @@
 import pathlib
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,8 +20,8 @@ _MANY, _FAR = 5, 12
 
 
 def draw(rows: Sequence[dict[str, Any]], measure: Measure, title: str,
-         path: pathlib.Path) -> None:
-  """Draws the rows of `study.collect` as a PNG.
+         target: pathlib.Path | IO[bytes]) -> None:
+  """Draws the rows of `study.collect` as a PNG, into a file.
 
   Left: a dot for each seed, a bar and a number for their mean, a cross for the
   published value. Right: parameters and MACs. Variants of which every run has
@@ -55,7 +55,7 @@ def draw(rows: Sequence[dict[str, Any]], measure: Measure, title: str,
   for axis, cost, label in zip(costs, ("n_params", "macs"),
                                ("parameters", "MACs of one image")):
     _draw_costs(axis, [float(row[cost]) for row in rows], label)
-  figure.savefig(path, dpi=90)
+  figure.savefig(target, format="png", dpi=90)
 
 
 def _limits(found: Sequence[Sequence[float]]) -> tuple[float, float]:

@@ -235,7 +235,7 @@ def test_an_output_that_is_in_use_is_refused(tree, tmp_path):
     (["--source=ade20k", "--path=.", "--output=o", "--shards=0"], "--shards"),
     (["--source=ade20k", "--path=.", "--output=o", "--shards=x"], "--shards"),
     (["--source=ade20k", "--path=s3://x/y", "--output=o"], "s3://x/y"),
-    (["--path=."], "--source")])
+    (["--path=.", "--output=o"], "--source")])
 def test_a_wrong_command_line_is_one_line(tmp_path, monkeypatch, args, part):
   monkeypatch.chdir(tmp_path)
   source_files.fails(lambda: prepare.main(prepare.parse(args)), part)

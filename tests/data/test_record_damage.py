@@ -5,7 +5,10 @@ TFRecord files are written by tensorboardX, whose CRC-32C is its own.
 
 import io
 import os
+import pathlib
 import struct
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -216,3 +219,35 @@ def test_no_damage_to_an_array_record_is_silent(tmp_path, n):
       except (ValueError, RuntimeError, OSError):
         n_bad += 1
   assert n_refused + n_bad > n / 100
+
+
+ENDS = """
+import sys
+import types
+from metaformer_jax.data import readers
+from metaformer_jax.data.sources import array_records
+part = types.SimpleNamespace(filename=sys.argv[1], skip=0, take=-1,
+                             examples_in_shard=4)
+records = array_records.Records([part])
+threads = readers.Threads(lambda i: records[i % 4], 4)
+answers = [threads.ask(i) for i in range(100)]
+answers[0]()
+print("ends")
+"""
+
+
+def test_python_can_end_while_threads_read(tmp_path):
+  """They would return from C++ to an interpreter that has ended: SIGABRT."""
+  from array_record.python import array_record_module  # noqa: PLC0415
+
+  path = str(tmp_path / "large.array_record")
+  writer = array_record_module.ArrayRecordWriter(
+      path, "group_size:1,uncompressed")
+  for _ in range(4):
+    writer.write(bytes(2**24))
+  writer.close()
+  done = subprocess.run(
+      [sys.executable, "-c", ENDS, path], capture_output=True, text=True,
+      env=os.environ | {"PYTHONPATH": str(
+          pathlib.Path(errors.__file__).parents[1])})
+  assert (done.returncode, done.stdout, done.stderr) == (0, "ends\n", "")

@@ -72,7 +72,7 @@ def test_a_valid_experiment_has_no_mistakes(folder):
   two = tasks.Classification(num_classes=2)
   assert check(two, source="folder", path=str(folder)) == []
   assert check(source="idx", path=str(folder / "idx")) == []
-  for path in (None, str(folder), "gs://bucket/data"):
+  for path in (None, str(folder)):
     assert check(source="tfds", name="imagenet2012", path=path) == []
 
 
@@ -115,7 +115,8 @@ def test_a_path_that_is_not_a_folder_is_a_line(folder, source):
 def test_a_url_is_not_a_local_folder(source):
   assert check(source=source, path="gs://bucket/data") == [
       "config.data.path: gs://bucket/data is not a local folder, which source "
-      f"{source} needs"]
+      f"{source} needs; mount the bucket, as launch/tpu_vm.py does, or copy "
+      "the data to this machine by tools.prepare --stage"]
   assert check(source=source, path="gs://bucket/data", files=False) == []
 
 

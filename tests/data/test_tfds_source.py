@@ -9,8 +9,6 @@ import pathlib
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import preprocessing
@@ -23,35 +21,14 @@ from metaformer_jax.data import loader, sources
 from metaformer_jax.data.sources import tfds as tfds_source
 from metaformer_jax.data.transforms import classification as transforms
 
-FORMATS = ("tfrecord", "array_record")
+FORMATS = tiny_imagenet.FORMATS
 INSIDE = pathlib.Path("imagenet2012", "5.1.0")
 N_TRAIN = len(tiny_imagenet.SYNSETS) * tiny_imagenet.N_TRAIN
 
 
-def python(*args):
-  """Runs a fresh interpreter that finds `tests/`; returns what it prints."""
-  done = subprocess.run(
-      [sys.executable, *args], capture_output=True, text=True, check=False,
-      cwd=pathlib.Path(tiny_imagenet.__file__).parent, timeout=300)
-  assert done.returncode == 0, done.stderr[-3000:]
-  return done.stdout
-
-
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
-  """{format: data_dir} of imagenet2012, prepared by TFDS and TensorFlow."""
-  pytest.importorskip("tensorflow_datasets")
-  root = tmp_path_factory.mktemp("imagenet")
-  tiny_imagenet.write_tars(root / "tars")
-  python("-c", f"""
-import pathlib
-import tiny_imagenet
-
-root = pathlib.Path({str(root)!r})
-for file_format in {FORMATS}:
-  tiny_imagenet.prepare_tfds(root / "tars", root / file_format, file_format)
-""")
-  return {name: root / name for name in FORMATS}
+def prepared(tfds_data):
+  return tfds_data
 
 
 @pytest.fixture(params=FORMATS)
@@ -259,7 +236,8 @@ print(total, any(m.split(".")[0] == "tensorflow" for m in sys.modules))
 
 @pytest.mark.parametrize("installed", ["installed", "hide"])
 def test_reading_imports_no_tensorflow(prepared, installed):
-  out = python("-c", READ_ALL, *map(str, prepared.values()), installed)
+  out = tiny_imagenet.python("-c", READ_ALL, *map(str, prepared.values()),
+                             installed)
   transform = evaluation(8)
   total = 2 * sum(
       int(transform({"image": data, "label": 0})["image"].sum(dtype=int))
@@ -268,8 +246,8 @@ def test_reading_imports_no_tensorflow(prepared, installed):
 
 
 def test_an_unknown_name_needs_no_tensorflow(prepared):
-  out = python("-c", READ_ALL, *map(str, prepared.values()), "hide",
-               "imagenet2013")
+  out = tiny_imagenet.python("-c", READ_ALL, *map(str, prepared.values()),
+                             "hide", "imagenet2013")
   *message, last = out.splitlines()
   assert message == ["config.data.name: TFDS has no data set 'imagenet2013'; "
                      "did you mean imagenet2012?"]

@@ -330,3 +330,17 @@ def test_a_pause_doubles_up_to_an_hour(launcher, tmp_path):
     longest = min(60 * 2 ** times, 3600)
     assert longest / 2 <= pause <= longest
   assert len(set(pauses)) == len(pauses)  # Jitter.
+
+
+def test_only_data_are_read_by_a_mount(launcher):
+  run = launcher.cloud.Run.of([
+      "--config=c.py", "--workdir=gs://runs/x/", "--config.init=gs://runs/y",
+      "--config.data.path=gs://data/tfds",
+      "-config.task.real_path=gs://other/real.json",
+      "--config.log.compilation_cache=gs://runs/cache"])
+  assert run.buckets == ("data", "other")
+  assert run.flags == (
+      "--config=c.py", "--workdir=gs://runs/x", "--config.init=gs://runs/y",
+      "--config.data.path=/gcs/data/tfds",
+      "-config.task.real_path=/gcs/other/real.json",
+      "--config.log.compilation_cache=gs://runs/cache")

@@ -269,7 +269,7 @@ def wait_for(shell, wanted: str) -> None:
 
 CLOUD = {
     "hostname": "echo t1v-n-1-w-3", "mountpoint": "exit 1", "sudo": '"$@"',
-    "gcsfuse": 'echo "$@" >>mounted',
+    "gcsfuse": 'echo "$@" >>mounted', "df": "echo Avail; echo 5000",
     # Ends at SIGTERM, as a run does; its child process does not.
     "train": 'trap "echo saved; exit 143" TERM\n'
              "sleep 300 >/dev/null 2>&1 &\n"
@@ -280,7 +280,7 @@ CLOUD = {
 def test_a_worker_starts_reports_and_stops_a_run(shell, tmp_path):
   state = shell("worker.sh", "state", programs=CLOUD)
   assert state.stdout == "worker 3 none none\n"
-  flags = ["train", f"--workdir={tmp_path}/gcs/runs-bucket/x", "a b"]
+  flags = ["train", "--config=c.py", "a b"]
   started = shell("worker.sh", "start", "id1", "data-bucket,runs-bucket",
                   *flags)
   assert started.returncode == 0, started.stderr
@@ -288,7 +288,15 @@ def test_a_worker_starts_reports_and_stops_a_run(shell, tmp_path):
           (tmp_path / "mounted").read_text().splitlines()] == [
               [name, f"{tmp_path}/gcs/{name}"]
               for name in ("data-bucket", "runs-bucket")]
-  assert "--metadata-cache-ttl-secs=0" in (tmp_path / "mounted").read_text()
+  cache = tmp_path / "metaformer_run" / "cache"
+  for line, name in zip((tmp_path / "mounted").read_text().splitlines(),
+                        ("data-bucket", "runs-bucket"), strict=True):
+    words = line.split()
+    assert words[:4] == ["--profile=aiml-training", "--implicit-dirs", "-o",
+                         "ro"]
+    assert words[4] == f"--cache-dir={cache / name}"
+    # Of what is free, four fifths for both.
+    assert words[5] == f"--file-cache-max-size-mb={5000 * 4 // 5 // 2}"
   wait_for(shell, "worker 3 id1 running")
   again = shell("worker.sh", "start", "id2", "", "train")
   assert again.returncode == 1 and "active already: id1" in again.stderr
@@ -296,8 +304,7 @@ def test_a_worker_starts_reports_and_stops_a_run(shell, tmp_path):
   wait_for(shell, "worker 3 id1 143")
   log = shell("worker.sh", "log", "10").stdout.splitlines()
   assert log[1:3] == [f"started {flags[1]} a b", "saved"]
-  kept = tmp_path / "gcs" / "runs-bucket" / "x" / "logs" / "t1v-n-1-w-3.log"
-  assert "exit code 143" in kept.read_text()
+  assert "exit code 143" in log[-1]
   # The child process has ended too: nothing holds the accelerator.
   assert shell("worker.sh", "start", "id2", "", "false").returncode == 0
   wait_for(shell, "worker 3 id2 1")
@@ -333,7 +340,8 @@ def test_a_worker_installs_the_archive(shell, tmp_path):
   stale.parent.mkdir()
   stale.write_text("")
   done = shell("worker.sh", "install", f"{tmp_path}/sent.tar.gz", programs={
-      "gcsfuse": "", "python3": f'echo "$@" >>{tmp_path}/installed'})
+      "gcsfuse": "echo --profile string",
+      "python3": f'echo "$@" >>{tmp_path}/installed'})
   assert done.returncode == 0, done.stderr
   assert (tmp_path / "metaformer_jax" / "setup.py").exists()
   assert not stale.exists()

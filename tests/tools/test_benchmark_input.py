@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 
+import ade_tree
+import fake_gcs
 import pytest
 from PIL import Image
 
-from metaformer_jax import errors
-from metaformer_jax.tools import benchmark_input
+from metaformer_jax import errors, storage
+from metaformer_jax.tools import benchmark_input, prepare
 
 
 @pytest.mark.parametrize("kind, workers", [
@@ -39,6 +41,48 @@ def test_ratios_are_of_the_same_round_and_cores_are_whole():
                        "  device over resize: 1.00 (0.80 to 1.00); goal 0.74"]
   del rates["timm"]
   assert not any("timm" in line for line in benchmark_input.table(rates))
+
+
+def test_what_comes_out_in_all_is_a_median_too():
+  assert benchmark_input.table(
+      {"read": [10, 30, 20]}, 50, {"read": [4, 2, 3]}) == [
+          "  read        20 images/s per core; 3 cores for 50; 3 in all"]
+
+
+def test_data_on_gs_is_measured_as_a_copy_is(tmp_path, capsys):
+  """Each record of a round is read: what is counted is what was served."""
+  pytest.importorskip("metaformer_jax.gcs")
+  pytest.importorskip("gcp_storage_emulator")
+  root = ade_tree.make(tmp_path, 12, 1)
+  prepare.main(prepare.parse(["--source=ade20k", f"--path={root}",
+                              f"--output={tmp_path}/o", "--shards=2"]))
+  with fake_gcs.serving() as (_, proxy):
+    url = f"gs://{fake_gcs.BUCKET}/o"
+    for path in (tmp_path / "o").iterdir():
+      storage.write(storage.path(f"{url}/{path.name}"), path.read_bytes())
+    prepare.main(prepare.parse(["--stage", f"--path={url}",
+                                f"--output={tmp_path}/staged"]))
+    proxy.counts = True
+    for path in (url, tmp_path / "staged"):
+      proxy.requests.clear()
+      benchmark_input.main(benchmark_input.parse(
+          ["--source=array_record", f"--path={path}", "--images=8",
+           "--measure=decode"]))
+      rates = json.loads(capsys.readouterr().out)
+      assert min(rates.values()) > 0
+      n_read = sum("alt=media" in asked and "array_record" in asked
+                   for _, asked, _ in proxy.requests)
+      # A warm-up and three rounds; each file is opened twice.
+      assert n_read == (4 * 8 + 2 * 2 if path == url else 0)
+
+
+@pytest.mark.parametrize("args, part", [
+    (["--path=gs://b/x"], "is not a local folder; mount the bucket, as"),
+    (["--source=tfds", "--name=x"], "--path: is missing, with --source=tfds"),
+    (["--images=0"], "'0' is not a positive integer")])
+def test_a_wrong_command_line_is_one_line(args, part):
+  with pytest.raises(errors.ConfigError, match=part):
+    benchmark_input.main(benchmark_input.parse(args))
 
 
 def test_an_interpreter_without_timm_is_a_line():

@@ -4,10 +4,11 @@ import dataclasses
 import json
 import sys
 
+import fake_gcs
 import pytest
 import shipped
 
-from metaformer_jax import errors
+from metaformer_jax import errors, storage
 from metaformer_jax.config.tasks import Measure
 from metaformer_jax.tools import study, study_plot, variants
 
@@ -89,6 +90,23 @@ def test_runs_what_is_missing_and_compares_all(run, capsys):
       "pooling", f"{rows[0]['n_params']:,}"]
   assert f" {mean:.2f} |" in table[2] and table[2].endswith(" 77.2 |")
   assert (run.folder / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_study_on_gs_is_that_on_disk(run):
+  pytest.importorskip("metaformer_jax.gcs")
+  pytest.importorskip("gcp_storage_emulator")
+  args = ("--only=pooling", "--seeds", "0")
+  want = run(*args)
+  with fake_gcs.serving() as (_, proxy):
+    run.folder = storage.path(f"gs://{fake_gcs.BUCKET}/study")
+    assert run(*args) == want
+    assert (run.folder / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert "| pooling |" in (run.folder / "study.md").read_text()
+    proxy.counts = True
+    assert run(*args) == want  # Its run is finished.
+    asked = [path for _, path, _ in proxy.requests]
+    assert asked and not any("checkpoints" in path for path in asked)
 
 
 def test_runs_are_compared_by_the_best_metric(run, capsys):

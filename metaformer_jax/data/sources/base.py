@@ -26,11 +26,15 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from metaformer_jax import errors
+from metaformer_jax import errors, storage
 from metaformer_jax.config import paths, schema
 from metaformer_jax.data.sources import fingerprints
 
 Record = Mapping[str, Any]
+
+# How data on gs:// is used that is not read from there.
+ELSEWHERE = ("mount the bucket, as launch/tpu_vm.py does, or copy the data to "
+             "this machine by tools.prepare --stage")
 
 
 class Classes(NamedTuple):
@@ -195,42 +199,48 @@ def check_names(own: Iterable[str], names: Iterable[str], where: Any) -> None:
 
 
 def check_path(data: schema.Data, files: bool, advice: str,
-               inside: Iterable[str], hint: str = "") -> Iterator[str]:
+               inside: Iterable[str], hint: str = "",
+               remote: bool = False) -> Iterator[str]:
   """Yields a line if `data.path` is missing, else those of `check_folder`.
 
   Args:
     data: its `path` may be None or empty.
     files: whether the folder must be on this machine.
     advice: what the path must name, for one that is missing.
-    inside, hint: as for `check_folder`.
+    inside, hint, remote: as for `check_folder`.
   """
   if not data.path:
     yield f"config.data.path: {data.path!r} with source {data.source}; {advice}"
   elif files:
-    yield from check_folder(data, inside, hint)
+    yield from check_folder(data, inside, hint, remote)
 
 
 def check_folder(data: schema.Data, inside: Iterable[str] = (),
-                 hint: str = "") -> Iterator[str]:
-  """Yields a line if `data.path` is not a local folder, else those of `inside`.
+                 hint: str = "", remote: bool = False) -> Iterator[str]:
+  """Yields a line if `data.path` is not a folder, else those of `inside`.
 
   Args:
     data: its `path` is set.
     inside: further checks; not iterated over if there is no folder.
     hint: where to get the folder; by default the nearest existing folder.
+    remote: whether the source also reads gs://.
   """
   assert data.path is not None
-  if "://" in data.path:
+  is_remote = storage.is_remote(data.path)
+  if "://" in data.path and not (remote and is_remote):
     yield (f"config.data.path: {data.path} is not a local folder, which source "
-           f"{data.source} needs")
+           f"{data.source} needs" + (f"; {ELSEWHERE}" if is_remote else
+                                     f", or a {storage.SCHEME} URL" if remote
+                                     else ""))
     return
   try:
-    root = paths.local("config.data.path", data.path)
+    root = paths.given("config.data.path", data.path)
     if root.is_dir():
       yield from inside
     else:
-      yield (f"config.data.path: {data.path} is not a folder"
-             f"{hint or nearest_folder(root)}")
+      hint = hint or ("; no object is in it, or there is no such bucket"
+                      if is_remote else nearest_folder(root))
+      yield f"config.data.path: {data.path} is not a folder{hint}"
   except errors.ConfigError as e:
     yield str(e)
   except OSError as e:  # A folder inside cannot be read.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from metaformer_jax import storage
 from metaformer_jax.config import comparison
 
 if TYPE_CHECKING:
@@ -43,7 +44,11 @@ def files(*parts: tuple[str, Sequence[bytes]]) -> dict[str, str]:
   has the size -1: the loader will report it.
 
   Args:
-    *parts: a folder, and the relative paths of files in it.
+    *parts: a folder, which may be on gs://, and the relative paths of files in
+      it.
+
+  Raises:
+    OSError: a folder on gs:// cannot be listed.
   """
   digest = hashlib.sha256()
   for _, names in parts:
@@ -54,13 +59,21 @@ def files(*parts: tuple[str, Sequence[bytes]]) -> dict[str, str]:
     chosen = np.sort(np.random.default_rng(0).choice(
         len(chosen), _SIZED, replace=False))
 
-  def path(i: int) -> bytes:
+  listed = {folder: storage.path(folder).objects()
+            for folder in {folder for folder, _ in parts}
+            if storage.is_remote(folder)}
+
+  def size(i: int) -> int:
     part = int(np.searchsorted(starts, i, "right")) - 1
     folder, names = parts[part]
-    return os.path.join(os.fsencode(folder), names[i - starts[part]])
+    name = names[i - starts[part]]
+    if folder in listed:
+      found = listed[folder].get(os.fsdecode(name))
+      return found.size if found else -1
+    return _size(os.path.join(os.fsencode(folder), name))
 
   with futures.ThreadPoolExecutor(_THREADS) as pool:
-    sizes = pool.map(lambda some: [_size(path(i)) for i in some],
+    sizes = pool.map(lambda some: [size(i) for i in some],
                      np.array_split(chosen, _THREADS))
     return {"file names": comparison.DIGEST + digest.hexdigest(),
             "sizes of files": arrays(np.array(

@@ -16,15 +16,15 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent import futures
 from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
 
-from metaformer_jax import errors
+from metaformer_jax import errors, storage
 from metaformer_jax.config import json_data, paths, schema
 from metaformer_jax.data.sources import (
+  array_records,
   base,
   fingerprints,
   folders,
@@ -43,7 +43,7 @@ _RECORDS = {"segmentation": "label_maps", "detection": "objects"}
 # Of an index: ten million images.
 _MAX_INDEX_BYTES = 2**28
 
-_AGAIN = "prepare the data set again"
+_AGAIN = array_records.AGAIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Index:
 
 
 class _Shard(NamedTuple):
-  """A file as array_record's data source takes it."""
+  """A file as `array_records.Records` takes it."""
 
   filename: str
   skip: int
@@ -132,43 +132,18 @@ def _write_file(path: pathlib.Path, content: bytes) -> None:
     os.fsync(file.fileno())
 
 
-def check_shard(path: str, n_examples: int) -> None:
-  """Raises ConfigError unless the file has that many records."""
-  from array_record.python import array_record_module  # noqa: PLC0415  Linux.
-
-  try:
-    if "://" not in path:
-      paths.open_file(path).close()  # The library would wait for a pipe.
-    reader = array_record_module.ArrayRecordReader(path)
-    found = reader.num_records()
-    reader.close()
-  except (OSError, RuntimeError, ValueError) as e:
-    raise errors.ConfigError(
-        f"{path}: cannot be read: {errors.one_line(e)}") from e
-  if found != n_examples:
-    raise errors.ConfigError(
-        f"{path}: holds {found} examples, not {n_examples}; {_AGAIN}")
-
-
 class _Records:
   """The records of a split, with their paths as texts."""
 
   def __init__(self, folder: pathlib.Path, split: str, index: Index):
     """Takes an index; raises ConfigError if a file is not as it says."""
-    self._paths = [_shard_path(folder, split, i, len(index.shards))
-                   for i in range(len(index.shards))]
-    self._counts = index.shards
-    self._records = None
-    with futures.ThreadPoolExecutor() as pool:
-      list(pool.map(check_shard, self._paths, self._counts))
+    n = len(index.shards)
+    self._paths = [_shard_path(folder, split, i, n) for i in range(n)]
+    self._records = array_records.Records([
+        _Shard(path, 0, count, count)
+        for path, count in zip(self._paths, index.shards)])
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    if self._records is None:
-      from array_record.python import array_record_data_source as lib  # noqa: PLC0415  Linux.
-
-      self._records = lib.ArrayRecordDataSource(
-          [_Shard(path, 0, n, n)
-           for path, n in zip(self._paths, self._counts)])
     record = msgpack.unpackb(self._records[index])
     return {**record, "path": os.fsdecode(record["path"])}
 
@@ -229,22 +204,36 @@ def _split(data: schema.Data, train: bool) -> str:
   """The name of a split: what the config says, or the first that is there."""
   named = data.train_split if train else data.eval_split
   names = folders.TRAIN if train else folders.EVAL
-  root = pathlib.Path(data.path).expanduser()
+  root = _folder(data)
   return named or next((name for name in names
                         if (root / f"{name}.json").is_file()), names[0])
+
+
+def _folder(data: schema.Data) -> pathlib.Path:
+  return paths.given("config.data.path", data.path)
+
+
+def _here(path: pathlib.Path) -> pathlib.Path:
+  """A local file with the content: the same, or a copy that is made once."""
+  try:
+    return storage.fetched(path, bool) if storage.is_remote(path) else path
+  except OSError as e:
+    raise errors.ConfigError(
+        f"config.data.path: {path} cannot be copied to this machine: "
+        f"{e.strerror or errors.one_line(e)}") from e
 
 
 def _read_index(data: schema.Data, train: bool) -> tuple[str, Index]:
   """The name and the index of a split; ConfigError if it is not one."""
   split = _split(data, train)
-  path = pathlib.Path(data.path).expanduser() / f"{split}.json"
+  path = _folder(data) / f"{split}.json"
   where = f"config.data.path: {path}"
   if not path.exists():
     raise errors.ConfigError(
         f"{where}: does not exist; give a folder that python -m "
         "metaformer_jax.tools.prepare wrote")
   try:
-    tree = json_data.read(path, _MAX_INDEX_BYTES)
+    tree = json_data.read(_here(path), _MAX_INDEX_BYTES)
     version = tree.get("version") if isinstance(tree, dict) else None
     if version != _VERSION:
       raise ValueError(f"has version {version!r} of the format, not {_VERSION}")
@@ -293,7 +282,7 @@ def create(data: schema.Data, train: bool,
   Raises:
     ConfigError: the index or a file of it is missing or damaged.
   """
-  folder = pathlib.Path(data.path).expanduser()
+  folder = _folder(data)
   split, index = _read_index(data, train)
   records = _Records(folder, split, index)
   if index.records == "label_maps":
@@ -310,7 +299,7 @@ def _objects(folder: pathlib.Path, split: str, records: _Records, index: Index,
   outlined, segments = None, None
   path = folder / f"{split}{TABLE}"
   try:
-    found, ids = objects.load(path)
+    found, ids = objects.load(_here(path))
     if found.sizes.tolist() != index.sizes:
       raise ValueError("it has images of other sizes than the index")
     if len(ids) != len(index.class_names or ()):
@@ -319,8 +308,9 @@ def _objects(folder: pathlib.Path, split: str, records: _Records, index: Index,
       path = folder / f"{split}{OUTLINES}"
       if not path.exists():
         raise ValueError("it does not exist, and masks need it")
-      segments = None if train else outline_files.load(path)
-      outlined = outline_files.exist(path) if train else segments.exist()
+      segments = None if train else outline_files.load(_here(path))
+      outlined = (outline_files.exist(_here(path)) if train else
+                  segments.exist())
       if len(outlined) != len(found.boxes):
         raise ValueError(f"it has {len(outlined)} outlines of "
                          f"{len(found.boxes)} objects")
@@ -355,7 +345,7 @@ def check(cfg: schema.Experiment, files: bool,
   """
   yield from base.check_path(
       cfg.data, files, "give the folder that tools.prepare wrote",
-      _check_inside(cfg, train))
+      _check_inside(cfg, train), remote=True)
 
 
 def _check_inside(cfg: schema.Experiment, train: bool) -> Iterator[str]:

@@ -8,12 +8,12 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from metaformer_jax import errors
+from metaformer_jax import errors, storage
 from metaformer_jax.config import schema
 from metaformer_jax.data.sources import (
+  array_records,
   base,
   fingerprints,
-  prepared,
   tfrecords,
 )
 
@@ -81,8 +81,13 @@ def create(name: str, data_dir: str | None, split: str | None,
   if info.num_examples <= 0:
     raise errors.ConfigError(f"{key}: {split!r} of {name} is empty")
   if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
-    records = _ArrayRecords(builder, split, info)
+    records = array_records.Records(info.file_instructions)
   elif builder.info.file_format == tfds.core.FileFormat.TFRECORD:
+    if storage.is_remote(builder.data_dir):
+      raise errors.ConfigError(
+          f"config.data.path: {name} is prepared as tfrecord, which is not "
+          f"read from {storage.SCHEME}; {base.ELSEWHERE}, or prepare it with "
+          "--file_format=array_record")
     records = tfrecords.Records(info.file_instructions)
   else:
     raise errors.ConfigError(
@@ -101,8 +106,8 @@ def check(cfg: schema.Experiment, files: bool,
   if not data.name:
     yield (f"config.data.name: {data.name!r} with source tfds; give the name "
            "of a data set, e.g. imagenet2012")
-  if files and data.path and "://" not in data.path:
-    yield from base.check_folder(data)
+  if files and data.path:
+    yield from base.check_folder(data, remote=True)
 
 
 class TfdsSource:
@@ -142,28 +147,3 @@ class TfdsSource:
     return fingerprints.files(*(
         (os.path.dirname(path), [os.fsencode(os.path.basename(path))])
         for path in self._paths))
-
-
-class _ArrayRecords:
-  """Serialized examples of an array_record data set."""
-
-  def __init__(self, builder, split: str, info):
-    self._builder, self._split = builder, split
-    self._source = None
-    self._n = info.num_examples
-    for part in info.file_instructions:
-      prepared.check_shard(os.fspath(part.filename), part.examples_in_shard)
-
-  def __len__(self) -> int:
-    return self._n
-
-  def __getitem__(self, index: int) -> bytes:
-    if self._source is None:
-      from tensorflow_datasets.core import decode  # noqa: PLC0415
-
-      self._source = self._builder.as_data_source(
-          self._split, deserialize_method=decode.DeserializeMethod.RAW_BYTES)
-    return self._source[index]
-
-  def __getstate__(self):
-    return {**self.__dict__, "_source": None}  # Each process opens its own.
