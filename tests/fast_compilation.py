@@ -6,7 +6,9 @@ from importlib import metadata
 
 from packaging import version
 
-_FLAGS = ["--xla_backend_optimization_level=0"]
+_FLAGS = ["--xla_backend_optimization_level=0",
+          # Otherwise the program is divided for several threads of LLVM.
+          "--xla_cpu_parallel_codegen_split_count=1"]
 # XLA ends the process for a flag that it does not know.
 if version.Version(metadata.version("jaxlib")) < version.Version("0.11"):
   _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
