@@ -1,6 +1,7 @@
 """TensorBoard's events of a run: scalars, and hyper-parameters."""
 
 import pathlib
+import socket
 import time
 from typing import Any
 
@@ -21,16 +22,17 @@ class Events:
   def __init__(self, folder: pathlib.Path, first_step: int, cfg: Experiment):
     """Opens a new file in the folder, which earlier processes may have used."""
     # Slow to import.
-    from tensorboardX import event_file_writer, summary  # noqa: PLC0415
+    from tensorboardX import record_writer, summary  # noqa: PLC0415
     from tensorboardX.proto import event_pb2, summary_pb2  # noqa: PLC0415
 
     self._event, self._summary = event_pb2.Event, summary_pb2.Summary
     folder.mkdir(exist_ok=True)
-    self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+    self._file = record_writer.RecordWriter(str(folder / name))
+    self._write(file_version="brain.Event:2")
     # TensorBoard drops what earlier processes wrote from this step on.
-    self._writer.write_event(self._event(
-        wall_time=time.time(), step=first_step,
-        session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
+    self._write(step=first_step, session_log=event_pb2.SessionLog(
+        status=event_pb2.SessionLog.START))
     *start, self._end = summary.hparams(
         hyper_parameters(cfg),
         {f"eval/{measure.name}": None for measure in cfg.task.MEASURES})
@@ -48,12 +50,16 @@ class Events:
     self._add(step, self._end)
 
   def _add(self, step: int, summary: Any) -> None:
-    self._writer.write_event(self._event(
-        wall_time=time.time(), step=step, summary=summary))
-    self._writer.flush()
+    self._write(step=step, summary=summary)
+    self._file.flush()
+
+  def _write(self, **fields: Any) -> None:
+    self._file.write(self._event(
+        wall_time=time.time(), **fields).SerializeToString())
 
   def close(self) -> None:
-    self._writer.close()
+    """Closes the file, even if what is left cannot be written."""
+    self._file.close()
 
 
 def hyper_parameters(cfg: Experiment) -> dict[str, bool | float | str]:
