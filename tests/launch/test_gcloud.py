@@ -161,7 +161,8 @@ class Enough(Exception):
   """The supervisor has polled for long enough."""
 
 
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("part", [
+    0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 5))])
 @pytest.mark.parametrize("backend", ["queued", "mig"])
 def test_whatever_gcloud_prints_the_supervisor_goes_on_or_ends(
     backend, part, launcher, tmp_path, capsys, monkeypatch):

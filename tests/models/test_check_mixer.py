@@ -11,7 +11,9 @@ from metaformer_jax import errors, testing
 from metaformer_jax.models import check_mixer, mixers
 
 
-@pytest.mark.parametrize("name", mixers.MIXERS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name == "attention"))
+    for name in mixers.MIXERS])
 def test_the_papers_mixers_pass(name):
   metaformer_jax.check_mixer(name)
 

@@ -34,7 +34,7 @@ CASES = {
     "batch norm": {"depths": (3,), "dims": (8,), "norm": "batch_norm",
                    "token_mixers": ("pooling",)},
 }
-FAST = [("poolformer", "both"), ("caformer", "both"), ("batch norm", "scan")]
+FAST = [("poolformer", "both"), ("caformer", "both")]
 
 
 def create(overrides, compile=None, **kwargs):
@@ -143,7 +143,9 @@ def test_a_scanned_program_does_not_grow_with_the_blocks():
   assert sizes[SCAN, 2] == sizes[SCAN, 3] == sizes[None, 2] - one_block
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("scan", [
+    False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["unrolled", "scanned"])
 def test_remat_keeps_less(scan):
   """Bytes that wait for the backward pass, by policy and by stage."""
   overrides = {"depths": (2, 2), "dims": (8, 12), "token_mixers": (

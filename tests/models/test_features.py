@@ -42,7 +42,9 @@ def shapes_of(case, height, width):
       jnp.zeros((1, height, width, 3))).items()}
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=[pytest.mark.slow] * (case == "resnet50"))
+    for case in MODELS])
 def test_masks_are_what_the_images_alone_have(case):
   sizes = SIZES if case in NEED_32 else (*SIZES, *SMALL)
   mask = np.zeros((len(sizes), 96, 128), bool)

@@ -69,9 +69,12 @@ def counted(monkeypatch):
   return calls
 
 
+# Of the default tests: all, some and none of the branches are kernels.
+FAST = ("pooling", "PoolFormerV2", "no residual", "batch norm")
+
+
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.slow)
-    if name in ("hybrid", "pooling after LayerNorm") else name
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST))
     for name in CASES])
 def test_kernels_give_what_the_modules_give(monkeypatch, name):
   overrides, n_kernels = CASES[name]

@@ -33,6 +33,7 @@ def preflight(tmp_path, *arguments):
       f"--config.log.compilation_cache={tmp_path}/cache", *arguments])
 
 
+@pytest.mark.slow
 def test_the_command_on_a_small_model(tmp_path):
   done = preflight(tmp_path, "--topology=v5e-8", "--json")
   assert done.returncode == 0, done.stderr
