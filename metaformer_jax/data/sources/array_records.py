@@ -51,7 +51,7 @@ class _Reads:
     """Within it, Python does not end."""
     with self._changed:
       if self._has_ended:
-        raise RuntimeError("Python ends")
+        raise RuntimeError("the interpreter is shutting down")
       self._n += 1
     try:
       yield
