@@ -102,7 +102,7 @@ def test_unmet_evaluates_markers_for_the_other_python():
 
 @pytest.mark.soak
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="wheels of x86_64")
-@pytest.mark.parametrize("python", ["3.11", "3.12"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 @pytest.mark.parametrize(
     "extra", ["tpu", "cuda", "cuda13", "hub", "tfds", "gcs", "wandb", "test"])
 def test_extras_resolve(extra, python, tools, tmp_path):
