@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 
+from metaformer_jax import errors, storage
 from metaformer_jax.doctor import versions
 from metaformer_jax.doctor.versions import FAIL, OK, WARN, Line
 
@@ -81,10 +82,13 @@ def writing(name: str, folder: str | pathlib.Path, state: str = FAIL,
 
   Args:
     name: of the line.
-    folder: to test; if it does not exist, its nearest existing parent is.
+    folder: to test, which may be on gs://; if it does not exist, its nearest
+      existing parent is.
     state: of the line if it is not writable.
     mounts: the file that lists the mounted file systems.
   """
+  if storage.is_remote(folder):
+    return _writing_object(name, folder, state)
   made = None
   try:
     where = pathlib.Path(folder).expanduser().absolute()
@@ -111,6 +115,23 @@ def writing(name: str, folder: str | pathlib.Path, state: str = FAIL,
     return Line(name, OK, text)  # A bucket has no limit to report.
   text += f", {free / _GIB:,.1f} GiB free"
   return Line(name, WARN if free < _GIB else OK, text)
+
+
+def _writing_object(name: str, folder: str | pathlib.Path, state: str) -> Line:
+  """Writes, reads and deletes an object in a folder on gs://."""
+  try:
+    path = storage.path(str(folder)) / f".doctor-{os.getpid()}"
+    try:
+      storage.write(path, b"checkpoint")
+      if path.read_bytes() != b"checkpoint":
+        raise OSError(0, "an object read back differs from what was written")
+    finally:
+      path.unlink(missing_ok=True)
+  except errors.UserError as e:
+    return Line(name, state, str(e))
+  except OSError as e:
+    return Line(name, state, f"{folder}: {e.strerror or e}")
+  return Line(name, OK, f"{folder} is writable, object storage")
 
 
 def _file_system(folder: pathlib.Path, mounts: str) -> str:

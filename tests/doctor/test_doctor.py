@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -10,13 +11,14 @@ import sys
 import time
 
 import command_line
+import fake_gcs
 import pytest
 import source_files
 
-from metaformer_jax import command
+from metaformer_jax import command, storage
 from metaformer_jax.config import schema, tasks
 from metaformer_jax.doctor import machine, versions
-from metaformer_jax.doctor.versions import FAIL, OK, WARN, Package
+from metaformer_jax.doctor.versions import FAIL, OK, WARN, Line, Package
 from metaformer_jax.tools import doctor
 
 
@@ -325,6 +327,24 @@ def test_a_full_disk_is_a_warning(tmp_path, monkeypatch):
   monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
   line = machine.writing("workdir", tmp_path)
   assert line.state == WARN and "0.5 GiB free" in line.text
+
+
+def test_a_bucket_is_written_to():
+  pytest.importorskip("metaformer_jax.gcs")
+  pytest.importorskip("gcp_storage_emulator")
+  with fake_gcs.serving() as (_, proxy):
+    folder = storage.path(f"gs://{fake_gcs.BUCKET}/runs/s24")
+    assert machine.writing("workdir", folder) == Line(
+        "workdir", OK, f"{folder} is writable, object storage")
+    assert not folder.exists()
+    line = machine.writing("workdir", "gs://another-bucket/run")
+    assert (line.state, line.text) == (
+        FAIL, "gs://another-bucket/run: there is no such object or bucket")
+    line = machine.writing("workdir", "gs://b")
+    assert line.state == FAIL and "no valid name of a bucket" in line.text
+    proxy.faults = itertools.repeat("403")
+    line = machine.writing("workdir", str(folder))
+    assert line.state == FAIL and line.text.startswith(f"{folder}: ")
 
 
 def test_a_folder_of_data_is_read(tmp_path):
