@@ -42,7 +42,7 @@ SAVE_EVERY = 500
 def bare_step(state, batch, *, task, tx, schedule, seed, ema_decay, accumulate):
   """`step.train_step` without the checks."""
   del schedule
-  rngs = rng_lib.for_step(seed, state.step)
+  rngs = rng_lib.for_step(seed, state.step, task.rng_names)
   grads, metrics, model_state = step.gradients(
       task, state, batch, rngs, accumulate)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -66,9 +66,10 @@ def seconds(function, *args) -> float:
 def main(args: argparse.Namespace) -> None:
   cfg = schema.Experiment(
       model=schema.Model(name="poolformer_s12"),
-      task=tasks.Classification(image_size=args.image_size),
+      task=tasks.Classification(num_classes=1000,
+                                image_size=args.image_size),
       train=schema.Train(batch_size=args.batch_size, ema_decay=0.9999))
-  task = classification.create(cfg)[1]
+  cfg, task = classification.create(cfg)
   mesh = devices.make_mesh(cfg)
   tx, schedule = optim.create(cfg, 1000, 100.0)
   state = jax.jit(lambda: state_lib.create(task, tx, 0, 0.9999))()
