@@ -64,7 +64,7 @@ install() {
 }
 
 # For data, which are only read and do not change during a run: names and sizes
-# are kept for ever, and files that are read from their beginning on the disk,
+# are kept forever, and files that are read from their beginning on the disk,
 # of which a fifth stays free.
 mount_bucket() {
   local free

@@ -4,7 +4,9 @@ import gc
 import os
 import tempfile
 
+import fake_gcs
 import fast_compilation
+import pytest
 
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""),
@@ -33,6 +35,21 @@ def pytest_addoption(parser):
 
 def pytest_collection_finish():
   fast_compilation.share_contexts()
+
+
+@pytest.fixture(scope="module")
+def cloud():
+  """Object storage on the loopback: `fake_gcs.serving`."""
+  with fake_gcs.serving() as found:
+    yield found
+
+
+@pytest.fixture
+def proxy(cloud):
+  """The proxy of `cloud`, without faults and without what it has counted."""
+  yield cloud[1]
+  cloud[1].faults, cloud[1].is_away = iter(()), False
+  cloud[1].counts, cloud[1].requests = False, []
 
 
 def pytest_unconfigure():

@@ -32,18 +32,6 @@ TASK = section.Segmentation(num_classes=150, reduce_zero_label=True,
                             scale=(128, 64), crop_size=(32, 32))
 
 
-@pytest.fixture(scope="module")
-def cloud():
-  with fake_gcs.serving() as found:
-    yield found
-
-
-@pytest.fixture
-def proxy(cloud):
-  yield cloud[1]
-  cloud[1].faults, cloud[1].is_away = iter(()), False
-
-
 def upload(folder, name):
   """Copies a folder to the bucket; returns its URL."""
   target = storage.path(f"gs://{fake_gcs.BUCKET}/{name}")

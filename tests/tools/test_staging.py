@@ -30,19 +30,6 @@ FILES = {"train/a/1.jpg": 70_000, "train/b/ä 2.jpg": 3, "val/empty": 0,
          "classes.txt": 100}
 
 
-@pytest.fixture(scope="module")
-def cloud():
-  with fake_gcs.serving() as found:
-    yield found
-
-
-@pytest.fixture
-def proxy(cloud):
-  yield cloud[1]
-  cloud[1].faults, cloud[1].is_away = iter(()), False
-  cloud[1].counts, cloud[1].requests = False, []
-
-
 @pytest.fixture
 def url(cloud, request):
   """A data set of `FILES`."""

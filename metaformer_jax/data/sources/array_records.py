@@ -2,9 +2,10 @@
 
 array_record has its own client of Google Cloud Storage, which finds credentials
 itself, and repeats a request for a quarter of an hour after 429, 5xx and broken
-connections. It does not say whether a record is damaged or the file cannot be
-read, so what fails on gs:// is told apart here: a file that is not there as it
-was, or cannot be read, ends the run; a damaged record makes a bad example.
+connections. Its errors do not distinguish a damaged record from a file that
+cannot be read, so this module opens the file again after a failed read: if it
+has changed, is missing or cannot be read, the run ends. Otherwise the record is
+damaged, and is a bad example.
 """
 
 import atexit

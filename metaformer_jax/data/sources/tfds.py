@@ -80,22 +80,25 @@ def create(name: str, data_dir: str | None, split: str | None,
         f"config.data.name: the label of {name} is not a class")
   if info.num_examples <= 0:
     raise errors.ConfigError(f"{key}: {split!r} of {name} is empty")
-  if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
-    records = array_records.Records(info.file_instructions)
-  elif builder.info.file_format == tfds.core.FileFormat.TFRECORD:
-    if storage.is_remote(builder.data_dir):
-      raise errors.ConfigError(
-          f"config.data.path: {name} is prepared as tfrecord, which is not "
-          f"read from {storage.SCHEME}; {base.ELSEWHERE}, or prepare it with "
-          "--file_format=array_record")
-    records = tfrecords.Records(info.file_instructions)
-  else:
-    raise errors.ConfigError(
-        f"config.data.path: {name} is prepared as "
-        f"{builder.info.file_format.value}, which has no random access; "
-        f"prepare it with --file_format=array_record")
-  return TfdsSource(records, features, [
+  return TfdsSource(_records(name, builder, info), features, [
       os.fspath(part.filename) for part in info.file_instructions])
+
+
+def _records(name: str, builder: Any, info: Any) -> Sequence[bytes]:
+  """Opens the files of a split; ConfigError as for `create`."""
+  file_format = builder.info.file_format.value
+  if file_format == "array_record":
+    return array_records.Records(info.file_instructions)
+  if file_format != "tfrecord":
+    raise errors.ConfigError(
+        f"config.data.path: {name} is prepared as {file_format}, which has no "
+        "random access; prepare it with --file_format=array_record")
+  if storage.is_remote(builder.data_dir):
+    raise errors.ConfigError(
+        f"config.data.path: {name} is prepared as tfrecord, which is not read "
+        f"from {storage.SCHEME}; {base.ELSEWHERE}, or prepare it with "
+        "--file_format=array_record")
+  return tfrecords.Records(info.file_instructions)
 
 
 def check(cfg: schema.Experiment, files: bool,
