@@ -33,6 +33,11 @@ def pytest_addoption(parser):
                    help="folder of the full-size files, for -m parity")
 
 
+def pytest_xdist_auto_num_workers():
+  # One more than there are cores: many tests wait for processes of their own.
+  return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_collection_finish():
   fast_compilation.share_contexts()
 

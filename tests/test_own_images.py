@@ -115,6 +115,7 @@ def test_evaluations_agree(home, trained_run):
       r["top1"] for r in logged if r["split"] == "eval")
 
 
+@pytest.mark.slow
 def test_exported_weights_keep_the_names(home, trained_run):
   path = home / "photos.safetensors"
   words = command("tools.convert", "--layout=timm")

@@ -58,6 +58,25 @@ class _Path(type(epath.Path())):
     return (self / name for name in glob.glob(pattern, root_dir=self))
 
 
+def copied(trees: Trees) -> Trees:
+  """The values of some trees in the memory of this host, for `Store.save`.
+
+  An array of which other processes hold parts stays one, of this process's
+  parts; of any other array there is one copy for all devices.
+  """
+  def start(x):
+    if not (x.is_fully_addressable or x.is_fully_replicated):
+      return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+    x.copy_to_host_async()
+    return x
+
+  def finish(x):
+    return x if x.sharding.memory_kind == "pinned_host" else np.asarray(x)
+
+  return jax.tree.map(
+      finish, jax.block_until_ready(jax.tree.map(start, trees)))
+
+
 class Store:
   """Writes steps in the background, and reads them."""
 
@@ -65,11 +84,17 @@ class Store:
     # No folder is renamed, on no file system.
     in_place = ocp.options.AtomicityOptions(
         mode=ocp.options.AtomicityMode.COMMIT_FILE)
+    # With their names, the processes meet by jax's coordination service, which
+    # any thread may use, and not by a program on their devices.
+    processes = ocp.options.MultiprocessingOptions(
+        active_processes=set(range(jax.process_count())))
     self._orbax = ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(atomicity_options=in_place),
-            **{name: ocp.StandardCheckpointHandler() for name in _ITEMS}),
-        atomicity_options=in_place)
+            composite_options=ocp.CompositeOptions(
+                multiprocessing_options=processes, atomicity_options=in_place),
+            **{name: ocp.StandardCheckpointHandler(
+                multiprocessing_options=processes) for name in _ITEMS}),
+        multiprocessing_options=processes, atomicity_options=in_place)
 
   def save(self, folder: pathlib.Path, trees: Trees) -> None:
     """Starts to save; returns once the arrays are copied off the devices."""

@@ -51,7 +51,7 @@ class Checkpoints:
     self._failure: tuple[int, Exception] | None = None
     self._verified: int | None = None
     self._is_remote = storage.is_remote(self.directory)
-    self._outage = outages.Outage(self.directory)
+    self._outage = outages.Outage(self.directory, lock)
 
   def save(self, step: int, trees: Trees, record: accounting.Record,
            data: Mapping[str, Any] | None = None, *, needed: bool = True,
@@ -75,44 +75,37 @@ class Checkpoints:
         workdir's lock is lost.
     """
     facts = {"step": step, "record": dataclasses.asdict(record), "metrics": {},
-             "data": dict(data or {}), "tree": arrays.described(trees)}
+             "data": dict(data or {}), "tree": arrays.described(trees),
+             "before": before}
 
     def start():
       self.wait()
-      self._save(step, trees, facts, before)
+      try:
+        self._begin(step, trees)
+      except Exception as e:
+        self._failure = step, e
+        self.check()
+      else:
+        self._start(self._complete, step, {**facts})
 
     if not self._is_remote:
       start()
-    elif not needed:
-      if self._answers(step):
-        start()
-    else:
+    elif needed:
       self._persist(lambda: (start(), self.wait(), self._outage.require(step)),
                     step)
+    elif self._outage.passes(step, self._last):
+      # Requests take long, and the devices do not wait for them.
+      self.wait()
+      self._start(self._save, step, {
+          **facts, "trees": arrays.copied(trees)})
 
-  def _save(self, step: int, trees: Trees, facts: dict[str, Any],
-            before: Callable[[], None]) -> None:
+  def _begin(self, step: int, trees: Trees) -> None:
+    """Starts to write a step; returns once it is copied off the devices."""
     folder = self.directory / str(step)
-    try:
-      if jax.process_index() == 0:
-        self._require_lock()
-        steps.begin(folder)
-      self._store.save(folder, trees)
-    except Exception as e:
-      self._failure = step, e
-      self.check()
-      return
-    self._start(self._complete, step, {**facts, "before": before})
-
-  def _answers(self, step: int) -> bool:
-    """Whether object storage does; else says that a step is left out."""
-    def ask():
-      return int(not self._lock or self._lock.reachable(outages.ANSWER))
-
-    found = bool(processes.on_first(ask))
-    if not found:
-      self._outage.leave_out(step)
-    return found
+    if jax.process_index() == 0:
+      self._require_lock()
+      steps.begin(folder)
+    self._store.save(folder, trees)
 
   def add_metrics(self, step: int, metrics: Mapping[str, float],
                   before: Callable[[], None] = lambda: None) -> None:
@@ -128,8 +121,6 @@ class Checkpoints:
     Raises:
       ConfigError: they do not include the one that ranks checkpoints.
     """
-    if step == self._outage.missing:
-      return
     wanted = self._best.name
     if self._cfg.keep_best and wanted not in metrics:
       raise errors.ConfigError(
@@ -148,6 +139,13 @@ class Checkpoints:
       except Exception as e:
         self._failure = step, e
     self._last = self._thread.submit(run)
+
+  def _save(self, step: int, facts: dict[str, Any]) -> None:
+    """Writes a step and completes it, if object storage answers."""
+    trees = facts.pop("trees")
+    if self._outage.is_over(step, f"the save of step {step}"):
+      self._begin(step, trees)
+      self._complete(step, facts)
 
   def _complete(self, step: int, facts: dict[str, Any]) -> None:
     """Once everything is written, makes it a step."""
@@ -174,7 +172,7 @@ class Checkpoints:
       manifest.add_metrics(self.directory / str(step), facts["metrics"])
       self._prune()
 
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and step not in self._outage.missing:
       self._persist(commit, step)
 
   def _persist(self, act: Callable[[], None], step: int) -> None:

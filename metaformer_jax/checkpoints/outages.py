@@ -3,8 +3,11 @@
 import logging
 import pathlib
 import time
+from collections.abc import Callable
+from concurrent import futures
 
 from metaformer_jax import errors
+from metaformer_jax.runtime import leases, processes
 
 log = logging.getLogger(__name__)
 
@@ -17,13 +20,47 @@ class Outage:
   """What a run has not saved since its last checkpoint.
 
   Attributes:
-    missing: the newest step that was left out; None if there is none.
+    missing: the steps that were left out.
   """
 
-  def __init__(self, where: pathlib.Path):
-    """`where` is the folder of the checkpoints, for messages."""
-    self._where, self._since = where, None
-    self.missing: int | None = None
+  def __init__(self, where: pathlib.Path, lock: leases.Lease | None):
+    """Takes the folder of the checkpoints, and what process 0 asks for."""
+    self._where, self._lock, self._since = where, lock, None
+    self.missing: set[int] = set()
+
+  def passes(self, step: int, last: futures.Future | None) -> bool:
+    """Waits for the last save, unless object storage does not answer.
+
+    Of several processes, all must call it, and the first one waits.
+
+    Returns:
+      Whether the step can be saved; else says that it is left out.
+    """
+    def wait():
+      while last and not last.done():
+        if not self._answers():
+          return False
+        futures.wait([last], ANSWER)
+      return True
+
+    return self._agreed(step, wait)
+
+  def is_over(self, step: int, topic: str) -> bool:
+    """Whether object storage answers; else says that a step is left out.
+
+    All processes must call it, with a topic as for `processes.on_first`.
+    """
+    return self._agreed(step, self._answers, topic)
+
+  def _answers(self) -> bool:
+    return not self._lock or self._lock.reachable(ANSWER)
+
+  def _agreed(self, step: int, ask: Callable[[], bool],
+              topic: str = "") -> bool:
+    found = bool(processes.on_first(lambda: int(ask()), topic))
+    if not found:
+      self.leave_out(step)
+    return found
 
   def leave_out(self, step: int, error: Exception | None = None) -> None:
     """Notes and says that a step is not saved.
@@ -33,7 +70,8 @@ class Outage:
     """
     why = f" ({errors.one_line(error)})" if error else ""
     now = time.monotonic()
-    self.missing, self._since = step, self._since or now
+    self.missing.add(step)
+    self._since = self._since or now
     if now - self._since > PATIENCE:
       raise errors.StorageError(
           f"{self._where}: object storage has taken no checkpoint for "
@@ -45,9 +83,10 @@ class Outage:
 
   def end(self) -> None:
     """A step was saved."""
-    self.missing = self._since = None
+    self._since = None
+    self.missing.clear()
 
   def require(self, step: int) -> None:
     """Raises an OSError that may pass if a step was left out."""
-    if self.missing == step:
+    if step in self.missing:
       raise OSError(f"UNAVAILABLE: step {step} was not saved")

@@ -7,6 +7,7 @@ once.
 """
 
 import atexit
+import collections
 import contextlib
 import itertools
 import json
@@ -30,10 +31,10 @@ from metaformer_jax.runtime import launchers, rendezvous
 
 log = logging.getLogger(__name__)
 
-# Names in the store of jax's coordination service. Messages are numbered: all
-# processes consult each other in the same order.
+# Names in the store of jax's coordination service. Messages about a topic are
+# numbered: all processes consult each other about it in the same order.
 _STORE, _FAILURE = "metaformer_jax/messages", "metaformer_jax/failures"
-_counter = itertools.count()
+_counters = collections.defaultdict(itertools.count)
 
 # Taken by the thread that ends this process.
 _ending = threading.Lock()
@@ -134,7 +135,8 @@ def _place() -> tuple[int, int]:
       found.process_id, found.num_processes)
 
 
-def _consult(message: str, decide: Callable[[list[str]], str]) -> str:
+def _consult(message: str, decide: Callable[[list[str]], str],
+             topic: str = "") -> str:
   """What process 0 makes of the messages of all; all must call it.
 
   Messages pass through the store of jax's coordination service: no device, and
@@ -143,9 +145,10 @@ def _consult(message: str, decide: Callable[[list[str]], str]) -> str:
   Args:
     message: of this process.
     decide: called on process 0 with all messages, in order.
+    topic: what it is about; threads need different ones.
   """
   index, count = _place()
-  name = f"{_STORE}/{next(_counter)}"
+  name = f"{_STORE}/{topic}/{next(_counters[topic])}"
   store = distributed.global_state.client
   if index:
     store.key_value_set(f"{name}/{index}", message)
@@ -173,11 +176,12 @@ def _wait_for(key: str) -> str:
 
 
 @contextlib.contextmanager
-def agreeing() -> Iterator[None]:
+def agreeing(topic: str = "") -> Iterator[None]:
   """An error in the block on one process is raised on all of them.
 
-  All processes must enter it. An error that is not a `UserError` becomes a
-  `WorkerLostError` on the others.
+  All processes must enter it, with the same topic in other threads than the
+  main one. An error that is not a `UserError` becomes a `WorkerLostError` on
+  the others.
   """
   if _place()[1] == 1:
     yield
@@ -189,7 +193,8 @@ def agreeing() -> Iterator[None]:
     failure = e
   decided = _consult(
       "" if failure is None else f"{type(failure).__name__}: {failure}",
-      lambda said: json.dumps({i: e for i, e in enumerate(said) if e}))
+      lambda said: json.dumps({i: e for i, e in enumerate(said) if e}),
+      topic)
   failed = json.loads(decided)
   if failure is not None:
     raise failure
@@ -197,18 +202,19 @@ def agreeing() -> Iterator[None]:
     raise _as_error(int(i), said)
 
 
-def on_first(decide: Callable[[], int | None]) -> int | None:
+def on_first(decide: Callable[[], int | None], topic: str = "") -> int | None:
   """Returns on every process what the first one decides, or raises.
 
-  All must call it; devices take no part.
+  All must call it, with the same topic in other threads than the main one;
+  devices take no part.
   """
   found, (index, count) = None, _place()
-  with agreeing():
+  with agreeing(topic):
     if index == 0:
       found = decide()
   if count == 1:
     return found
-  return json.loads(_consult(json.dumps(found), lambda said: said[0]))
+  return json.loads(_consult(json.dumps(found), lambda said: said[0], topic))
 
 
 def _as_error(i: int, said: str) -> errors.UserError:

@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent import futures
@@ -15,8 +16,9 @@ from metaformer_jax.config import paths
 
 log = logging.getLogger("metaformer_jax.tools.prepare")
 
-# Files that are copied at a time; blocks of 16 MiB of each are in memory.
-_AT_ONCE = 16
+# Files that are copied at a time, by threads of this name; blocks of 16 MiB of
+# each are in memory.
+_AT_ONCE, _THREADS = 16, "staging"
 # Files that wait for it.
 _QUEUED = 4096
 
@@ -156,13 +158,20 @@ def _copy(source: Any, objects: Mapping[str, Any],
     return objects[name].size
 
   names, total = iter(objects), sum(facts.size for facts in objects.values())
-  with futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+  pool = futures.ThreadPoolExecutor(_AT_ONCE, _THREADS)
+  try:
     done, said = 0, time.monotonic()
     for size in _in_order(pool, copy, names):
       done += size
       if time.monotonic() - said > _INTERVAL:
         said = time.monotonic()
         log.info("%s of %s are copied", _bytes(done), _bytes(total))
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
+    # A pool that a signal has interrupted may not know its last thread.
+    for thread in threading.enumerate():
+      if thread.name.startswith(_THREADS) and thread.is_alive():
+        thread.join()
 
 
 def _in_order(pool: futures.Executor, function: Any,

@@ -170,6 +170,7 @@ def start(workdir, **changes):
 ONE = dataclasses.replace(CFG.train, steps=1)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_file(weights, tmp_path):
   """On eight devices that share the arrays."""
   path, known = weights

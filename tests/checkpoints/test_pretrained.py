@@ -135,7 +135,8 @@ def test_damaged_files_come_through_as_one_line(tmp_path, write):
     ("deit_small_distilled_patch16_224", "timm", VIT,
      ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")),
     ("resnet18", "timm", RESNET, ("head/kernel", "head/bias")),
-    ("pvt_tiny", "official", PVT, ("head/kernel", "head/bias")),
+    pytest.param("pvt_tiny", "official", PVT, ("head/kernel", "head/bias"),
+                 marks=pytest.mark.slow),
 ])
 def test_heads(name, layout, settings, head, write):
   path = write(name, layout, **settings)
@@ -246,7 +247,8 @@ def test_invalid_numbers_are_refused(write):
     ("poolformer_s12", "official", SMALL), ("resnet18", "timm", RESNET),
     ("vit_base_patch16_224", "timm", VIT), ("pvt_tiny", "official", PVT),
     ("mixer_b16_224", "timm", TINY)])
-@pytest.mark.parametrize("n", [1, 4, 6, 2])
+@pytest.mark.parametrize("n", [
+    1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 2))])
 def test_only_the_stem_depends_on_the_channels(name, layout, settings, n,
                                                write):
   path = write(name, layout, **settings)
@@ -299,7 +301,8 @@ def test_hybrids_are_resized(write):
 @pytest.mark.parametrize("name, layout, settings, size", [
     ("vit_base_patch16_224", "timm", VIT, (128, 160)),
     ("deit_small_distilled_patch16_224", "timm", VIT, (96, 160)),
-    ("pvt_tiny", "official", PVT, (128, 160))])
+    pytest.param("pvt_tiny", "official", PVT, (128, 160),
+                 marks=pytest.mark.slow)])
 def test_resized_when_loaded_or_when_run_is_the_same(name, layout, settings,
                                                      size, write):
   path = write(name, layout, **settings)

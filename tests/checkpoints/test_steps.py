@@ -132,10 +132,10 @@ def test_interrupted_anywhere(tmp_path, interruption, name):
 
 
 def test_any_order_of_what_a_run_does(tmp_path, interruption):
-  """Three hundred saves, measures, deletions and starts, half interrupted."""
+  """Many saves, measures, deletions and starts, half of them interrupted."""
   rng = random.Random(0)
   here, n_interrupted = {}, 0
-  for step in range(300):
+  for step in range(150):
     name = rng.choice(["save", "save", "measure", "remove", "restart"])
     chosen = rng.choice([*here, None])
     if name == "restart" or (chosen is None and name != "save"):
@@ -151,7 +151,7 @@ def test_any_order_of_what_a_run_does(tmp_path, interruption):
     assert {*here} - {chosen} <= {*good} <= {*here, step}
     assert good == sorted(steps.survey(tmp_path)[0])
     here = dict.fromkeys(good)
-  assert n_interrupted > 50 and not steps.damaged(tmp_path)
+  assert n_interrupted > 25 and not steps.damaged(tmp_path)
 
 
 def test_set_aside_steps_are_numbered(tmp_path):

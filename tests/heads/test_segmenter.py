@@ -118,6 +118,7 @@ def test_in_training_padding_adds_nothing(name, head, norm):
         err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_one_output_becomes_a_pyramid():
   """Resized bilinearly; on a canvas as alone."""
   model = small("vit_base_patch16_224", "layer_norm")

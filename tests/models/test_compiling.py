@@ -34,7 +34,7 @@ CASES = {
     "batch norm": {"depths": (3,), "dims": (8,), "norm": "batch_norm",
                    "token_mixers": ("pooling",)},
 }
-FAST = [("poolformer", "both"), ("caformer", "both")]
+FAST = [("caformer", "both")]
 
 
 def create(overrides, compile=None, **kwargs):

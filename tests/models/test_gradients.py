@@ -74,6 +74,7 @@ def test_bfloat16_gradients_of_parameters_are_float32_sums(module):
     assert gradient.dtype == jnp.float32 and gradient.item() == 1024
 
 
+@pytest.mark.slow
 def test_rematerialised_gradients_are_the_same():
   """Custom gradients, statistics, frozen matrices work in jax.checkpoint."""
   model = metaformer_jax.create_model(

@@ -118,13 +118,18 @@ def compare(model, variables, places, stride, *, garbage=1e3, margin=0,
           atol=atol * max(1, np.abs(want_logits).max()))
 
 
-@pytest.mark.parametrize("case", MIXERS)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=[pytest.mark.slow] * (case in (
+        "identity", "pool 9", "depthwise conv 7"))) for case in MIXERS])
 def test_images_of_many_sizes_share_a_canvas(case):
   model = create(**MIXERS[case])
   compare(model, perturbed(model), PLACES, 8, logits=False)
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=[pytest.mark.slow] * (case in (
+        "star relu, other norms, mlp head", "stem with much padding")))
+    for case in SETTINGS])
 def test_padding_is_left_out_whatever_the_setting(case):
   model = create(**SETTINGS[case])
   compare(model, perturbed(model), PLACES[:2], 8)
@@ -143,10 +148,10 @@ def test_bfloat16_differs_by_its_rounding():
 
 
 @pytest.mark.parametrize("name", [
-    "poolformer_s12", "caformer_s18", "metaformer_ppaa_s12_224",
+    "caformer_s18",
     *(pytest.param(name, marks=pytest.mark.slow) for name in (
-        "poolformerv2_s12", "identityformer_s12", "convformer_s18",
-        "metaformer_pppa_s12_224"))])
+        "poolformer_s12", "metaformer_ppaa_s12_224", "poolformerv2_s12",
+        "identityformer_s12", "convformer_s18", "metaformer_pppa_s12_224"))])
 def test_padding_changes_no_output_of_the_papers_models(name):
   model = metaformer_jax.create_model(
       name, num_classes=5, depths=(1, 1, 1, 1), dims=(32, 64, 64, 96))
@@ -176,7 +181,8 @@ def gradients(model, variables, x, weights, mask=None):
 
 
 @pytest.mark.parametrize("settings", [
-    {"token_mixers": ("pooling", "depthwise_conv")},
+    pytest.param({"token_mixers": ("pooling", "depthwise_conv")},
+                 marks=pytest.mark.slow),
     {"token_mixers": ("sepconv", "attention"), "activation": "star_relu",
      "downsample_norm": True, "position_embeddings": (1, 2), "head": "mlp",
      "head_norm_first": False, "norm": "layer_norm"}],

@@ -264,6 +264,7 @@ def test_padding_changes_no_valid_output(height, width):
   assert np.abs(apply(model, variables, canvas) - logits).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_an_image_too_small_for_a_key_is_refused_or_gets_nothing():
   """Below 32 pixels: an error if alone; on a canvas, padding is ignored."""
   model = pvt.PyramidVisionTransformer(**SMALL)

@@ -243,10 +243,14 @@ def test_faults_and_a_server_that_restarts(runs, cloud, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(workdir, tmp_path):
-  """Both are killed and resume. Process 0 writes: the arrays are small."""
-  cfg = dataclasses.replace(pods.small(), train=dataclasses.replace(
-      pods.small().train, steps=20))
+@pytest.mark.parametrize("mesh", [
+    pytest.param({}, id="small arrays, which process 0 writes"),
+    pytest.param({"data": 1, "fsdp": -1, "min_size": 8}, id="fsdp")])
+def test_two_processes(workdir, tmp_path, mesh):
+  """Both are killed and resume."""
+  cfg = pods.small(
+      train=dataclasses.replace(pods.small().train, steps=20),
+      mesh=dataclasses.replace(pods.small().mesh, **mesh))
   processes = pods.start(cfg, workdir, 2, 2, tmp_path)
   wait_until(lambda: saved(workdir), processes[0])
   for process in processes:
@@ -258,6 +262,24 @@ def test_two_processes(workdir, tmp_path):
   assert pods.finish(pods.start(cfg, whole, 2, 2, tmp_path), 500) == [0, 0]
   assert pods.losses(workdir) == pods.losses(whole)
   assert saved(workdir)[-1] == 20
+  parts = {name.split("/")[2] for name in (workdir / "checkpoints").objects()
+           if name.startswith("20/params/ocdbt.process_")}
+  assert len(parts) == (2 if mesh else 1)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_while_the_bucket_is_away(workdir, tmp_path, cloud):
+  proxy = cloud[1]
+  cfg = pods.small(train=dataclasses.replace(pods.small().train, steps=400))
+  processes = pods.start(cfg, workdir, 2, 2, tmp_path)
+  wait_until(lambda: saved(workdir), processes[0])
+  proxy.is_away = True
+  wait_until(lambda: "not saved; training goes on" in pods.said(
+      tmp_path, workdir), processes[0])
+  proxy.is_away = False
+  assert pods.finish(processes, 500) == [0, 0], pods.said(tmp_path, workdir)
+  assert saved(workdir)[-1] == 400
+  assert len(pods.losses(workdir)) == 400
 
 
 @pytest.mark.slow

@@ -64,6 +64,7 @@ def alone(batch, i):
           "size": batch["size"][i:i + 1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", (
     "semantic_fpn", pytest.param("upernet", marks=pytest.mark.slow)))
 def test_loss_of_a_batch_is_that_of_its_images(head):
@@ -136,6 +137,7 @@ def check(found, total, size):
                                 total.argmax(-1)[clear])
 
 
+@pytest.mark.slow
 def test_prediction_of_whole_images():
   task = made()
   variables, batch = perturbed(task), batch_of(SIZES)

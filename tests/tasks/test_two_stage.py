@@ -65,6 +65,7 @@ def training_batch(n_boxes=6):
   return batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [
     "poolformer_s12-mask_rcnn",
     *(pytest.param(name, marks=pytest.mark.slow)

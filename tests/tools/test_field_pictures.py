@@ -72,6 +72,7 @@ def test_the_picture_has_four_decades():
   assert not np.asarray(receptive_field.draw(np.zeros((2, 2)), "gray")).any()
 
 
+@pytest.mark.slow
 def test_a_dense_model_has_the_field_of_its_backbone(monkeypatch):
   config = shipped.load("configs/segmentation_quickstart.py")
   cfg, task = tasks.create(resolve.resolve(config), files=False)
