@@ -270,7 +270,7 @@ def test_two_processes(workdir, tmp_path, mesh):
 @pytest.mark.slow
 def test_two_processes_go_on_while_the_bucket_is_away(workdir, tmp_path, cloud):
   proxy = cloud[1]
-  cfg = pods.small(train=dataclasses.replace(pods.small().train, steps=400))
+  cfg = pods.small(train=dataclasses.replace(pods.small().train, steps=150))
   processes = pods.start(cfg, workdir, 2, 2, tmp_path)
   wait_until(lambda: saved(workdir), processes[0])
   proxy.is_away = True
@@ -278,8 +278,8 @@ def test_two_processes_go_on_while_the_bucket_is_away(workdir, tmp_path, cloud):
       tmp_path, workdir), processes[0])
   proxy.is_away = False
   assert pods.finish(processes, 500) == [0, 0], pods.said(tmp_path, workdir)
-  assert saved(workdir)[-1] == 400
-  assert len(pods.losses(workdir)) == 400
+  assert saved(workdir)[-1] == 150
+  assert len(pods.losses(workdir)) == 150
 
 
 @pytest.mark.slow
