@@ -10,12 +10,16 @@ import itertools
 import logging
 import random
 import re
+import threading
 import zlib
 
 import checkpoint_cases
 import fake_gcs
+import jax
+import numpy as np
 import pytest
 from checkpoint_cases import abstract, assert_same, restore, save
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaformer_jax import errors, storage
 from metaformer_jax.checkpoints import manager as manager_lib
@@ -27,23 +31,11 @@ gcs = pytest.importorskip("metaformer_jax.gcs")
 pytest.importorskip("gcp_storage_emulator")
 
 
-@pytest.fixture(scope="module")
-def cloud():
-  with fake_gcs.serving() as found:
-    yield found
-
-
 @pytest.fixture
 def folder(cloud, request):
   """A folder of the bucket that no other test uses."""
   name = re.sub(r"\W+", "_", request.node.name)
   return storage.path(f"gs://{fake_gcs.BUCKET}/{name}")
-
-
-@pytest.fixture
-def proxy(cloud):
-  yield cloud[1]
-  cloud[1].faults, cloud[1].is_away = iter(()), False
 
 
 def content(folder):
@@ -273,6 +265,35 @@ def test_a_run_that_was_killed_here_holds_nothing(folder, monkeypatch):
 
 
 # Faults
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("data")])
+def test_a_save_waits_for_no_request(folder, cloud, monkeypatch, spec):
+  """Once it returns, the next step may take the memory of the state."""
+  mesh = Mesh(np.array(jax.devices()), ("data",))
+
+  def places(x):
+    return NamedSharding(mesh, spec if x.ndim == 2 else PartitionSpec())
+
+  state = jax.tree.map(lambda x: jax.device_put(x, places(x)), make_state(1))
+  go_on, ask = threading.Event(), fake_gcs._Handler._ask
+
+  def held_up(*args):
+    assert go_on.wait(60)
+    return ask(*args)
+
+  with workdir_lib.hold(folder) as lock, opened(folder, lock) as checkpoints:
+    monkeypatch.setattr(fake_gcs._Handler, "_ask", held_up)
+    checkpoints.save(1, state.trees(), checkpoint_cases.accounting.Record(),
+                     needed=False)
+    jax.tree.map(lambda x: x.delete(), state)
+    checkpoints.add_metrics(1, {"top1": 0.5})
+    go_on.set()
+    checkpoints.wait()
+    assert checkpoints.read(1).metrics == {"top1": 0.5}
+    got, _ = restore(checkpoints, 1, abstract(make_state(0), places))
+    assert_same(got, make_state(1))
+    assert got.params["a"]["kernel"].sharding.spec == spec
 
 
 @pytest.mark.slow
