@@ -1,5 +1,7 @@
 """Processes of a run as threads of this one, with a store like jax's."""
 
+import collections
+import itertools
 import threading
 import types
 
@@ -29,13 +31,15 @@ class Store:
 
 
 class _Process(threading.local):
-  """What each process has of its own; its messages are counted, too."""
+  """What each process has of its own; its messages are counted by topic."""
 
-  client, process_id, num_processes, n_messages = None, 0, 1, 0
+  client, process_id, num_processes = None, 0, 1
 
-  def __next__(self):
-    self.n_messages += 1
-    return self.n_messages
+  def __init__(self):  # Called in each thread.
+    self._counters = collections.defaultdict(itertools.count)
+
+  def __getitem__(self, topic):
+    return self._counters[topic]
 
 
 def run(monkeypatch, n, act):
@@ -43,7 +47,7 @@ def run(monkeypatch, n, act):
   here, store, results = _Process(), Store(), [None] * n
   monkeypatch.setattr(processes, "distributed",
                       types.SimpleNamespace(global_state=here))
-  monkeypatch.setattr(processes, "_counter", here)
+  monkeypatch.setattr(processes, "_counters", here)
 
   def start(i):
     here.client, here.process_id, here.num_processes = store, i, n
