@@ -159,6 +159,7 @@ def test_an_own_task_checks_its_section(folder):
     assert words in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_picture_of_the_guide_can_be_predicted(folder):
   """`predict` takes paths, bytes, pictures and arrays, and gives the same."""
   Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save("photo.png")

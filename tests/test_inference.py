@@ -95,10 +95,11 @@ def test_every_family_and_layout(name, layout, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    {"pool_size": 5}, {"pool_subtract": False}, {"norm": "layer_norm"},
-    {"activation": "relu"}, {"token_mixers": ("identity",) * 4},
-    {"residual": False}, {"norm_eps": 1e-3}, {"head_norm_first": False},
-    {"in_pad": 3}], ids=lambda settings: next(iter(settings)))
+    {"pool_size": 5}, {"norm": "layer_norm"}, {"activation": "relu"},
+    *(pytest.param(settings, marks=pytest.mark.slow) for settings in (
+        {"token_mixers": ("identity",) * 4}, {"pool_subtract": False},
+        {"residual": False}, {"norm_eps": 1e-3}, {"head_norm_first": False},
+        {"in_pad": 3}))], ids=lambda settings: next(iter(settings)))
 def test_settings_that_the_weights_do_not_show(settings, tmp_path):
   """They are taken from the file; others are an error; layouts are refused."""
   (key, value), = settings.items()

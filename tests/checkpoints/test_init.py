@@ -186,6 +186,7 @@ def test_a_run_starts_from_a_file(weights, tmp_path):
   assert found[f"{STATS}/n_batches"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_run_with_another_head(run, tmp_path, monkeypatch):
   def parity(train):
     images, labels = zip(*(source[i].values() for i in range(len(source))))
@@ -207,6 +208,7 @@ def test_a_run_starts_from_a_run_with_another_head(run, tmp_path, monkeypatch):
       assert np.array_equal(found[name], value), name
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_no_weights_again(weights, tmp_path):
   path = tmp_path / "weights.safetensors"
   shutil.copy(weights[0], path)
@@ -302,6 +304,7 @@ def test_tool_converts_a_run_with_its_settings(run, tmp_path):
     tool(f"--input={run}", f"--output={out}", "--model=resnet18")
 
 
+@pytest.mark.slow
 def test_tool_says_where_timm_computes_otherwise(run, tmp_path, caplog):
   path, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
   for name, differs in (("poolformerv2_s12", False), ("poolformer_s12", True)):

@@ -287,7 +287,8 @@ assert run.steps() == [2, 5], run.steps()
 
 
 @pytest.mark.parametrize("how, why", [
-    ("full", "No space left on device"), ("limited", "File too large")])
+    ("full", "No space left on device"),
+    pytest.param("limited", "File too large", marks=pytest.mark.slow)])
 def test_full_disk(saved, tmp_path, caplog, how, why):
   """In its own process, as threads of Orbax write to stderr; it saves again."""
   disk = small_disk.mounted if how == "full" else contextlib.nullcontext

@@ -13,6 +13,8 @@ from metaformer_jax.config import schema, tasks
 from metaformer_jax.data import sources
 from metaformer_jax.data.sources import tfds as tfds_source
 
+pytestmark = pytest.mark.slow
+
 INSIDE = pathlib.Path("imagenet2012", "5.1.0")
 
 

@@ -12,8 +12,8 @@ from metaformer_jax.models import check_mixer, mixers
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] * (name == "attention"))
-    for name in mixers.MIXERS])
+    pytest.param(name, marks=[pytest.mark.slow] * (
+        name in ("attention", "depthwise_conv"))) for name in mixers.MIXERS])
 def test_the_papers_mixers_pass(name):
   metaformer_jax.check_mixer(name)
 

@@ -120,7 +120,8 @@ def compare(model, variables, places, stride, *, garbage=1e3, margin=0,
 
 @pytest.mark.parametrize("case", [
     pytest.param(case, marks=[pytest.mark.slow] * (case in (
-        "identity", "pool 9", "depthwise conv 7"))) for case in MIXERS])
+        "identity", "pool 9", "pool without subtraction",
+        "depthwise conv 7"))) for case in MIXERS])
 def test_images_of_many_sizes_share_a_canvas(case):
   model = create(**MIXERS[case])
   compare(model, perturbed(model), PLACES, 8, logits=False)
@@ -128,7 +129,8 @@ def test_images_of_many_sizes_share_a_canvas(case):
 
 @pytest.mark.parametrize("case", [
     pytest.param(case, marks=[pytest.mark.slow] * (case in (
-        "star relu, other norms, mlp head", "stem with much padding")))
+        "star relu, other norms, mlp head", "no norm",
+        "stem with much padding")))
     for case in SETTINGS])
 def test_padding_is_left_out_whatever_the_setting(case):
   model = create(**SETTINGS[case])

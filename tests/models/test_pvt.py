@@ -212,6 +212,7 @@ def test_head_is_the_normed_class_token():
                              dense(want, p["head"]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_a_class_token_the_head_sees_the_mean():
   """The token's position is there, and nothing uses it."""
   model = pvt.PyramidVisionTransformer(**SMALL, class_token=False)
@@ -312,7 +313,8 @@ def test_epsilons_are_those_of_the_official_code():
 
 
 @pytest.mark.parametrize("setting,key", [
-    ({"drop_path_rate": 0.5}, "drop_path"), ({"drop_rate": 0.5}, "dropout")])
+    pytest.param({"drop_path_rate": 0.5}, "drop_path", marks=pytest.mark.slow),
+    ({"drop_rate": 0.5}, "dropout")])
 def test_training_draws_differently_for_every_key(setting, key):
   model = pvt.PyramidVisionTransformer(**SMALL, **setting)
   x = images(8)
@@ -326,6 +328,7 @@ def test_training_draws_differently_for_every_key(setting, key):
   assert not np.allclose(run(0), run(1))
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_with_float32_parameters():
   x = images()
   half = pvt.PyramidVisionTransformer(**SMALL, dtype=jnp.bfloat16)

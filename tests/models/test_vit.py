@@ -235,6 +235,7 @@ def test_heads_must_divide_the_channels():
     plain.initial(make(n_heads=3), images(1, 32, 32))
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_with_float32_parameters():
   make_one = functools.partial(make, distilled=True)
   half = make_one(dtype=jnp.bfloat16)

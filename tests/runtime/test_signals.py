@@ -140,7 +140,8 @@ def with_data(train, evaluation):
 
 
 @pytest.mark.parametrize("hung,saved", [
-    ({"train_at": 8}, 7), ({"eval_at": 2}, 12)], ids=["train", "eval"])
+    pytest.param({"train_at": 8}, 7, id="train"),
+    pytest.param({"eval_at": 2}, 12, id="eval", marks=pytest.mark.slow)])
 def test_an_input_that_hangs_does_not_keep_a_run_from_saving(
     tmp_path, monkeypatch, hung, saved):
   """What was trained is saved, and the run continues as if nothing was."""

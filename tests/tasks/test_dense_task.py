@@ -69,6 +69,7 @@ def test_it_learns_from_two_canvases(tmp_path):
                                                   abs=2e-3)
 
 
+@pytest.mark.slow
 def test_a_canvas_that_is_not_declared_is_an_error(tmp_path):
   data = Squares(canvases=(CANVASES[0], (32, 32)))
   with pytest.raises(ValueError, match=r"batch of .*\(8, 32, 32, 3\).*but the"):

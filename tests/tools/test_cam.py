@@ -150,6 +150,7 @@ def test_the_tool_draws_what_the_function_gives(tiny, tmp_path, capsys, label,
   assert (got[inside] != pixels[inside]).any(-1).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_models_are_side_by_side(tiny, tmp_path, capsys):
   """Each cell is what the tool draws for one of them."""
   weights = str(tmp_path / "weights.safetensors")

@@ -70,6 +70,7 @@ def test_weights_on_other_data(weights, tmp_path):
     assert row["model"] == "poolformer_s12"
 
 
+@pytest.mark.slow
 def test_forms_and_overrides(weights, tmp_path):
   photos = drawings.write(tmp_path / "photos", 10)
   done = evaluate(f"--weights={weights}", "--csv",

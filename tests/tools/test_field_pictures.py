@@ -37,6 +37,7 @@ def parse(monkeypatch, *argv):
   return receptive_field.parse()
 
 
+@pytest.mark.slow
 def test_fields_of_pictures_are_side_by_side(weights, tmp_path, monkeypatch,
                                              capsys):
   pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)

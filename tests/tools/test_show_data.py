@@ -180,6 +180,7 @@ def test_a_mask_that_ends_beyond_its_image_is_cut():
   np.testing.assert_array_equal(found, want)
 
 
+@pytest.mark.slow
 def test_predictions_are_beside_the_truth(tmp_path):
   cfg, task = task_of("configs/segmentation_quickstart.py")
   variables = variables_of(cfg)

@@ -298,6 +298,7 @@ def test_a_get_config_that_ignores_its_argument_is_noticed(run):
     run()
 
 
+@pytest.mark.slow
 def test_finished_runs_of_another_experiment_are_refused(run):
   run("--only=pooling", "--seeds", "0")
   with pytest.raises(errors.ConfigError, match=(

@@ -167,6 +167,7 @@ def test_modules_that_take_train_by_position():
                variables["batch_stats"])
 
 
+@pytest.mark.slow
 def test_a_backbone_inside_a_larger_model():
   """The dense task trains its head alone on a frozen backbone."""
   task = dense_task.DenseTask()

@@ -107,6 +107,7 @@ def test_restart_of_a_finished_run_only_reports(finished):
   assert json.loads((workdir / "summary.json").read_text()) == summary
 
 
+@pytest.mark.slow
 def test_evaluate_measures_the_checkpoint(finished):
   workdir, _ = finished
   recorded = {r["step"]: r for r in small_runs.records(workdir, "eval")}
