@@ -93,7 +93,7 @@ class Checkpoints:
     elif needed:
       self._persist(lambda: (start(), self.wait(), self._outage.require(step)),
                     step)
-    elif self._outage.passes(step, self._last):
+    elif self._outage.can_save_after(step, self._last):
       # Requests take long, and the devices do not wait for them.
       self.wait()
       self._start(self._save, step, {
@@ -143,7 +143,7 @@ class Checkpoints:
   def _save(self, step: int, facts: dict[str, Any]) -> None:
     """Writes a step and completes it, if object storage answers."""
     trees = facts.pop("trees")
-    if self._outage.is_over(step, f"the save of step {step}"):
+    if self._outage.can_save(step, f"the save of step {step}"):
       self._begin(step, trees)
       self._complete(step, facts)
 

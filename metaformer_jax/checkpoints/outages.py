@@ -28,13 +28,10 @@ class Outage:
     self._where, self._lock, self._since = where, lock, None
     self.missing: set[int] = set()
 
-  def passes(self, step: int, last: futures.Future | None) -> bool:
-    """Waits for the last save, unless object storage does not answer.
+  def can_save_after(self, step: int, last: futures.Future | None) -> bool:
+    """Waits for the last save; if that must wait, a step is left out.
 
-    Of several processes, all must call it, and the first one waits.
-
-    Returns:
-      Whether the step can be saved; else says that it is left out.
+    All processes must call it, and the first one waits.
     """
     def wait():
       while last and not last.done():
@@ -45,8 +42,8 @@ class Outage:
 
     return self._agreed(step, wait)
 
-  def is_over(self, step: int, topic: str) -> bool:
-    """Whether object storage answers; else says that a step is left out.
+  def can_save(self, step: int, topic: str) -> bool:
+    """Whether object storage answers; if not, a step is left out.
 
     All processes must call it, with a topic as for `processes.on_first`.
     """
