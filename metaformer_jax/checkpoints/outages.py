@@ -24,14 +24,18 @@ class Outage:
   """
 
   def __init__(self, where: pathlib.Path, lock: leases.Lease | None):
-    """Takes the folder of the checkpoints, and what process 0 asks for."""
+    """Takes the folder of the checkpoints, and what process 0 asks for.
+
+    The lock is asked on object storage only.
+    """
     self._where, self._lock, self._since = where, lock, None
     self.missing: set[int] = set()
 
   def can_save_after(self, step: int, last: futures.Future | None) -> bool:
-    """Waits for the last save; if that must wait, a step is left out.
+    """Waits for the last save, unless object storage stops answering.
 
-    All processes must call it, and the first one waits.
+    If it does, the step is left out. All processes must call it, and the first
+    one waits.
     """
     def wait():
       while last and not last.done():
