@@ -1,5 +1,6 @@
 """Eight fake devices, and strictness, for every test; set before jax starts."""
 
+import contextlib
 import gc
 import os
 import tempfile
@@ -22,9 +23,12 @@ gc.set_threshold(50_000, 20, 100)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
-# Programs compiled by one test serve the others, and no later session.
-_CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+# Programs compiled by one test serve the others, and no later session. Workers
+# have the folder of the process that has started them.
+_CACHE = contextlib.ExitStack()
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.enter_context(
+      tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 
@@ -58,4 +62,4 @@ def proxy(cloud):
 
 
 def pytest_unconfigure():
-  _CACHE.cleanup()
+  _CACHE.close()

@@ -148,6 +148,7 @@ def test_damaged_checkpoints_are_one_line(run, tmp_path, what):
   assert len(message) < 1000
 
 
+@pytest.mark.slow
 def test_a_truncated_array_ends_the_tool(run, tmp_path):
   """In its own process, as Orbax leaves threads that would warn."""
   copy, out = tmp_path / "run", tmp_path / "out.safetensors"

@@ -172,6 +172,7 @@ def test_a_new_head_is_the_models_own(write):
   np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_a_head_the_file_need_not_have_one(tmp_path, write):
   path = write("caformer_s18", "official", **SMALL)
   want = load("caformer_s18", path, num_classes=0, **SMALL)

@@ -245,6 +245,7 @@ def is_normal(x, std=0.02):
   return np.isclose(np.std(x), std, rtol=5 / math.sqrt(x.size))
 
 
+@pytest.mark.slow
 def test_first_values_are_the_official():
   """The first paper leaves convolutions to PyTorch, the second does not."""
   common = {"position_embeddings": (1,), "token_mixers": (

@@ -13,7 +13,8 @@ from metaformer_jax.models import layers, pyramids, resnet
 NAMES = [name for name in pyramids.MODELS if name.startswith("resnet")]
 # Small enough to run at many sizes.
 SMALL = {"depths": (1, 2, 1, 1), "widths": (8, 12, 16, 20), "num_classes": 5}
-KINDS = pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+KINDS = pytest.mark.parametrize("kind", [
+    pytest.param("basic", marks=pytest.mark.slow), "bottleneck"])
 
 
 @functools.partial(jax.jit, static_argnums=0,
@@ -188,8 +189,7 @@ def test_head_is_mean_then_linear(kind):
       pooled @ head["kernel"] + head["bias"].reshape(1, -1), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [
-    pytest.param("basic", marks=pytest.mark.slow), "bottleneck"])
+@KINDS
 @pytest.mark.parametrize("height,width", [
     (61, 50), pytest.param(64, 96, marks=pytest.mark.slow),
     pytest.param(33, 34, marks=pytest.mark.slow)])

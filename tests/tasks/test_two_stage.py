@@ -94,6 +94,7 @@ def test_losses_and_gradients(name):
         atol=1e-4 * want[0] + floor, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [
     "poolformer_s12-mask_rcnn",
     *(pytest.param(name, marks=pytest.mark.slow)
