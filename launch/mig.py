@@ -24,7 +24,7 @@ GENERATIONS = {
     "v6e": ("ct6e-standard", "ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e", 1, 2),
     "tpu7x": ("tpu7x-standard", "ubuntu-accel-2404-amd64-tpu-tpu7x", 2, 3),
 }
-# Chips of one machine. Only the smallest slice of v6e has a smaller machine.
+# Chips of one machine; a slice of v6e with one chip has a machine with one.
 _CHIPS = 4
 # Chips of the largest slice, by the number of axes of its topology.
 _MOST_CHIPS = {2: 256, 3: 4096}

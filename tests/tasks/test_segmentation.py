@@ -65,8 +65,7 @@ def alone(batch, i):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", (
-    "semantic_fpn", pytest.param("upernet", marks=pytest.mark.slow)))
+@pytest.mark.parametrize("head", ["semantic_fpn", "upernet"])
 def test_loss_of_a_batch_is_that_of_its_images(head):
   task = made(head=head, auxiliary_weight=0.4 if head == "upernet" else 0.0)
   variables, batch = perturbed(task), batch_of(SIZES)

@@ -66,10 +66,7 @@ def training_batch(n_boxes=6):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [
-    "poolformer_s12-mask_rcnn",
-    *(pytest.param(name, marks=pytest.mark.slow)
-      for name in rcnn_cases.CASES if not name.startswith("poolformer"))])
+@pytest.mark.parametrize("name", rcnn_cases.CASES)
 def test_losses_and_gradients(name):
   golden, detector, family, variables = load(name)
 
@@ -95,10 +92,7 @@ def test_losses_and_gradients(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [
-    "poolformer_s12-mask_rcnn",
-    *(pytest.param(name, marks=pytest.mark.slow)
-      for name in rcnn_cases.CASES if not name.startswith("poolformer"))])
+@pytest.mark.parametrize("name", rcnn_cases.CASES)
 def test_detections(name):
   """The same boxes, scores and labels, in the same order, and their masks."""
   golden, detector, _, variables = load(name)
