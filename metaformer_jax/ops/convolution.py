@@ -1,7 +1,7 @@
 """2-D convolutions, channels last, in the form that is fast on the platform.
 
 `conv_general_dilated` stands in for `lax.conv_general_dilated` in `nn.Conv`. On
-a CPU, XLA computes three kinds at a fraction of the speed of a matrix product,
+a CPU, XLA computes four kinds at a fraction of the speed of a matrix product,
 forward or backward; for these there are forms of the same sum that are as fast.
 """
 
@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from metaformer_jax.ops import dense, platforms
+from metaformer_jax.ops import dense, platforms, winograd
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Pixels of a row that `_depthwise_kernel_gradient` sums in one expression.
 _LONGEST_ROW = 64
+# With fewer, the transforms take more time than the products that they save.
+_FEWEST_WINOGRAD_CHANNELS = 32
 
 
 class Window(NamedTuple):
@@ -88,6 +90,10 @@ def forms(kernel_shape: tuple[int, ...], window: Window) -> platforms.Forms:
   # Not of images: with few channels, XLA is as fast, and patches are large.
   if window.groups == 1 and max(window.strides) > 1 and in_channels > 3:
     return platforms.Forms(kernel_gradient=_patches_kernel_gradient)
+  if (size == [3, 3] and window.strides == (1, 1) and window.groups == 1
+      and min(in_channels, out_channels) >= _FEWEST_WINOGRAD_CHANNELS):
+    return platforms.Forms(_winograd, _winograd_input_gradient,
+                           _winograd_kernel_gradient)
   if (in_channels == 1 and window.groups == out_channels
       and window.strides == (1, 1)):
     return platforms.Forms(_depthwise, _depthwise_input_gradient,
@@ -139,6 +145,20 @@ def _patches_kernel_gradient(x, dy, shape, window):
   """One matrix product with all pixels that meet the kernel."""
   taps = _taps(x, shape[:2], window, dy.shape[1:3])
   return dense.outer(jnp.concatenate(taps, -1), dy, shape)
+
+
+def _winograd(x, kernel, window):
+  return winograd.forward(x, kernel, window.padding)
+
+
+def _winograd_input_gradient(dy, kernel, shape, window):
+  del shape
+  return winograd.input_gradient(dy, kernel, window.padding)
+
+
+def _winograd_kernel_gradient(x, dy, shape, window):
+  del shape
+  return winograd.kernel_gradient(x, dy, window.padding)
 
 
 def _depthwise(x, kernel, window):

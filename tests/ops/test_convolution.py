@@ -14,6 +14,7 @@ from metaformer_jax.ops import convolution
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 NONE = ((0, 0), (0, 0))
+KINDS = ("pointwise", "strided", "winograd", "depthwise")
 
 
 def plain(x, kernel, window):
@@ -35,6 +36,9 @@ def case(kind, rng):
     size, padding = (1, 1), NONE
   elif kind == "strided":
     size, strides = (size[0], max(size[1], 2)), (strides[0], 2)
+  elif kind == "winograd":
+    size, strides = (3, 3), (1, 1)
+    c_in, c_out = rng.integers(32, 40, 2)
   else:
     c_out = groups = int(c_in)
     strides, w = (1, 1), rng.choice([7, 20, 63, 64, 65, 130])
@@ -48,7 +52,7 @@ def arrays(shapes, dtype, seed=0):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["pointwise", "strided", "depthwise"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients_are_the_same(kind, dtype):
   rng = np.random.default_rng(1)
   for seed in range(6 if dtype == "float32" else 3):
@@ -60,7 +64,7 @@ def test_values_and_gradients_are_the_same(kind, dtype):
 
 
 def test_other_platforms_compute_what_flax_computes():
-  for kind in ("pointwise", "strided", "depthwise"):
+  for kind in KINDS:
     *shapes, window = case(kind, np.random.default_rng(2))
     x, kernel = arrays(shapes, "bfloat16")
 
