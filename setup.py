@@ -71,7 +71,7 @@ setuptools.setup(
         "packaging>=24,<27",
         "pillow>=11,<14",
         "pycocotools>=2.0.10,<3",
-        "safetensors>=0.4.5,<1",
+        "safetensors>=0.7,<1",
         "scikit-learn>=1.6,<2",
         "tensorboardX>=2.6.4,<3",
         "tensorstore>=0.1.84,<0.2",
