@@ -20,6 +20,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 # quarter of the time.
 gc.set_threshold(50_000, 20, 100)
 
+# Processes that tests start need not compile the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 

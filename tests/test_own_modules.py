@@ -131,9 +131,10 @@ def test_a_run_is_resumed_evaluated_converted_and_loaded(
   assert taken.model == cfg.model and taken.task.image_size == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings,words", [
     ({"token_mixers": ("pooling", "{module}:Scale")}, "token_mixers"),
-    pytest.param({"pool_size": 7}, "pool_size", marks=pytest.mark.slow)])
+    ({"pool_size": 7}, "pool_size")])
 def test_other_settings_than_the_runs_are_an_error(module, settings, words):
   cfg, task = experiment(module)
   small_runs.run(cfg, task, pathlib.Path("runs/own"))

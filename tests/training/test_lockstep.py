@@ -51,7 +51,9 @@ def compare(run, path):
   tx, schedule = optim.create(cfg, run.n_steps, run.n_batches)
   train_step = jax.jit(functools.partial(
       step.train_step, task=task, tx=tx, schedule=schedule, seed=0,
-      ema_decay=run.ema_decay, accumulate=1), donate_argnums=0)
+      ema_decay=run.ema_decay, accumulate=1), donate_argnums=0,
+      # Steps would take longer than it takes to optimise them.
+      compiler_options={"xla_backend_optimization_level": 1})
   create = functools.partial(state_lib.create, task, tx, 0, run.ema_decay)
   shapes = jax.eval_shape(create)
   family = metaformer_jax.get_spec(run.case.model).family
