@@ -14,9 +14,13 @@ from jax import lax
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from metaformer_jax.ops import platforms, statistics
+from metaformer_jax.ops import activations, platforms, statistics
 
 Array = jax.Array
+# StarReLU's scale and bias are parameters, which any of them can have.
+ACTIVATIONS = {"gelu": activations.GELU, "relu": activations.RELU,
+               "squared_relu": activations.SQUARED_RELU,
+               "star_relu": activations.SQUARED_RELU}
 
 
 def vector(values: Array | None, n: int, default: float) -> Array:

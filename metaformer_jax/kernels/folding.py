@@ -189,6 +189,12 @@ def join(fold: Fold, pixels: jax.Array) -> jax.Array:
   return joined.reshape(fold.shape[1], fold.n_images, fold.group)
 
 
+def dot(a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+  """The product of matrices over an axis of each, summed in float32."""
+  return lax.dot_general(a, b, ((contracted[:1], contracted[1:]), ((), ())),
+                         preferred_element_type=F32)
+
+
 def total(x: jax.Array) -> jax.Array:
   """Sums over each image: [H, n_images, lanes] -> [1, n_images, 1]."""
   return x.sum(0, keepdims=True).sum(2, keepdims=True)

@@ -19,15 +19,9 @@ from jax.sharding import AbstractMesh
 from jax.typing import DTypeLike
 
 from metaformer_jax.kernels import branch, folding, grid, norms
-from metaformer_jax.ops import activations
 
 Array = jax.Array
 F32 = jnp.float32
-NORMS = {"group_norm": norms.PerImage, "layer_norm": norms.PerPixel}
-# StarReLU's scale and bias are parameters, which any of them can have.
-ACTIVATIONS = {"gelu": activations.GELU, "relu": activations.RELU,
-               "squared_relu": activations.SQUARED_RELU,
-               "star_relu": activations.SQUARED_RELU}
 # Pixels of a group, at most, if it can be.
 _PIXELS = 512
 # Bytes of the hidden activations in float32 that are computed at a time.
@@ -38,8 +32,8 @@ class Settings(NamedTuple):
   """What does not change with the data.
 
   Attributes:
-    norm: a name in `NORMS`.
-    activation: a name in `ACTIVATIONS`.
+    norm: a name in `norms.NORMS`.
+    activation: a name in `branch.ACTIVATIONS`.
     eps: of the norm.
     interpret: whether the kernels run interpreted, on any platform.
     mesh: over whose axes the batch is split; None for one device.
@@ -54,13 +48,13 @@ class Settings(NamedTuple):
 
 def fold_of(shape: Sequence[int], norm: str) -> folding.Fold:
   """How images [B, H, W, C] are folded: groups of several pixels."""
-  return NORMS[norm].fold(shape, _PIXELS)
+  return norms.NORMS[norm].fold(shape, _PIXELS)
 
 
 def problem(shape: Sequence[int], dtype: DTypeLike, hidden: int,
             activation: str, norm: str = "group_norm") -> str | None:
   """Why images [B, H, W, C] cannot use the kernels; None if they can."""
-  if activation not in ACTIVATIONS:
+  if activation not in branch.ACTIVATIONS:
     return f"there is no kernel with the activation {activation}"
   if hidden % grid.LANES:
     return (f"{hidden} hidden channels are not a multiple of {grid.LANES} "
@@ -94,8 +88,8 @@ def mlp_branch(x: Array, keep: Array | None, norm_scale: Array,
     kernel2, bias2: float32 [F, C] and [C]; None for no bias.
     layer_scale, res_scale: float32 [C], of the branch and of the shortcut; None
       for 1.
-    norm: a name in `NORMS`.
-    activation: a name in `ACTIVATIONS`.
+    norm: a name in `norms.NORMS`.
+    activation: a name in `branch.ACTIVATIONS`.
     eps: of the norm.
     interpret: runs the kernels interpreted, for tests.
 
@@ -126,11 +120,11 @@ def plain(settings: Settings, x: Array, keep: Array, norm_scale: Array,
           affine: tuple[Array, ...], kernel2: Array, bias2: Array,
           layer_scale: Array, res_scale: Array) -> Array:
   """The branch by XLA, rounded to the dtype of x as a block's modules do it."""
-  n = branch.norm(x, norm_scale, norm_bias, NORMS[settings.norm].axes,
+  n = branch.norm(x, norm_scale, norm_bias, norms.NORMS[settings.norm].axes,
                   settings.eps)
   h = n @ kernel1.astype(x.dtype)
   h = h + branch.spread(bias1, h)
-  g = ACTIVATIONS[settings.activation].apply(h)
+  g = branch.ACTIVATIONS[settings.activation].apply(h)
   if affine:
     scale, bias = (branch.spread(v, g) for v in affine)
     g = scale * g + bias
@@ -183,7 +177,7 @@ def backward_call(fold: folding.Fold, dtype: DTypeLike, hidden: int,
   return _call(fold, dtype, hidden, 2,
                (vector, vector, matrix, grid.Array((1, hidden)), matrix, vector,
                 grid.Array((1, fold.lanes))),
-               NORMS[norm].scratch(fold))
+               norms.NORMS[norm].scratch(fold))
 
 
 def _part(fold, hidden):
@@ -229,11 +223,6 @@ def _backward(settings, dy, x, *args):
 _branch = branch.differentiable(plain, _forward, _backward)
 
 
-def _dot(a, b, contracted):
-  return lax.dot_general(a, b, ((contracted[:1], contracted[1:]), ((), ())),
-                         preferred_element_type=F32)
-
-
 def _parts(fold, hidden, body, init):
   """Calls body(lanes of hidden channels, carry) for each part of them."""
   size = _part(fold, hidden)
@@ -247,8 +236,8 @@ def _parts(fold, hidden, body, init):
 
 def _forward_kernel(settings, fold, keep_ref, x_ref, scale_ref, bias_ref,
                     w1_ref, b1_ref, w2_ref, b2_ref, res_scale_ref, y_ref):
-  value = ACTIVATIONS[settings.activation].value
-  norm = NORMS[settings.norm](fold, settings.eps, x_ref)
+  value = branch.ACTIVATIONS[settings.activation].value
+  norm = norms.NORMS[settings.norm](fold, settings.eps, x_ref)
   keep = folding.factors(fold, keep_ref)
 
   def write(i, carry):
@@ -257,9 +246,9 @@ def _forward_kernel(settings, fold, keep_ref, x_ref, scale_ref, bias_ref,
     n = n.astype(x_ref.dtype)
 
     def add(part, total):
-      h = _dot(n, w1_ref[:, part], (1, 0)) + b1_ref[:, part]
+      h = folding.dot(n, w1_ref[:, part], (1, 0)) + b1_ref[:, part]
       g = value(h).astype(x_ref.dtype)
-      return total + _dot(g, w2_ref[part, :], (1, 0))
+      return total + folding.dot(g, w2_ref[part, :], (1, 0))
 
     y = _parts(fold, w1_ref.shape[1], add, jnp.zeros(n.shape, F32))
     y = keep * folding.join(fold, y + b2_ref[...])
@@ -277,8 +266,8 @@ def _backward_kernel(settings, fold, keep_ref, x_ref, dy_ref, scale_ref,
   del b2_ref
   folding.start_at_zero(dscale_ref, dbias_ref, dw1_ref, db1_ref, dw2_ref,
                         db2_ref, dres_scale_ref)
-  both = ACTIVATIONS[settings.activation].value_and_slope
-  norm = NORMS[settings.norm](fold, settings.eps, x_ref, *scratch)
+  both = branch.ACTIVATIONS[settings.activation].value_and_slope
+  norm = norms.NORMS[settings.norm](fold, settings.eps, x_ref, *scratch)
   keep = folding.factors(fold, keep_ref)
   dtype = x_ref.dtype
 
@@ -289,14 +278,14 @@ def _backward_kernel(settings, fold, keep_ref, x_ref, dy_ref, scale_ref,
     dv = dv.astype(dtype)
 
     def add(part, total):
-      h = _dot(n, w1_ref[:, part], (1, 0)) + b1_ref[:, part]
+      h = folding.dot(n, w1_ref[:, part], (1, 0)) + b1_ref[:, part]
       g, slope = both(h)
-      dh = _dot(dv, w2_ref[part, :], (1, 1)) * slope
+      dh = folding.dot(dv, w2_ref[part, :], (1, 1)) * slope
       db1_ref[:, part] += dh.sum(0, keepdims=True)
       dh = dh.astype(dtype)
-      dw2_ref[:, part] += _dot(dv, g.astype(dtype), (0, 0))
-      dw1_ref[:, part] += _dot(n, dh, (0, 0))
-      return total + _dot(dh, w1_ref[:, part], (1, 1))
+      dw2_ref[:, part] += folding.dot(dv, g.astype(dtype), (0, 0))
+      dw1_ref[:, part] += folding.dot(n, dh, (0, 0))
+      return total + folding.dot(dh, w1_ref[:, part], (1, 1))
 
     dn = _parts(fold, w1_ref.shape[1], add, jnp.zeros(n.shape, F32))
     dscale_ref[...] += (dn * z).sum(0, keepdims=True)

@@ -130,3 +130,6 @@ class PerImage:
       return carry
 
     folding.loop(self._fold, finish)
+
+
+NORMS = {"group_norm": PerImage, "layer_norm": PerPixel}

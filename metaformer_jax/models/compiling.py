@@ -45,9 +45,9 @@ class Branches:
     """Raises a ConfigError if none of the branches is a kernel."""
     if not self.n_kernels:
       reason = "; ".join(self.others) or (
-          "they are for attention, pooling after group_norm, and MLPs after "
-          f"{' or '.join(_NORMS)}, with a shortcut, without dropout and padded "
-          "images")
+          "they are for attention, pooling after group_norm, and separable "
+          f"convolutions and MLPs after {' or '.join(_NORMS)}, with a "
+          "shortcut, without dropout and padded images")
       raise errors.ConfigError(
           "config.compile.kernels: pallas has no kernel for any branch of this "
           f"model: {reason}; nearest: xla")
@@ -80,9 +80,9 @@ class Compile:
 
   kernels: str = option(
       "xla", "metaformer: pallas: kernels for TPUs take the place of the "
-      "branches of a block that have one (pooling after GroupNorm; the MLP "
-      "after GroupNorm or LayerNorm), and of attention, in training without "
-      "masks; not yet measured on a TPU",
+      "branches of a block that have one (pooling after GroupNorm; separable "
+      "convolutions and the MLP after GroupNorm or LayerNorm), and of "
+      "attention, in training without masks; not yet measured on a TPU",
       choices=("xla", "pallas"))
 
   def remat_of(self, n_stages: int) -> tuple[str, ...]:

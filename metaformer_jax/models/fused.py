@@ -18,6 +18,7 @@ from flax import linen as nn
 from metaformer_jax.kernels import branch
 from metaformer_jax.kernels import mlp as mlp_kernel
 from metaformer_jax.kernels import pooling as pooling_kernel
+from metaformer_jax.kernels import sepconv as sepconv_kernel
 from metaformer_jax.models import compiling, layers, mixers, norms
 
 Branch = Callable[[jax.Array], jax.Array]
@@ -25,8 +26,8 @@ Branch = Callable[[jax.Array], jax.Array]
 _NORMS = {norms.GroupNorm: "group_norm", norms.LayerNorm: "layer_norm"}
 
 
-def pooling(block: nn.Module, norm: nn.Module, mixer: nn.Module, *,
-            mask: jax.Array | None, train: bool) -> Branch | None:
+def token_mixer(block: nn.Module, norm: nn.Module, mixer: nn.Module, *,
+                mask: jax.Array | None, train: bool) -> Branch | None:
   """The first branch: x + s (mixer(norm(x))), of a block that is called.
 
   Args:
@@ -35,10 +36,17 @@ def pooling(block: nn.Module, norm: nn.Module, mixer: nn.Module, *,
     mask: of the images; there are no kernels for padded ones.
     train: whether it is a training step; there are no kernels for others.
   """
-  if not (_has_kernels(block, norm, mask, train)
-          and type(norm) is norms.GroupNorm
-          and type(mixer) is mixers.Pooling):
+  if not _has_kernels(block, norm, mask, train):
     return None
+  if type(mixer) is mixers.Pooling and type(norm) is norms.GroupNorm:
+    return _pooling(block, norm, mixer)
+  if (type(mixer) is mixers.SepConv
+      and mixer.activation in branch.ACTIVATIONS):
+    return _sepconv(block, norm, mixer)
+  return None
+
+
+def _pooling(block, norm, mixer):
   return functools.partial(
       _call, block, 1, functools.partial(
           pooling_kernel.pooling_branch, size=mixer.pool_size,
@@ -47,11 +55,26 @@ def pooling(block: nn.Module, norm: nn.Module, mixer: nn.Module, *,
           pooling_kernel.problem, size=mixer.pool_size))
 
 
+def _sepconv(block, norm, mixer):
+  expand, act, depthwise, project = (
+      block.get_variable("params", "token_mixer").get(name, {})
+      for name in ("pwconv1", "act1", "dwconv", "pwconv2"))
+  kind = {"norm": _NORMS[type(norm)], "activation": mixer.activation}
+  return functools.partial(
+      _call, block, 1, functools.partial(
+          sepconv_kernel.sepconv_branch, eps=norm.eps, **kind),
+      (expand["kernel"], act.get("scale"), act.get("bias"),
+       depthwise["kernel"], project["kernel"]),
+      problem=functools.partial(
+          sepconv_kernel.problem, hidden=expand["kernel"].shape[1],
+          kernel=mixer.conv_kernel_size, **kind))
+
+
 def mlp(block: nn.Module, norm: nn.Module, *, mask: jax.Array | None,
         train: bool) -> Branch | None:
-  """The second branch: x + s (mlp(norm(x))); arguments as of `pooling`."""
+  """The second branch: x + s (mlp(norm(x))); arguments as of `token_mixer`."""
   if not (_has_kernels(block, norm, mask, train) and not block.drop_rate
-          and block.activation in mlp_kernel.ACTIVATIONS):
+          and block.activation in branch.ACTIVATIONS):
     return None
   fc1, act, fc2 = (block.get_variable("params", "mlp").get(name, {})
                    for name in ("fc1", "act", "fc2"))

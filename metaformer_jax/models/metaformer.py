@@ -54,7 +54,7 @@ class MetaFormerBlock(parts.MetaFormerBlock, nn.Module):
         int(self.dim * self.mlp_ratio), self.activation, self.mlp_bias,
         self.drop_rate, dtype=self.dtype, name="mlp")
     also = {"mask": mask, "train": train}
-    kernel1 = fused.pooling(self, norm1, mixer, **also)
+    kernel1 = fused.token_mixer(self, norm1, mixer, **also)
     kernel2 = fused.mlp(self, norm2, **also) if self.mlp_ratio else None
     norm1, mixer, norm2 = (
         functools.partial(module, **also) for module in (norm1, mixer, norm2))

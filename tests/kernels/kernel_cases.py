@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaformer_jax.kernels import mlp, pooling
+from metaformer_jax.kernels import mlp, pooling, sepconv
 from metaformer_jax.models import layers, mixers, norms
 
 EPS = 1e-3
@@ -65,6 +65,16 @@ def pooling_parameters(channels, seed=0, bias=True):
       "norm_scale", "norm_bias", "layer_scale", "res_scale")}
 
 
+def sepconv_parameters(channels, hidden, size, seed=0, bias=True, star=True):
+  """Those of the branch with a separable convolution of a size."""
+  whole = parameters(channels, hidden, seed, bias, star)
+  rng = np.random.default_rng(seed + 1)
+  taps = jnp.asarray(rng.normal(size=(size, size, 1, hidden)) / size,
+                     jnp.float32)
+  return {"taps": taps} | {key: value for key, value in whole.items()
+                                if key not in ("bias1", "bias2")}
+
+
 def _normed(x, p, dtype, norm="group_norm"):
   given = {"scale": p["norm_scale"], "bias": p["norm_bias"]}
   return norms.NORMS[norm](EPS, p["norm_bias"] is not None, dtype=dtype).apply(
@@ -103,6 +113,21 @@ def mlp_modules(x, keep, p, activation="gelu", norm="group_norm"):
   return _add(x, y, keep, p, x.dtype)
 
 
+def sepconv_modules(x, keep, p, activation="star_relu", norm="layer_norm"):
+  """The branch as `models.metaformer` has it; computed in the dtype of x."""
+  channels, hidden = p["kernel1"].shape
+  module = mixers.SepConv(
+      dim=channels, expansion=hidden / channels, activation=activation,
+      conv_kernel_size=len(p["taps"]), dtype=x.dtype)
+  variables = {"params": {name: {"kernel": p[key]} for name, key in (
+      ("pwconv1", "kernel1"), ("dwconv", "taps"), ("pwconv2", "kernel2"))}}
+  if p["act_scale"] is not None:
+    variables["params"]["act1"] = {"scale": p["act_scale"],
+                                   "bias": p["act_bias"]}
+  y = module.apply(variables, _normed(x, p, x.dtype, norm))
+  return _add(x, y, keep, p, x.dtype)
+
+
 def pooling_kernel(x, keep, p, size, subtract=True, interpret=True):
   return pooling.pooling_branch(x, keep, **p, size=size, subtract=subtract,
                                 eps=EPS, interpret=interpret)
@@ -112,6 +137,12 @@ def mlp_kernel(x, keep, p, activation="gelu", norm="group_norm",
                interpret=True):
   return mlp.mlp_branch(x, keep, **p, activation=activation, norm=norm, eps=EPS,
                         interpret=interpret)
+
+
+def sepconv_kernel(x, keep, p, activation="star_relu", norm="layer_norm",
+                   interpret=True):
+  return sepconv.sepconv_branch(x, keep, **p, activation=activation, norm=norm,
+                                eps=EPS, interpret=interpret)
 
 
 def assert_same(kernel, modules, x, keep, p):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from metaformer_jax.kernels import mlp
+from metaformer_jax.kernels import mlp, norms
 
 
 def assert_same(shape, hidden, dtype="float32", activation="gelu", bias=True,
@@ -84,7 +84,7 @@ def test_what_does_not_fit_has_a_reason():
   assert "float16" in mlp.problem((8, 7, 8, 64), jnp.float16, 256, "gelu")
   assert "hidden" in mlp.problem((8, 7, 8, 64), jnp.float32, 200, "gelu")
   assert "silu" in mlp.problem((8, 7, 8, 64), jnp.float32, 256, "silu")
-  for norm in mlp.NORMS:
+  for norm in norms.NORMS:
     assert "VMEM" in mlp.problem((8, 8, 8, 2048), jnp.float32, 8192, "gelu",
                                  norm)
 

@@ -26,7 +26,10 @@ CASES = {
     "no MLP": ({"depths": (1,), "dims": (8,), "mlp_ratio": 0.0}, 1),
     "PoolFormerV2": ({"depths": (1,), "dims": (8,), **BASELINE}, 2),
     "ConvFormer": ({"depths": (1,), "dims": (8,), **BASELINE,
-                    "norm": "layer_norm", "token_mixers": ("sepconv",)}, 1),
+                    "norm": "layer_norm", "token_mixers": ("sepconv",)}, 2),
+    "separable convolutions after GroupNorm": (
+        {"depths": (1,), "dims": (8,), "conv_kernel_size": 3,
+         "token_mixers": ("sepconv",)}, 2),
     "pooling after LayerNorm": (
         {"depths": (1,), "dims": (8,), "norm": "layer_norm"}, 1),
     "no residual": ({"depths": (1,), "dims": (8,), "residual": False}, 0),
@@ -70,7 +73,7 @@ def counted(monkeypatch):
 
 
 # Of the default tests: all, some and none of the branches are kernels.
-FAST = ("pooling", "PoolFormerV2", "no residual", "batch norm")
+FAST = ("pooling", "ConvFormer", "no residual", "batch norm")
 
 
 @pytest.mark.parametrize("name", [

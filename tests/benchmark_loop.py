@@ -1,0 +1,113 @@
+"""What a run costs beside its training step, and what a second start saves:
+
+    python tests/benchmark_loop.py [--image_size=96] [--batch_size=8]
+
+PoolFormer-S12 on scikit-learn's digits, which are in memory. Steps of the loop
+(input, transfer, metrics, log) and calls of its compiled step alone are made in
+turns. Then the same command runs twice with a new folder of compiled programs:
+the seconds until its training step is compiled, and of the whole. Prints JSON.
+"""
+
+import argparse
+import contextlib
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+
+from metaformer_jax import cli
+from metaformer_jax.runtime import sharding
+from metaformer_jax.training import loop
+
+CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "poolformer_s12.py"
+
+
+def command_line(args, folder, name, n_steps):
+  return [f"--workdir={folder / name}", f"--config={CONFIG}",
+          "--config.data.source=digits", "--config.data.path=None",
+          "--config.task.num_classes=10",
+          f"--config.task.image_size={args.image_size}",
+          f"--config.train.batch_size={args.batch_size}",
+          f"--config.train.steps={n_steps}",
+          "--config.data.eval_split=test[:16]",
+          f"--config.log.compilation_cache={folder / 'cache'}"]
+
+
+def overhead(args, folder):
+  """Seconds of steps of the loop, over those of its program alone."""
+  sys.argv[1:] = command_line(args, folder, "loop", 10**6)
+  cfg, workdir = cli.parse()
+  cfg, task, mesh = cli.start(cfg, workdir=workdir)
+  taken = {"loop": [], "program": []}
+  with contextlib.ExitStack() as stack:
+    run = loop.Run.start(cfg, task, mesh, workdir, stack)
+    batch = sharding.put_batch(next(run.batches), mesh)
+    numbers = iter(run.remaining_steps())
+
+    def of_loop():
+      i = next(numbers)
+      run.train(i)
+      if run.should_log(i - 1):
+        run.log(i - 1)
+
+    def of_program():
+      step = run._step_for(batch)
+      run.state, _ = step(run.state, batch, flags)
+
+    of_loop()
+    flags = run.stop.flags(mesh)
+    for _ in range(args.rounds + 1):
+      for name, one_step in (("loop", of_loop), ("program", of_program)):
+        jax.block_until_ready(run.state)
+        start = time.perf_counter()
+        for _ in range(args.steps):
+          one_step()
+        jax.block_until_ready(run.state)
+        taken[name].append((time.perf_counter() - start) / args.steps)
+  ratios = [a / b for a, b in zip(taken["loop"][1:], taken["program"][1:])]
+  return {"step_seconds": statistics.median(taken["program"][1:]),
+          "loop_over_program": [statistics.median(ratios), min(ratios),
+                                max(ratios)]}
+
+
+def started(args, folder, name):
+  """Seconds until a run's training step is compiled, and of the whole run."""
+  start = time.perf_counter()
+  with subprocess.Popen(
+      [sys.executable, "-m", "metaformer_jax.main",
+       *command_line(args, folder, name, 1)],
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    lines = []
+    compiled = None
+    for line in process.stdout:
+      lines.append(line)
+      if "compiled the training step in" in line:
+        compiled = time.perf_counter() - start
+  if process.returncode or compiled is None:
+    sys.exit("".join(lines))
+  return compiled, time.perf_counter() - start
+
+
+def main(args: argparse.Namespace) -> None:
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    first, second = (started(args, folder, name) for name in ("a", "b"))
+    found = overhead(args, folder)
+  print(json.dumps(found | {
+      "first_start_seconds": first, "second_start_seconds": second,
+      "times_sooner": [a / b for a, b in zip(first, second)]}, indent=2))
+
+
+if __name__ == "__main__":
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--image_size", type=int, default=96)
+  parser.add_argument("--batch_size", type=int, default=8)
+  parser.add_argument("--rounds", type=int, default=9)
+  parser.add_argument("--steps", type=int, default=10)
+  main(parser.parse_args())
