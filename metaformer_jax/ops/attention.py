@@ -1,11 +1,19 @@
-"""Scaled dot-product attention."""
+"""Scaled dot-product attention, in the form that is fast on the platform."""
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from metaformer_jax.ops import platforms
+
+Array = jax.Array
+F32 = jnp.float32
+# With more, or with fewer keys than queries, XLA's own form is as fast.
+_MOST_TOKENS = 576
 
 
-def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, *,
-                          mask: jax.Array | None = None) -> jax.Array:
+def dot_product_attention(q: Array, k: Array, v: Array, *,
+                          mask: Array | None = None) -> Array:
   """softmax(q k^T / sqrt(D)) v, the softmax in float32.
 
   Args:
@@ -13,18 +21,74 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, *,
     k, v: [B, keys, heads, D].
     mask: [B, keys], false for keys to ignore.
   """
+  if mask is not None:
+    mask = mask.astype(bool)
+  fast = q.shape == k.shape and q.shape[1] <= _MOST_TOKENS
+  return platforms.choose(_for_cpu if fast else None, _plain, q, k, v, mask)
+
+
+def _plain(q, k, v, mask):
   scale = q.shape[-1] ** -0.5
   logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k,
-                      preferred_element_type=jnp.float32)
+                      preferred_element_type=F32)
   if mask is not None:
-    valid = mask[:, None, None, :].astype(bool)
-    logits = jnp.where(valid, logits, jnp.finfo(jnp.float32).min)
+    logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(F32).min)
   weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
   return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def self_attention(qkv: jax.Array, n_heads: int, *,
-                   mask: jax.Array | None = None) -> jax.Array:
+@jax.custom_vjp
+def _for_cpu(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+  """The same; keys lie along rows, over which XLA sums by vectors.
+
+  Heads come first, as the products want them, and the sums divide the result
+  instead of the weights. The barriers keep a product's operand from being
+  computed within the product.
+  """
+  return _cpu_fwd(q, k, v, mask)[0]
+
+
+def _cpu_fwd(q, k, v, mask):
+  queries, keys, values = map(_heads_first, (q, k, v))
+  logits = jnp.einsum("bhkd,bhqd->bhkq", keys, queries * q.shape[-1] ** -0.5)
+  if mask is not None:
+    logits = jnp.where(mask[:, None, :, None], logits, jnp.finfo(F32).min)
+  weights = lax.optimization_barrier(
+      jnp.exp(logits - logits.max(2, keepdims=True)))
+  total = weights.sum(2)[..., None]
+  y = jnp.einsum("bhkq,bhkd->bhqd", weights, values) / total
+  return _heads_last(y, v), (q, k, v, mask, weights, total, y)
+
+
+def _cpu_bwd(kept, dy):
+  q, k, v, mask, weights, total, y = kept
+  queries, keys, values = map(_heads_first, (q, k, v))
+  dy = _heads_first(dy) / total
+  dv = jnp.einsum("bhkq,bhqd->bhkd", weights, dy)
+  dlogits = jnp.einsum("bhkd,bhqd->bhkq", values, dy)
+  dlogits = weights * (dlogits - (dy * y).sum(3)[:, :, None])
+  if mask is not None:
+    dlogits = jnp.where(mask[:, None, :, None], dlogits, 0)
+  dlogits = lax.optimization_barrier(dlogits * q.shape[-1] ** -0.5)
+  dq = jnp.einsum("bhkq,bhkd->bhqd", dlogits, keys)
+  dk = jnp.einsum("bhkq,bhqd->bhkd", dlogits, queries)
+  return _heads_last(dq, q), _heads_last(dk, k), _heads_last(dv, v), None
+
+
+_for_cpu.defvjp(_cpu_fwd, _cpu_bwd)
+
+
+def _heads_first(x):
+  """[B, N, heads, D] -> [B, heads, N, D], in float32."""
+  return x.transpose(0, 2, 1, 3).astype(F32)
+
+
+def _heads_last(x, like):
+  return x.transpose(0, 2, 1, 3).astype(like.dtype)
+
+
+def self_attention(qkv: Array, n_heads: int, *,
+                   mask: Array | None = None) -> Array:
   """Attention among the pixels of an image.
 
   Args:
