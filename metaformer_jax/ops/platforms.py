@@ -18,8 +18,9 @@ def choose(cpu: Callable[..., Any] | None, default: Callable[..., Any],
            *args: Any, tpu: Callable[..., Any] | None = None) -> Any:
   """Calls `cpu` in a program for a CPU, `tpu` in a TPU's, else `default`.
 
-  Differentiate around it, with `jax.custom_vjp`: the gradient of a choice keeps
-  what either form needs.
+  The gradient of a choice keeps what either form needs: for the form that is
+  not taken, zeros, which a compiler drops from a program with both passes.
+  `jax.custom_vjp` around the choice keeps nothing more than it says.
 
   Args:
     cpu: the form for CPUs; None if there is no other.
