@@ -7,9 +7,10 @@ from jax import lax
 from metaformer_jax.ops import platforms
 
 Array = jax.Array
-F32 = jnp.float32
 # With more, or with fewer keys than queries, XLA's own form is as fast.
 _MOST_TOKENS = 576
+# The logit of a key that is ignored.
+_IGNORED = float(jnp.finfo(jnp.float32).min)
 
 
 def dot_product_attention(q: Array, k: Array, v: Array, *,
@@ -30,9 +31,9 @@ def dot_product_attention(q: Array, k: Array, v: Array, *,
 def _plain(q, k, v, mask):
   scale = q.shape[-1] ** -0.5
   logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k,
-                      preferred_element_type=F32)
+                      preferred_element_type=jnp.float32)
   if mask is not None:
-    logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(F32).min)
+    logits = jnp.where(mask[:, None, None, :], logits, _IGNORED)
   weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
   return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
@@ -52,7 +53,7 @@ def _cpu_fwd(q, k, v, mask):
   queries, keys, values = map(_heads_first, (q, k, v))
   logits = jnp.einsum("bhkd,bhqd->bhkq", keys, queries * q.shape[-1] ** -0.5)
   if mask is not None:
-    logits = jnp.where(mask[:, None, :, None], logits, jnp.finfo(F32).min)
+    logits = jnp.where(mask[:, None, :, None], logits, _IGNORED)
   weights = lax.optimization_barrier(
       jnp.exp(logits - logits.max(2, keepdims=True)))
   total = weights.sum(2)[..., None]
@@ -80,7 +81,7 @@ _for_cpu.defvjp(_cpu_fwd, _cpu_bwd)
 
 def _heads_first(x):
   """[B, N, heads, D] -> [B, heads, N, D], in float32."""
-  return x.transpose(0, 2, 1, 3).astype(F32)
+  return x.transpose(0, 2, 1, 3).astype(jnp.float32)
 
 
 def _heads_last(x, like):
