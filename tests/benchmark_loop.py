@@ -34,7 +34,7 @@ def command_line(args, folder, name, n_steps):
           f"--config.task.image_size={args.image_size}",
           f"--config.train.batch_size={args.batch_size}",
           f"--config.train.steps={n_steps}",
-          "--config.data.eval_split=test[:16]",
+          "--config.data.eval_split=test[:16]", "--config.eval.batch_size=16",
           f"--config.log.compilation_cache={folder / 'cache'}"]
 
 
