@@ -4,8 +4,8 @@
 
 PoolFormer-S12 on scikit-learn's digits, which are in memory. Steps of the loop
 (input, transfer, metrics, log) and calls of its compiled step alone are made in
-turns. Then the same command runs twice with a new folder of compiled programs:
-the seconds until its training step is compiled, and of the whole. Prints JSON.
+turns. Before, the same command runs twice with a new folder of compiled
+programs: the seconds until its step is compiled, and of the whole. Prints JSON.
 """
 
 import argparse

@@ -328,12 +328,20 @@ def _backward_kernel(settings, sizes, keep_ref, x_ref, dy_ref, scale_ref,
 
   _for_each_part(sizes, add)
 
+  _write_gradient(fold, norm, dn_ref, scale_ref, dscale_ref, dbias_ref,
+                  functools.partial(
+                      folding.write_shortcut_gradient, x_ref, dy_ref,
+                      res_scale_ref, dx_ref, dres_scale_ref))
+
+
+def _write_gradient(fold, norm, dn_ref, scale_ref, dscale_ref, dbias_ref,
+                    write):
+  """Writes the gradient of x from dn, and adds those of scale and bias."""
+
   def gradient(lanes, z):
     dn = folding.split(fold, dn_ref[:, :, lanes])
     dscale_ref[...] += (dn * z).sum(0, keepdims=True)
     dbias_ref[...] += dn.sum(0, keepdims=True)
     return dn * scale_ref[...]
 
-  norm.write_gradient(gradient, functools.partial(
-      folding.write_shortcut_gradient, x_ref, dy_ref, res_scale_ref, dx_ref,
-      dres_scale_ref))
+  norm.write_gradient(gradient, write)

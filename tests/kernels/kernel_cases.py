@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaformer_jax.kernels import mlp, pooling, sepconv
 from metaformer_jax.models import layers, mixers, norms
@@ -170,6 +171,21 @@ def assert_same(kernel, modules, x, keep, p):
     n = x.size // x.shape[-1] * (
         p["kernel1"].shape[1] if key.startswith("act_") else 1)
     _assert_close(dp[key], want, tolerance, want, least=n**0.5, name=key)
+
+
+def assert_devices_share_a_batch(kernel, modules, p):
+  """Each runs the kernel on its images; gradients of parameters are summed."""
+  devices = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"))
+  split = NamedSharding(devices, PartitionSpec(("data", "fsdp")))
+
+  def branch(x, keep, p):
+    with jax.sharding.use_abstract_mesh(devices.abstract_mesh):
+      return kernel(x, keep, p)
+
+  assert_same(branch, modules,
+              jax.device_put(images((8, 3, 4, 8), "float32"), split),
+              jax.device_put(keep(8), split),
+              jax.device_put(p, NamedSharding(devices, PartitionSpec())))
 
 
 def _differentiated(branch, x, keep, p, dy):

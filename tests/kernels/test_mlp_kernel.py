@@ -2,12 +2,10 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import kernel_cases as cases
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from metaformer_jax.kernels import mlp, norms
 
@@ -90,16 +88,5 @@ def test_what_does_not_fit_has_a_reason():
 
 
 def test_devices_share_a_batch():
-  """Each runs the kernel on its images; gradients of parameters are summed."""
-  devices = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"))
-  x, keep = cases.images((8, 3, 4, 8), "float32"), cases.keep(8)
-  split = NamedSharding(devices, PartitionSpec(("data", "fsdp")))
-
-  def branch(x, keep, p):
-    with jax.sharding.use_abstract_mesh(devices.abstract_mesh):
-      return cases.mlp_kernel(x, keep, p)
-
-  cases.assert_same(branch, cases.mlp_modules, jax.device_put(x, split),
-                    jax.device_put(keep, split), jax.device_put(
-                        cases.parameters(8, 16),
-                        NamedSharding(devices, PartitionSpec())))
+  cases.assert_devices_share_a_batch(
+      cases.mlp_kernel, cases.mlp_modules, cases.parameters(8, 16))
