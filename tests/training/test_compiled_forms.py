@@ -1,5 +1,6 @@
 """`config.compile`: runs give the same in every form, and may change it."""
 
+import functools
 import itertools
 
 import jax
@@ -9,6 +10,7 @@ import small_runs
 
 from metaformer_jax import errors
 from metaformer_jax.config import derived, schema, tasks
+from metaformer_jax.kernels import mlp, pooling, sepconv
 from metaformer_jax.runtime import devices
 from metaformer_jax.tasks import classification
 from metaformer_jax.training import loop, step
@@ -60,6 +62,36 @@ def test_eight_devices_train_the_same_in_either_form(sections):
   assert jax.tree.structure(got) == jax.tree.structure(want)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
     np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def moved(state, start):
+  """How far the parameters have come, as one vector."""
+  return np.concatenate([np.ravel(a - b) for a, b in zip(
+      jax.tree.leaves(state.params), jax.tree.leaves(start.params))])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, most", [("float32", 1e-3), ("bfloat16", 0.2)])
+def test_kernels_train_as_the_modules(monkeypatch, dtype, most):
+  """Interpreted, on eight devices: losses, and the way of the parameters."""
+  changes = {
+      "model": {"depths": (1, 1), "dims": (16, 32), "dtype": dtype,
+                "token_mixers": ("pooling", "sepconv")},
+      "task": {"image_size": 32}, "optim": {"name": "adamw"},
+      "train": {"batch_size": 48, "steps": 16}}
+  _, start = run(experiment(**changes), 0)
+  losses, state = run(experiment(**changes), 16)
+  for module, branch in ((mlp, "mlp_branch"), (pooling, "pooling_branch"),
+                         (sepconv, "sepconv_branch")):
+    monkeypatch.setattr(module, branch, functools.partial(
+        getattr(module, branch), interpret=True))
+  by_kernels, got = run(experiment(**changes, compile={"kernels": "pallas"}),
+                        16)
+  np.testing.assert_allclose(by_kernels, losses, atol=most / 50)
+  got, want = moved(got, start), moved(state, start)
+  off = np.linalg.norm(got - want) / np.linalg.norm(want)
+  print(f"{dtype}: {off:.2g}")
+  assert 0 < off < most  # 0 if no kernel was called.
 
 
 @pytest.mark.slow
