@@ -94,3 +94,52 @@ def test_rematerialised_gradients_are_the_same():
       for fn in (jax.checkpoint(loss), loss))
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6 * max(1, np.abs(b).max()))
+
+
+# Settings of PoolFormer-S12: all operations with a gradient of their own.
+SECOND_ORDER = {
+    "pooling": {},
+    "convolutions, attention": {
+        "token_mixers": ("sepconv", "attention"), "norm": "layer_norm",
+        "activation": "star_relu"},
+    "ResNet": None,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SECOND_ORDER)
+def test_hessians_are_symmetric(name):
+  """<u, H v> = <v, H u>, by reverse mode twice; forward mode is refused."""
+  settings = SECOND_ORDER[name]
+  model = metaformer_jax.create_model(
+      "resnet18" if settings is None else "poolformer_s12", num_classes=5,
+      **({} if settings is None else {
+          "depths": (1, 1), "dims": (32, 64),
+          "token_mixers": ("pooling",) * 2} | settings))
+  rng = np.random.default_rng(0)
+  x = np.float32(rng.normal(size=(2, 64, 64, 3)))
+  first = jax.jit(model.init)(jax.random.key(1), x)
+
+  def random(params, scale):
+    return jax.tree.map(
+        lambda v: np.float32(rng.normal(scale=scale, size=v.shape)), params)
+
+  def loss(params):
+    return jnp.cos(model.apply({**first, "params": params}, x)).sum()
+
+  def dot(a, b):
+    return sum(map(jnp.vdot, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+  @jax.jit
+  def hessian_times(params, v):
+    return jax.grad(lambda params: dot(jax.grad(loss)(params), v))(params)
+
+  params = jax.tree.map(jnp.add, first["params"], random(first["params"], 0.1))
+  u, v = random(params, 1), random(params, 1)
+  got, want = hessian_times(params, u), hessian_times(params, v)
+  np.testing.assert_allclose(
+      dot(v, got), dot(u, want), rtol=0,
+      atol=1e-6 * float(dot(got, got) * dot(v, v))**0.5)
+  assert abs(dot(v, got)) > 1e-4 * float(dot(got, got) * dot(v, v))**0.5
+  with pytest.raises(TypeError, match="forward-mode"):
+    jax.jvp(loss, (params,), (u,))
