@@ -95,8 +95,9 @@ def test_every_family_and_layout(name, layout, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    {"pool_size": 5}, {"norm": "layer_norm"}, {"activation": "relu"},
+    {"pool_size": 5}, {"norm": "layer_norm"},
     *(pytest.param(settings, marks=pytest.mark.slow) for settings in (
+        {"activation": "relu"},
         {"token_mixers": ("identity",) * 4}, {"pool_subtract": False},
         {"residual": False}, {"norm_eps": 1e-3}, {"head_norm_first": False},
         {"in_pad": 3}))], ids=lambda settings: next(iter(settings)))
@@ -240,7 +241,9 @@ def test_arrays_that_are_not_images_are_one_line(tmp_path):
   assert loaded.predict(np.empty((0, 40, 50, 3), np.uint8)) == []
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (
+        name in ("caformer_s18", "resnet50"))) for name in SMALL])
 def test_models_refuse_what_is_not_normalised_images(name):
   """In one line, at their entry; the shapes are enough to see it."""
   model = metaformer_jax.create_model(name, num_classes=3, **SMALL[name])

@@ -134,7 +134,8 @@ def test_damaged_files_come_through_as_one_line(tmp_path, write):
     ("caformer_s18", "timm", SMALL, ("head/fc2/kernel", "head/fc2/bias")),
     ("deit_small_distilled_patch16_224", "timm", VIT,
      ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")),
-    ("resnet18", "timm", RESNET, ("head/kernel", "head/bias")),
+    pytest.param("resnet18", "timm", RESNET, ("head/kernel", "head/bias"),
+                 marks=pytest.mark.slow),
     pytest.param("pvt_tiny", "official", PVT, ("head/kernel", "head/bias"),
                  marks=pytest.mark.slow),
 ])
@@ -249,7 +250,7 @@ def test_invalid_numbers_are_refused(write):
     ("vit_base_patch16_224", "timm", VIT), ("pvt_tiny", "official", PVT),
     ("mixer_b16_224", "timm", TINY)])
 @pytest.mark.parametrize("n", [
-    1, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 2))])
+    1, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 6, 2))])
 def test_only_the_stem_depends_on_the_channels(name, layout, settings, n,
                                                write):
   path = write(name, layout, **settings)

@@ -73,7 +73,9 @@ def test_a_classifier_computes_what_it_did(name):
                         layouts.flatten(loaded.variables))
 
 
-@pytest.mark.parametrize("name", BARE)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (
+        name in ("resnet_base", "timm_vit_base"))) for name in BARE])
 def test_a_model_without_a_head(name, caplog):
   loaded = metaformer_jax.load(GOLDEN / name)
   assert loaded.cfg.model.name == BARE[name] and not head(loaded.variables)
@@ -115,8 +117,9 @@ def test_a_file_without_a_head_needs_a_number_of_classes(tmp_path):
 
 @pytest.mark.parametrize("name, kept", [
     ("vit_base", {"params/head/kernel", "params/head/bias"}),
-    ("poolformer_base", {"params/head/kernel", "params/head/bias",
-                         "params/norm/scale", "params/norm/bias"}),
+    pytest.param("poolformer_base", {
+        "params/head/kernel", "params/head/bias", "params/norm/scale",
+        "params/norm/bias"}, marks=pytest.mark.slow),
     ("deit_distilled", {"params/head/kernel", "params/head_dist/kernel",
                         "params/head/bias", "params/head_dist/bias"})])
 def test_a_run_starts_from_a_folder(name, kept, caplog):
@@ -204,7 +207,9 @@ def test_damaged_folders(tmp_path):
   assert found["params"]["head"]["bias"].shape == (5,)
 
 
-@pytest.mark.parametrize("name", [*FOLDERS, *BARE])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (
+        name in BARE and name != "vit_base")) for name in (*FOLDERS, *BARE)])
 def test_there_and_back_is_bit_equal(name, tmp_path):
   layout = "timm" if name.startswith("timm") else "huggingface"
   folder = tmp_path / "a b"

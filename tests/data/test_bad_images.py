@@ -103,7 +103,8 @@ def test_two_processes_replace_alike(folders, before_and_after):
     np.testing.assert_array_equal(got[name], array)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [
+    pytest.param(0, marks=pytest.mark.slow), 2])
 def test_ten_are_logged_once_whichever_process_reads_them(
     folders, before_and_after, workers, caplog):
   made = pictures(folders[1], workers=workers)

@@ -101,9 +101,11 @@ def test_forms_and_overrides(weights, tmp_path):
       "--config.data.source=digits", "--config.task.num_classes=10",
       "--config.task.class_names=None"], "pool_size: 3, 5"),
     (["--weights=missing.pth"], "missing.pth: does not exist"),
-    (["--weights={weights}", "--config.data.source=digits",
-      "--config.model.pool_size=5", "--config.task.num_classes=10",
-      "--config.task.class_names=None"], "pool_size: 3, 5"),
+    pytest.param(
+        ["--weights={weights}", "--config.data.source=digits",
+         "--config.model.pool_size=5", "--config.task.num_classes=10",
+         "--config.task.class_names=None"], "pool_size: 3, 5",
+        marks=pytest.mark.slow),
 ])
 def test_mistakes_are_one_line(weights, tmp_path, argv, words):
   unrecorded = tmp_path / "poolformer_s12.pth"  # Not opened.

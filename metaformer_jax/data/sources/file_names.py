@@ -1,5 +1,6 @@
 """Names of files: many in little memory, cheap to send to workers."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import overload
 
@@ -21,7 +22,8 @@ class FileNames:
     return len(self._ends) - 1
 
   def __iter__(self) -> Iterator[bytes]:
-    return (self[i] for i in range(len(self)))
+    return (self._text[start:end]
+            for start, end in itertools.pairwise(self._ends.tolist()))
 
   @overload
   def __getitem__(self, index: int) -> bytes: ...
