@@ -73,8 +73,11 @@ class Loader:
   groups: tuple[np.ndarray, ...] | None = None
   _named: set[int] = dataclasses.field(
       default_factory=set, init=False, repr=False, compare=False)
-  # Workers of the last evaluation, for the next one.
-  _kept: list[readers.Reader] = dataclasses.field(
+  # Workers of the last evaluation, for the next one; and those of training that
+  # have started, but read nothing yet.
+  _kept: list[readers.Workers] = dataclasses.field(
+      default_factory=list, init=False, repr=False, compare=False)
+  _started: list[readers.Workers] = dataclasses.field(
       default_factory=list, init=False, repr=False, compare=False)
 
   def __post_init__(self) -> None:
@@ -148,6 +151,21 @@ class Loader:
     return (base.Grouped(self.source, self.groups) if self.groups else
             self.source)
 
+  def start_workers(self) -> Callable[[], None]:
+    """Starts the processes of the next `train_batches`, ahead of it.
+
+    They take seconds, in which this process can do something else.
+
+    Returns:
+      What ends them, whether or not they are in use.
+    """
+    if not self.workers:
+      return lambda: None
+    workers = self._workers(self._training(0))
+    workers.start()
+    self._started.append(workers)
+    return workers.close
+
   def train_batches(self, position: int) -> Iterator[Batch]:
     """Endless batches of this process, starting `position` images in.
 
@@ -163,10 +181,8 @@ class Loader:
     if len(self._groups) > 1 and position % self.batch_size:
       raise ValueError(f"position {position} is inside of a batch of "
                        f"{self.batch_size}, which has one group")
-    stream = streams.Train(self._examples, self.transform, self.seed,
-                           self.repeats, self._groups, self.batch_size)
-    yield from self._read(self._parts(stream, position), itertools.count(),
-                          "another example replaces it", [])
+    yield from self._read(self._training(position), itertools.count(),
+                          "another example replaces it", self._started)
 
   def eval_batches(self) -> Iterator[Batch]:
     """The whole data set in order, once; the last batch is padded.
@@ -191,27 +207,41 @@ class Loader:
         parts, range(self.n_eval_batches * parts.n_per_batch),
         "evaluation leaves it out", self._kept)
 
+  def _training(self, position: int) -> streams.Parts:
+    stream = streams.Train(self._examples, self.transform, self.seed,
+                           self.repeats, self._groups, self.batch_size)
+    return self._parts(stream, position)
+
   def _parts(self, stream: streams.Stream, position: int) -> streams.Parts:
     return streams.Parts(stream, position, self.batch_size, self.process_index,
                          self.process_count)
 
   def _reader(self, parts: streams.Parts) -> readers.Reader:
     """What reads about one batch ahead, whatever the number of workers."""
-    n = parts.n_per_batch
-    workers = (os.cpu_count() or 1) if self.workers == -1 else self.workers
-    if not workers:
-      return readers.Threads(parts, self.threads, self.threads + n)
-    read = parts if self.threads == 1 else readers.InThreads(parts,
+    if self.workers:
+      return self._workers(parts)
+    return readers.Threads(parts, self.threads,
+                           self.threads + parts.n_per_batch)
+
+  def _workers(self, parts: streams.Parts) -> readers.Workers:
+    n = (os.cpu_count() or 1) if self.workers == -1 else self.workers
+    return readers.Workers(self._of_a_worker(parts), n,
+                           1 + -(-parts.n_per_batch // n))
+
+  def _of_a_worker(self, parts: streams.Parts) -> Callable[[int], Batch]:
+    return parts if self.threads == 1 else readers.InThreads(parts,
                                                              self.threads)
-    return readers.Workers(read, workers, 1 + -(-n // workers))
 
   def _read(self, parts: streams.Parts, numbers: Iterable[int], fate: str,
-            kept: list[readers.Reader]) -> Iterator[Batch]:
-    """Reads parts by a kept reader, or a new one; names bad examples.
+            kept: list[readers.Workers]) -> Iterator[Batch]:
+    """Reads parts by workers that are kept, or others; names bad examples.
 
-    When all are read, the reader is kept if its processes can read them again.
+    When all are read, workers are kept, which can read them again.
     """
-    reader = kept.pop() if kept else self._reader(parts)
+    workers = kept.pop() if kept else None
+    if workers:
+      workers.read = self._of_a_worker(parts)
+    reader = workers or self._reader(parts)
     with contextlib.closing(readers.batches(
         reader, numbers, parts.n_per_batch)) as batches:
       for batch in batches:
@@ -219,7 +249,7 @@ class Loader:
         for index in bad[bad >= 0].tolist():
           self._name(index, fate)
         yield {**batch, "replaced": bad >= 0}
-    if self.workers:
+    if isinstance(reader, readers.Workers):
       kept.append(reader)
     else:
       reader.close()

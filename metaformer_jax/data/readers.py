@@ -132,7 +132,7 @@ class InThreads:
 
 
 class Workers:
-  """Processes that read parts; started when the first part is asked for.
+  """Processes that read parts; started by `start`, or for the first part.
 
   The parts go to the processes in turn. Each process has some places in shared
   memory, which take parts in turn as well: a part is valid until its place is
@@ -140,40 +140,53 @@ class Workers:
 
   `ask` raises ConfigError if what reads a part cannot be sent to a process,
   and WorkerLostError if a process has ended.
+
+  Attributes:
+    read: what reads a part; is sent to the processes with the first question.
+    n_ahead: the parts that can be asked for at a time.
   """
 
   def __init__(self, read: Callable[[int], Arrays], n: int, n_places: int):
     """Takes what reads a part, the number of processes, and places of each."""
-    self._read, self._n, self._n_places = read, n, n_places
+    self.read = read
+    self._n, self._n_places = n, n_places
     self.n_ahead = n * n_places
     self._workers: list[_Worker] = []
+    self._prepared = False
     self._asked = itertools.count()
     # Also when this process exits, before multiprocessing waits for them.
     util.Finalize(self, _end, args=(self._workers,), exitpriority=100)
 
   def ask(self, number: int) -> Callable[[], Arrays]:
-    if not self._workers:
-      self._start()
+    if not self._prepared:
+      self._prepare()
     turn = next(self._asked)
     return self._workers[turn % self._n].ask(
         number, turn // self._n % self._n_places)
 
   def close(self) -> None:
     _end(self._workers)
+    self._prepared = False
 
-  def _start(self) -> None:
+  def start(self) -> None:
+    """Starts the processes, which takes them seconds, if they are not."""
+    if not self._workers:
+      with _signals_blocked():
+        for i in range(self._n):
+          self._workers.append(_Worker(f"{i + 1} of {self._n}"))
+
+  def _prepare(self) -> None:
     try:
-      read = pickle.dumps(self._read, pickle.HIGHEST_PROTOCOL)
+      read = pickle.dumps(self.read, pickle.HIGHEST_PROTOCOL)
     except Exception as e:
       raise errors.ConfigError(
           f"config.data.workers: the data set cannot be sent to processes: {e}"
           "; define its classes in a module, or use 0 workers") from e
-    with _signals_blocked():
-      for i in range(self._n):
-        self._workers.append(_Worker(f"{i + 1} of {self._n}"))
+    self.start()
     # When all are starting, as each takes it only once it has started.
     for worker in self._workers:
       worker.prepare(read, self._n_places)
+    self._prepared = True
 
 
 def _end(workers: list["_Worker"]) -> None:

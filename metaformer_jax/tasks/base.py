@@ -1,6 +1,6 @@
 """The protocol between a task and the rest; there is nothing to inherit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -43,11 +43,14 @@ class Data(Protocol):
     """What tells the data set from others, JSON values by what they are.
 
     It must be the same on all processes and when a run is resumed. It need not
-    be there, and neither need `layout`.
+    be there, and neither need the methods below.
     """
 
   def layout(self) -> dict[str, Any]:
     """What else all processes must agree on, of how batches are made."""
+
+  def start_workers(self) -> Callable[[], None]:
+    """Starts what `train_batches` will need; returns what ends it."""
 
 
 class Evaluator(Protocol):

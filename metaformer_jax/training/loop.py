@@ -50,8 +50,7 @@ def train_and_evaluate(cfg: Experiment, task: base.Task, mesh: Mesh,
     The summary, as in summary.json.
 
   Raises:
-    ConfigError: the workdir has another experiment or is in use, or data is
-      missing.
+    ConfigError: the workdir is of another run or in use, or data is missing.
     DataError: there are too many bad images.
     DivergedError: too many steps in a row were not finite.
     OutOfMemoryError: a step or an evaluation does not fit in memory.
@@ -141,6 +140,8 @@ class Run:
         lock = stack.enter_context(workdir_lib.hold(workdir))
         workdir_lib.claim(cfg, workdir, report.parameters(
             program.shapes.params, program.frozen))
+      if hasattr(train_data, "start_workers"):
+        stack.callback(train_data.start_workers())
     checkpoints = manager.Checkpoints(
         workdir, cfg.checkpoint, cfg.best_measure, lock if first else None)
     stack.callback(checkpoints.close)

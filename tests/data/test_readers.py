@@ -86,6 +86,31 @@ def test_evaluations_share_their_workers():
   batches.close()
 
 
+def test_training_takes_the_workers_that_were_started():
+  """From any position; what it returns ends them, used or not."""
+  made = loader.Loader(Numbers(10), Place(), 4, workers=2)
+  before = set(multiprocessing.active_children())
+  end = made.start_workers()
+  started = {p.pid for p in set(multiprocessing.active_children()) - before}
+  assert len(started) == 2
+  batches = made.train_batches(8)
+  first, second = next(batches), next(batches)
+  assert set(first["pid"].tolist()) | set(second["pid"].tolist()) == started
+  expected = loader.Loader(Numbers(10), Place(), 4).train_batches(8)
+  for batch in (first, second):
+    assert batch["index"].tolist() == next(expected)["index"].tolist()
+  batches.close()
+  expected.close()
+  end()
+  assert set(multiprocessing.active_children()) <= before
+  end = made.start_workers()
+  end()
+  assert set(multiprocessing.active_children()) <= before
+  batches = made.train_batches(8)  # They are started again.
+  assert next(batches)["index"].tolist() == first["index"].tolist()
+  batches.close()
+
+
 def test_a_worker_that_is_killed_is_reported():
   made = loader.Loader(Numbers(10), draw, 4, workers=2)
   before = set(multiprocessing.active_children())
