@@ -11,7 +11,7 @@ import os
 import sys
 
 for name in ("matplotlib.figure", "metaformer_jax.tasks.classification",
-             "metaformer_jax.training.loop"):
+             "metaformer_jax.training.loop", "sklearn.datasets"):
   importlib.import_module(name)
 
 from metaformer_jax import cli, main  # noqa: E402  After what is slow.

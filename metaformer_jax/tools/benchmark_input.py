@@ -54,7 +54,7 @@ from PIL import Image
 from metaformer_jax import command, errors, storage
 from metaformer_jax.config import derived, schema, tasks
 from metaformer_jax.data import loader, sources
-from metaformer_jax.data.sources import arrays, base
+from metaformer_jax.data.sources import base
 from metaformer_jax.data.transforms import classification as transforms
 
 AUGMENT = "rand-m9-mstd0.5-inc1"
@@ -71,8 +71,10 @@ _TIMM = pathlib.Path(__file__).parents[2] / "tests" / "benchmark_timm.py"
 
 def write_jpegs(folder: pathlib.Path, n: int = 300) -> None:
   """Writes crops of two photographs, one per class: 500 x 375, quality 90."""
+  from sklearn import datasets  # noqa: PLC0415  Takes a second to import.
+
   rng = np.random.default_rng(0)
-  photos = list(map(Image.fromarray, arrays.photographs()))
+  photos = [Image.fromarray(v) for v in datasets.load_sample_images().images]
   for i in range(n):
     photo = photos[i % 2]
     scale = rng.uniform(0.5, 1)

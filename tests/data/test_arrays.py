@@ -37,13 +37,6 @@ def test_digits_are_scikit_learns_scaled_to_255():
   assert (images.min(), images.max()) == (0, 255)
 
 
-def test_photographs_are_scikit_learns():
-  for found, expected in zip(arrays.photographs(),
-                             datasets.load_sample_images().images, strict=True):
-    assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, expected)
-
-
 def test_in_memory_refuses_what_does_not_match():
   images = np.zeros((3, 2, 2), np.uint8)
   with pytest.raises(ValueError, match="3 images but 2 labels"):

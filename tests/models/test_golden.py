@@ -98,7 +98,7 @@ def compare_gradients(case, golden, model, family, variables):
 
 # The default tests have one hybrid, and one model with another epsilon.
 # A layout that another oracle writes is read by test_convert.py.
-SLOW = re.compile(r"metaformer_(pppa|ppaa|pppf|ppff|id).*|vit_base.*"
+SLOW = re.compile(r"metaformer_(pppa|pppf|ppff|id).*|vit_base.*"
                   r"|(convformer_s18|randformer_s12)-official|resnet50-.*"
                   r"|deit_small_patch16_.*"
                   r"|(identityformer|poolformerv2)_s12-official"

@@ -1,7 +1,6 @@
-"""Data in memory: scikit-learn's digits and photographs, MNIST's idx files."""
+"""Data sets held in memory: scikit-learn's digits, and MNIST's idx files."""
 
 import gzip
-import importlib.util
 import math
 import pathlib
 import struct
@@ -9,7 +8,6 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 
 from metaformer_jax import errors
 from metaformer_jax.config import schema
@@ -43,29 +41,17 @@ class InMemory:
 DIGITS = base.Classes(10, tuple("0123456789"))
 
 
-def scikit_learn_file(*names: str) -> pathlib.Path:
-  """A file of `sklearn.datasets`, whose import takes up to two seconds."""
-  package = importlib.util.find_spec("sklearn")
-  return pathlib.Path(*package.submodule_search_locations, "datasets", *names)
-
-
-def photographs() -> tuple[np.ndarray, np.ndarray]:
-  """The two that scikit-learn carries: uint8 [427, 640, 3]."""
-  china, flower = (
-      np.asarray(Image.open(scikit_learn_file("images", f"{name}.jpg")))
-      for name in ("china", "flower"))
-  return china, flower
-
-
 def digits(train: bool) -> InMemory:
   """scikit-learn's 1,797 handwritten digits, 8x8: 1,500 to train, 297 to test.
 
   The split is in file order, so the test digits are by other writers.
   """
-  rows = np.loadtxt(scikit_learn_file("data", "digits.csv.gz"), delimiter=",")
-  images = (rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).round()
+  from sklearn import datasets  # noqa: PLC0415  Takes a second to import.
+
+  data = datasets.load_digits()
+  images = (data.images * (255 / 16)).round().astype(np.uint8)
   part = slice(None, 1500) if train else slice(1500, None)
-  return InMemory(images[part].astype(np.uint8), rows[part, -1].astype(int))
+  return InMemory(images[part], data.target[part])
 
 
 def check_digits(cfg: schema.Experiment, files: bool,

@@ -208,8 +208,10 @@ def _paste_over(image: np.ndarray, masks: np.ndarray, least: np.ndarray,
 @functools.cache
 def _parts(split: str) -> tuple[arrays.InMemory, list[Image.Image]]:
   """The digits and the halves of the photographs that a split is made of."""
+  from sklearn import datasets  # noqa: PLC0415  Takes a second to import.
+
   photographs = []
-  for pixels in arrays.photographs():
+  for pixels in datasets.load_sample_images().images:
     middle = pixels.shape[1] // 2
     half = slice(None, middle) if split == "train" else slice(middle, None)
     photographs.append(Image.fromarray(pixels[:, half]))
