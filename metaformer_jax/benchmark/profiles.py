@@ -23,8 +23,8 @@ class Operation(NamedTuple):
   Attributes:
     name: of the instruction; empty for what belongs to none, as copies between
       the host and a GPU.
-    kind: a key of `_KINDS`, "grouped convolution", "copy", "elementwise",
-      "control" or "other".
+    kind: a key of `_KINDS` or `_CUSTOM`, "grouped convolution", "copy",
+      "elementwise", "control" or "other".
     phase: "forward", "backward" or "update"; of a prediction "forward".
     part: of the model, as "stage1/mlp", blocks summed; or "augment",
       "optimizer", "average"; or "other".
@@ -55,7 +55,8 @@ _MOVES = {"bitcast", "bitcast-convert", "broadcast", "concatenate", "constant",
           "dynamic-update-slice", "fusion", "get-tuple-element", "iota", "pad",
           "parameter", "reshape", "reverse", "slice", "transpose", "tuple"}
 # Libraries that custom calls name.
-_CUSTOM = {"convolution": "conv", "matrix product": "gemm|matmul|dot|blas",
+_CUSTOM = {"attention": "fmha", "convolution": "conv",
+           "matrix product": "gemm|matmul|dot|blas",
            "sort, gather, scatter": "sort|topk"}
 
 # Scopes that are not parts: functions, and what jax adds.
@@ -129,14 +130,18 @@ def _events(plane: str, line: Any,
 
 
 def _own_times(events: Iterable[tuple[float, float, str]]) -> dict[str, float]:
-  """Times of instructions, without those of the ones that run within them."""
+  """Times of instructions, without those of the ones that run within them.
+
+  Kernels of a GPU's stream overlap a little: the later one has this time.
+  """
   own, open_events = collections.Counter(), []
   for start, end, name in sorted(events, key=lambda e: (e[0], -e[1])):
+    own[name] += end - start
     while open_events and open_events[-1][0] <= start:
       open_events.pop()
-    own[name] += end - start
     if open_events:
-      own[open_events[-1][1]] -= end - start
+      last, outer = open_events[-1]
+      own[outer] -= min(end, last) - start
     open_events.append((end, name))
   return own
 

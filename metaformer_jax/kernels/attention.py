@@ -109,7 +109,7 @@ def _choose(settings, plain, kernel, *images):
                            out_specs=split, check_vma=False)
   if settings.interpret:
     return kernel(*images)
-  return platforms.choose(None, plain, *images, tpu=kernel)
+  return platforms.choose(plain, *images, tpu=kernel)
 
 
 def _call(shape, dtype, n_heads, products, widths):

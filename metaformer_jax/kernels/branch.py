@@ -127,7 +127,7 @@ def _choose(settings: Any, plain: Callable[..., Any],
     kernel = _split(kernel, settings.mesh, args)
   if settings.interpret:
     return kernel(*args)
-  return platforms.choose(None, plain, *args, tpu=kernel)
+  return platforms.choose(plain, *args, tpu=kernel)
 
 
 def _split(kernel, devices, args):

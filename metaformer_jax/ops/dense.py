@@ -24,8 +24,8 @@ def dot_general(lhs: jax.Array, rhs: jax.Array, dimension_numbers,
   if rhs.ndim == 2 and dimension_numbers == over_channels and all(
       v is None for v in (precision, preferred_element_type,
                           *kwargs.values())):
-    return platforms.bilinear(
-        _plain, platforms.Forms(kernel_gradient=outer), lhs, rhs)
+    forms = platforms.Platforms(cpu=platforms.Forms(kernel_gradient=outer))
+    return platforms.bilinear(_plain, forms, lhs, rhs)
   return lax.dot_general(lhs, rhs, dimension_numbers, precision,
                          preferred_element_type, **kwargs)
 

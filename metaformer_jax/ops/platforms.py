@@ -1,4 +1,4 @@
-"""One function in several forms: for CPUs, for TPUs, and for everything else.
+"""One function in several forms: for a platform, and for all others.
 
 The platform is that which a program is compiled for: a TPU's program has no
 trace of the form for CPUs, even if it is compiled on a CPU.
@@ -14,29 +14,28 @@ from jax import custom_derivatives, lax
 Array = jax.Array
 
 
-def choose(cpu: Callable[..., Any] | None, default: Callable[..., Any],
-           *args: Any, tpu: Callable[..., Any] | None = None) -> Any:
-  """Calls `cpu` in a program for a CPU, `tpu` in a TPU's, else `default`.
+def choose(default: Callable[..., Any], *args: Any,
+           **forms: Callable[..., Any] | None) -> Any:
+  """Calls the form for the platform that the program is compiled for.
 
-  The gradient of a choice keeps what either form needs: for the form that is
-  not taken, zeros, which a compiler drops from a program with both passes.
+  The gradient of a choice keeps what any form needs: for the forms that are not
+  taken, zeros, which a compiler drops from a program with both passes.
   `jax.custom_vjp` around the choice keeps nothing more than it says.
 
   Args:
-    cpu: the form for CPUs; None if there is no other.
-    default: the form for all other platforms; it counts as the function's cost
-      (`models.cost`).
+    default: the form for all platforms that have none of their own; it counts
+      as the function's cost (`models.cost`).
     *args: arrays, the arguments of all forms.
-    tpu: the form for TPUs; None if there is no other.
+    **forms: by the platform: "cpu", "cuda" (NVIDIA's GPUs), "tpu". None if it
+      has no form of its own.
   """
-  forms = {name: form for name, form in (("cpu", cpu), ("tpu", tpu)) if form}
-  if not forms:
-    return default(*args)
-  return lax.platform_dependent(*args, default=default, **forms)
+  own = {platform: form for platform, form in forms.items() if form}
+  return lax.platform_dependent(*args, default=default, **own) if own else (
+      default(*args))
 
 
 class Forms(NamedTuple):
-  """What a CPU computes of a function of x and a kernel, linear in each.
+  """What a platform computes of a function of x and a kernel, linear in each.
 
   None where the function, or its derivative by JAX, is as fast.
 
@@ -50,38 +49,54 @@ class Forms(NamedTuple):
   input_gradient: Callable[..., Array] | None = None
   kernel_gradient: Callable[..., Array] | None = None
 
+  def bind(self, **kwargs: Any) -> "Forms":
+    """With these arguments of each given."""
+    return Forms(*(form and functools.partial(form, **kwargs)
+                   for form in self))
+
+
+class Platforms(NamedTuple):
+  """The forms of a function on each platform that has any."""
+
+  cpu: Forms = Forms()
+  cuda: Forms = Forms()
+
+  def of(self, name: str,
+         **kwargs: Any) -> dict[str, Callable[..., Array] | None]:
+    """A field of `Forms`, by platform, with these arguments given."""
+    return {platform: getattr(forms.bind(**kwargs), name)
+            for platform, forms in self._asdict().items()}
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def bilinear(plain: Callable[[Array, Array], Array], cpu: Forms, x: Array,
+def bilinear(plain: Callable[[Array, Array], Array], forms: Platforms, x: Array,
              kernel: Array) -> Array:
-  """plain(x, kernel), by `cpu` in a program for a CPU, and so its gradients."""
-  return choose(cpu.forward, plain, x, kernel)
+  """plain(x, kernel) and its gradients, by the platform's forms."""
+  return choose(plain, x, kernel, **forms.of("forward"))
 
 
-def _fwd(plain, cpu, x, kernel):
+def _fwd(plain, forms, x, kernel):
   # () marks a gradient that is wanted: not that of images, or of frozen layers.
   wanted = tuple(() if v.perturbed else None for v in (x, kernel))
   x, kernel = x.value, kernel.value
-  return bilinear(plain, cpu, x, kernel), (x, kernel, wanted)
+  return bilinear(plain, forms, x, kernel), (x, kernel, wanted)
 
 
-def _bwd(plain, cpu, kept, dy):
+def _bwd(plain, forms, kept, dy):
   x, kernel, (wants_x, wants_kernel) = kept
   dx = dk = None
   if isinstance(dy, custom_derivatives.SymbolicZero):
     return dx, dk
   if wants_x is not None:
     dx = choose(
-        cpu.input_gradient and functools.partial(
-            cpu.input_gradient, shape=x.shape),
         lambda dy, kernel: jax.linear_transpose(
-            lambda x: plain(x, kernel), x)(dy)[0], dy, kernel)
+            lambda x: plain(x, kernel), x)(dy)[0],
+        dy, kernel, **forms.of("input_gradient", shape=x.shape))
   if wants_kernel is not None:
     dk = choose(
-        cpu.kernel_gradient and functools.partial(
-            cpu.kernel_gradient, shape=kernel.shape),
         lambda x, dy: jax.linear_transpose(
-            functools.partial(plain, x), kernel)(dy)[0], x, dy)
+            functools.partial(plain, x), kernel)(dy)[0],
+        x, dy, **forms.of("kernel_gradient", shape=kernel.shape))
   return dx, dk
 
 

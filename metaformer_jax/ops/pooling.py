@@ -15,12 +15,17 @@ from metaformer_jax.ops import platforms
 def window_sum(x: jax.Array, size: int) -> jax.Array:
   """Sums of size x size windows around each pixel, zero outside the image.
 
+  On a GPU, the barrier keeps XLA from computing each sum again within the
+  reductions that follow, those of a norm, which took most of the time.
+
   Args:
     x: [B, H, W, C].
     size: odd.
   """
-  return platforms.choose(functools.partial(_shifted, size=size),
-                          functools.partial(_reduce_window, size=size), x)
+  return platforms.choose(
+      functools.partial(_reduce_window, size=size), x,
+      cpu=functools.partial(_shifted, size=size),
+      cuda=lambda x: lax.optimization_barrier(_shifted(x, size)))
 
 
 def _reduce_window(x, size):
@@ -78,9 +83,9 @@ def _max_fwd(x, size, stride, padding):
 def _max_bwd(size, stride, padding, x, dy):
   window = {"size": size, "stride": stride, "padding": padding}
   return (platforms.choose(
-      functools.partial(_max_gradient, **window),
       lambda x, dy: jax.vjp(functools.partial(
-          max_pool.fun, **window), x)[1](dy)[0], x, dy),)
+          max_pool.fun, **window), x)[1](dy)[0], x, dy,
+      cpu=functools.partial(_max_gradient, **window)),)
 
 
 def _max_gradient(x, dy, size, stride, padding):

@@ -35,12 +35,12 @@ def _with_gradients(fn, dy, *args):
   return y, *gradients(dy)
 
 
-def tpu_operations(fn, *args):
-  """The operations that a TPU's compiler gets, without those of the choice.
+def operations(fn, *args, platform="tpu"):
+  """The operations that its compiler gets, without those of the choice.
 
   They are in alphabetical order.
   """
-  lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",))
+  lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,))
   found = re.findall(r"stablehlo\.(\w+)", lowered.as_text())
   return sorted(name for name in found
                 if name not in ("case", "constant", "return"))

@@ -63,12 +63,12 @@ def test_an_image_without_keys_has_the_mean_of_all():
 def test_other_platforms_have_one_form():
   x = arrays(16, 16, dtype="bfloat16")
   only = functools.partial(attention._plain, mask=None)
-  assert platform_forms.tpu_operations(
-      attention.dot_product_attention, *x) == platform_forms.tpu_operations(
+  assert platform_forms.operations(
+      attention.dot_product_attention, *x) == platform_forms.operations(
           only, *x)
 
   def operations(fn):
-    return collections.Counter(platform_forms.tpu_operations(
+    return collections.Counter(platform_forms.operations(
         lambda *x: jax.vjp(fn, *x)[1](x[0]), *x))
 
   # Zeros, which nothing reads, in place of what the other form keeps.
@@ -83,3 +83,38 @@ def test_many_tokens_have_one_form():
     jaxpr = str(jax.make_jaxpr(attention.dot_product_attention)(
         *arrays(n, n, heads=1, batch=1)))
     assert ("platform_index" in jaxpr) == (n_forms == 2)
+
+
+@pytest.mark.parametrize("tokens", [(6, 6), (7, 7), (8, 5), (4, 6)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_form_for_gpus_is_the_same(tokens, dtype, monkeypatch):
+  # Of the two functions by jax that are one: cuDNN needs a GPU.
+  monkeypatch.setattr(attention, "_flash", jax.nn.dot_product_attention)
+  platform_forms.assert_same(
+      functools.partial(attention._for_cuda, mask=None), plain,
+      *arrays(*tokens, dtype=dtype))
+
+
+def test_gpus_have_cudnns_attention_for_what_it_can(monkeypatch):
+  calls = []
+
+  def flash(q, k, v, implementation):
+    calls.append(implementation)
+    return jnp.zeros_like(q)
+
+  def called(*args, mask=None):
+    calls.clear()
+    jax.eval_shape(
+        functools.partial(attention.dot_product_attention, mask=mask), *args)
+    return calls
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", flash)
+  args = arrays(64, 65, dtype="bfloat16")
+  assert not called(*args)  # There is no GPU.
+  monkeypatch.setattr(attention, "_has_cudnn", lambda: True)
+  assert called(*args) == ["cudnn"]
+  assert not called(*args, mask=jnp.ones((2, 65), bool))
+  assert not called(*arrays(64, 65))
+  assert not called(*arrays(64, 63, dtype="bfloat16"))
+  assert not called(*arrays(64, 64, dim=12, dtype="bfloat16"))
+  assert not called(*arrays(64, 64, dim=136, dtype="bfloat16"))

@@ -57,7 +57,7 @@ def test_values_and_gradients_are_the_same(kind, dtype):
   rng = np.random.default_rng(1)
   for seed in range(6 if dtype == "float32" else 3):
     *shapes, window = case(kind, rng)
-    assert any(convolution.forms(shapes[1], window))
+    assert any(convolution.cpu_forms(shapes[1], window))
     platform_forms.assert_same(
         functools.partial(convolution.conv, window=window),
         functools.partial(plain, window=window), *arrays(shapes, dtype, seed))
@@ -74,12 +74,47 @@ def test_other_platforms_compute_what_flax_computes():
 
     ours, flax = (functools.partial(fn, window=window)
                   for fn in (convolution.conv, plain))
-    assert platform_forms.tpu_operations(ours, x, kernel) == (
-        platform_forms.tpu_operations(flax, x, kernel))
-    assert platform_forms.tpu_operations(
+    assert platform_forms.operations(ours, x, kernel) == (
+        platform_forms.operations(flax, x, kernel))
+    assert platform_forms.operations(
         functools.partial(gradients, ours), x, kernel) == (
-            platform_forms.tpu_operations(functools.partial(gradients, flax), x,
+            platform_forms.operations(functools.partial(gradients, flax), x,
                                     kernel))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("side", "size", "padding"), [
+    ((7, 7), (7, 7), ((3, 3), (3, 3))), ((3, 12), (7, 5), ((3, 3), (2, 2))),
+    ((20, 4), (3, 5), ((1, 1), (2, 1))), ((1, 1), (3, 3), ((1, 1), (1, 1))),
+    ((9, 8), (5, 7), ((0, 0), (0, 0)))])
+def test_gradients_of_depthwise_kernels_for_gpus(side, size, padding, dtype):
+  window = convolution.Window((1, 1), padding, 6)
+  x, kernel = arrays(((2, *side, 6), (*size, 1, 6)), dtype)
+  form = convolution.cuda_forms(x.shape, kernel.shape, window).kernel_gradient
+  exact = functools.partial(plain, x.astype(jnp.float32), window=window)
+  y, pull = jax.vjp(exact, kernel.astype(jnp.float32))
+  dy, = arrays((y.shape,), dtype, seed=1)
+  want, = pull(dy.astype(jnp.float32))
+  found = form(x, dy, shape=kernel.shape, window=window)
+  assert found.dtype == x.dtype
+  np.testing.assert_allclose(
+      found.astype(jnp.float32), want, rtol=0,
+      atol=platform_forms.TOLERANCES[dtype] * np.abs(want).max())
+
+
+@pytest.mark.parametrize(("side", "padded"), [(7, True), (8, False)])
+def test_only_small_images_have_a_form_for_gpus(side, padded):
+  window = convolution.Window((1, 1), ((3, 3), (3, 3)), 4)
+  x, kernel = arrays([(2, side, 8, 4), (7, 7, 1, 4)], "bfloat16")
+
+  def operations(fn):
+    return platform_forms.operations(
+        jax.grad(lambda kernel: fn(x, kernel, window).sum()), kernel,
+        platform="cuda")
+
+  ours, flax = map(operations, (convolution.conv, plain))
+  assert (ours.count("pad") > flax.count("pad")) == padded
+  assert ours.count("convolution") == flax.count("convolution")
 
 
 @pytest.mark.parametrize(("size", "kwargs"), [

@@ -31,11 +31,22 @@ def test_values_and_gradients_are_the_same(size, dtype):
 def test_other_platforms_reduce_windows():
   x = jnp.ones((2, 6, 6, 3), jnp.bfloat16)
   sums = functools.partial(pooling.window_sum, size=3)
-  assert platform_forms.tpu_operations(sums, x) == (
-      platform_forms.tpu_operations(functools.partial(plain, size=3), x))
+  assert platform_forms.operations(sums, x) == (
+      platform_forms.operations(functools.partial(plain, size=3), x))
   gradient = jax.vjp(sums, x)[1]
-  assert platform_forms.tpu_operations(gradient, x) == (
-      platform_forms.tpu_operations(sums, x))
+  assert platform_forms.operations(gradient, x) == (
+      platform_forms.operations(sums, x))
+
+
+def test_sums_for_a_gpu_are_computed_once():
+  x = jnp.ones((2, 6, 6, 3), jnp.bfloat16)
+  sums = functools.partial(pooling.window_sum, size=3)
+  on_gpu = platform_forms.operations(sums, x, platform="cuda")
+  assert on_gpu == sorted([
+      *platform_forms.operations(sums, x, platform="cpu"),
+      "optimization_barrier"])
+  assert platform_forms.operations(
+      jax.vjp(sums, x)[1], x, platform="cuda") == on_gpu
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 12, 3), (1, 16, 7, 2)])

@@ -25,6 +25,7 @@ from metaformer_jax.benchmark import (
 from metaformer_jax.config import schema, typed
 from metaformer_jax.config import tasks as sections
 from metaformer_jax.models import cost, registry
+from metaformer_jax.preflight import hlo
 from metaformer_jax.tools import benchmark
 
 SMALL = {"depths": (1, 1), "dims": (8, 16), "token_mixers": ("pooling",) * 2}
@@ -116,6 +117,27 @@ def test_a_trace_has_the_parts_of_the_model(program, tmp_path):
   assert {("forward", "stage1/token_mixer"), ("backward", "stage1/mlp"),
           ("backward", "stage2/downsample"),
           ("update", "optimizer")} <= places
+
+
+def test_a_moment_of_a_profile_is_counted_once():
+  events = [(0, 100, "loop"), (10, 30, "a"), (40, 60, "a"),  # Within it.
+            (100, 150, "b"), (149, 200, "c"), (199, 300, "d"),  # A stream.
+            (310, 311, "e")]
+  assert profiles._own_times(events) == {
+      "loop": 60, "a": 40, "b": 49, "c": 50, "d": 101, "e": 1}
+
+
+@pytest.mark.parametrize(("target", "kind"), [
+    ("__cudnn$fmhaSoftmaxBackward", "attention"),
+    ("__cudnn$convBackwardFilter", "convolution"),
+    ("__cublas$lt$matmul", "matrix product"), ("Sharding", "other")])
+def test_custom_calls_have_kinds(target, kind):
+  module = hlo.Module(
+      "HloModule jit_f\n\nENTRY %main (x: f32[2]) -> f32[2] {\n"
+      "  %x = f32[2]{0} parameter(0)\n"
+      "  ROOT %y = f32[2]{0} custom-call(%x), "
+      f'custom_call_target="{target}"\n}}\n')
+  assert profiles.classify(module, module.instructions()["y"], False)[0] == kind
 
 
 @pytest.mark.parametrize("name", ["semantic_fpn/poolformer_s12",
