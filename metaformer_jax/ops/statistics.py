@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from metaformer_jax.ops import platforms
+
 Array = jax.Array
 
 
@@ -70,11 +72,19 @@ def _standardize_bwd(axes, eps, kept, dy):
   x, weight, mean, scale = kept
   y = (x.astype(jnp.float32) - mean) * scale
   n = x.size // mean.size if weight is None else count(x, axes, weight)
-  through_statistics = (dy.sum(axes, keepdims=True) / n
-                        + y * ((dy * y).sum(axes, keepdims=True) / n))
+  means = [v.sum(axes, keepdims=True) / n for v in (dy, dy * y)]
+  if axes == (-1,):
+    # XLA's one kernel for both passes is slow on a GPU: it has a row at a time.
+    means = platforms.choose(
+        _unchanged, *means, cuda=lambda *v: lax.optimization_barrier(v))
+  through_statistics = means[0] + y * means[1]
   if weight is not None:
     through_statistics *= weight
   return (scale * (dy - through_statistics)).astype(x.dtype), None
+
+
+def _unchanged(*values):
+  return values
 
 
 standardize.defvjp(_standardize_fwd, _standardize_bwd)

@@ -207,3 +207,16 @@ def test_the_gradient_is_that_of_automatic_differentiation(
   scale = float(jnp.abs(want.astype(jnp.float32)).max())
   np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32),
                              rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize(("axes", "barriers"), [((-1,), 1), ((1, 2, 3), 0)])
+def test_a_gpu_computes_the_means_of_a_gradient_first(axes, barriers):
+  x = normal(SHAPE)
+
+  def gradient(dy):
+    return jax.vjp(lambda x: statistics.standardize(x, None, axes, EPS), x)[1](
+        dy)
+
+  for platform, n in (("cuda", barriers), ("tpu", 0)):
+    lowered = jax.jit(gradient).trace(x).lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count("optimization_barrier") == n
