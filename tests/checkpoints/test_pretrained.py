@@ -130,7 +130,8 @@ def test_damaged_files_come_through_as_one_line(tmp_path, write):
 
 
 @pytest.mark.parametrize("name, layout, settings, head", [
-    ("poolformer_s12", "official", SMALL, ("head/kernel", "head/bias")),
+    pytest.param("poolformer_s12", "official", SMALL,
+                 ("head/kernel", "head/bias"), marks=pytest.mark.slow),
     ("caformer_s18", "timm", SMALL, ("head/fc2/kernel", "head/fc2/bias")),
     ("deit_small_distilled_patch16_224", "timm", VIT,
      ("head/kernel", "head/bias", "head_dist/kernel", "head_dist/bias")),
@@ -264,6 +265,7 @@ def test_only_the_stem_depends_on_the_channels(name, layout, settings, n,
   assert f", {n}, " in refused(name, path, num_classes=10, **settings)
 
 
+@pytest.mark.slow
 def test_logits_of_other_channels_are_those_of_repeated_ones(write):
   path = write("poolformer_s12", "official", size=64, **SMALL)
   model = metaformer_jax.create_model("poolformer_s12", num_classes=10, **SMALL)

@@ -66,6 +66,7 @@ def test_loaded_variables_give_the_outputs_of_linen(page):
         variables, images, method="features")[name], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_training_step_is_that_of_linen(page):
   """Loss, parameters and statistics, with the keys that NNX has drawn."""
   linen, images, variables, model = wrapped(

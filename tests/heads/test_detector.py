@@ -94,8 +94,8 @@ def test_what_is_not_an_output_is_not_computed_with():
       "lateral1", "lateral2", "lateral3"}
 
 
-@pytest.mark.parametrize("canvas", [
-    (96, 160), pytest.param((160, 96), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("canvas", [(96, 160), (160, 96)])
 def test_a_missing_output_is_a_resized_one(canvas):
   """Of a user's backbone without stride 32; on a canvas as alone."""
   model = detector.create(Own(), detectors.section())

@@ -39,9 +39,8 @@ def assert_close(found, want):
                              atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("canvas", [
-    detectors.CANVASES[0],
-    pytest.param(detectors.CANVASES[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("canvas", detectors.CANVASES)
 @cases("poolformer_s12")
 def test_anchors_on_a_canvas(name, canvas):
   """Images of different sizes in one batch, on a canvas of noise."""

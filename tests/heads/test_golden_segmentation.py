@@ -52,7 +52,7 @@ def load(name):
   return golden, model, family, variables
 
 
-@cases("poolformer_s12-semantic_fpn", "resnet50-upernet")
+@cases("resnet50-upernet")
 def test_outputs_on_a_canvas(name):
   """Images of different sizes in one batch, on canvases of noise."""
   golden, model, _, variables = load(name)

@@ -136,6 +136,7 @@ def test_an_image_on_a_canvas_is_as_alone(name, norm):
         err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_the_last_level_is_every_other_place():
   model = small("resnet18")
   found = jax.jit(model.apply)(perturbed(model), *on_canvas(

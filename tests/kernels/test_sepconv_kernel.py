@@ -22,7 +22,8 @@ def assert_same(shape, hidden, size=7, dtype="float32", activation="star_relu",
 
 
 @pytest.mark.parametrize("shape,hidden,size,activation,norm,bias", [
-    ((3, 7, 9, 24), 48, 7, "star_relu", "layer_norm", False),
+    pytest.param((3, 7, 9, 24), 48, 7, "star_relu", "layer_norm", False,
+                 marks=pytest.mark.slow),
     ((2, 5, 6, 8), 16, 3, "gelu", "group_norm", True),
     # A kernel that is larger than the image.
     ((2, 2, 1, 8), 12, 7, "star_relu", "group_norm", False),
@@ -46,6 +47,7 @@ def test_groups_of_columns_and_tiles_of_the_hidden_channels(shape, hidden,
   assert_same(shape, hidden, dtype=dtype)
 
 
+@pytest.mark.slow
 def test_without_scales():
   assert_same((2, 5, 6, 8), 16, activation="squared_relu", layer_scale=None,
               res_scale=None)

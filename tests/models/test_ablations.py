@@ -67,7 +67,15 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("row", TABLE)
+# Of the default tests: a row of each kind of change.
+DEFAULT = ("baseline", "random", "depthwise conv", "pool 9", "batch norm",
+           "no norm", "relu", "no residual", "no mlp", "ppaa", "ppff",
+           "no layer scale", "res scale", "star relu")
+
+
+@pytest.mark.parametrize("row", [
+    pytest.param(row, marks=[pytest.mark.slow] * (row not in DEFAULT))
+    for row in TABLE])
 def test_costs_are_the_published(row):
   overrides, n_params, millions, gmacs = TABLE[row]
   found = cost.of_model(

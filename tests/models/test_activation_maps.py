@@ -196,7 +196,7 @@ def original(case):
 
 @pytest.mark.parametrize("case,layer", [
     pytest.param(case, layer, marks=[pytest.mark.slow] * (
-        layer != "stage4"))
+        layer != "stage4" or case.startswith("resnet18")))
     for case, layers in cam_cases.LAYERS.items() for layer in layers])
 def test_maps_are_those_of_pytorch_grad_cam(case, layer):
   """Within 1e-3, before they are scaled in units of the largest value."""

@@ -165,6 +165,7 @@ def test_remat_keeps_less(scan):
   assert kept("none", "block") + kept("block", "none") == none + block
 
 
+@pytest.mark.slow
 def test_what_is_captured_is_the_same():
   overrides = CASES["batch norm"]
   x, mask = images()

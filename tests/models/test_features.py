@@ -44,7 +44,7 @@ def shapes_of(case, height, width):
 
 @pytest.mark.parametrize("case", [
     pytest.param(case, marks=[pytest.mark.slow] * (
-        case in ("resnet50", "pvt_tiny"))) for case in MODELS])
+        case in ("resnet18", "resnet50", "pvt_tiny"))) for case in MODELS])
 def test_masks_are_what_the_images_alone_have(case):
   sizes = SIZES if case in NEED_32 else (*SIZES, *SMALL)
   mask = np.zeros((len(sizes), 96, 128), bool)

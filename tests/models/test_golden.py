@@ -103,7 +103,8 @@ SLOW = re.compile(r"metaformer_(pppa|pppf|ppff|id).*|vit_base.*"
                   r"|deit_small_patch16_.*"
                   r"|(identityformer|poolformerv2)_s12-official"
                   r"|(?!poolformer_s12).*-eps|pvt_tiny-official"
-                  r"|(convformer|caformer|poolformerv2|resmlp)_.*-timm")
+                  r"|(convformer|caformer|poolformerv2|resmlp)_.*-timm"
+                  r"|(resnet18|mixer_b16_224)-timm")
 
 
 @pytest.mark.parametrize("case", [

@@ -77,7 +77,8 @@ def test_images_of_many_sizes_share_a_canvas(method):
     assert not y.any()
 
 
-@pytest.mark.parametrize("factor", [2, 3, 4])
+@pytest.mark.parametrize("factor", [
+    3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_enlarging_is_bilinear_resizing(factor):
   sizes = jnp.array([size for size, _ in PAIRS])
   images = [image(*size, seed=i) for i, size in enumerate(sizes)]

@@ -39,7 +39,8 @@ def small():
   return maps, jnp.array(boxes, jnp.float32)
 
 
-@pytest.mark.parametrize("out", (7, 14))
+@pytest.mark.parametrize("out", [
+    7, pytest.param(14, marks=pytest.mark.slow)])
 def test_500_boxes_as_mmdetection(out):
   boxes = cases.boxes()[::1 if out == 7 else 5]
   np.testing.assert_allclose(features(boxes, out)[..., 0],

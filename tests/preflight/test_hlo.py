@@ -138,6 +138,7 @@ def test_the_trip_count_of_a_scan_compiled_for_a_tpu(chips, turns):
       ("all-reduce", "f32", 8)}
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_loop_include_every_iteration(chips):
   """Each iteration reads 256 MiB, in a loop and unrolled."""
   def turn(x, total):

@@ -113,6 +113,7 @@ def test_a_killed_process_ends_the_others(tmp_path, killed):
           else "the leader task") in other
 
 
+@pytest.mark.slow
 def test_config_error_of_one_process_ends_all_with_its_reason(tmp_path):
   cfg = pods.small()
   workdir = tmp_path / "run"

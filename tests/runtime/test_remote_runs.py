@@ -72,6 +72,7 @@ def wait_until(happened, process=None, seconds=200):
     time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_killed_run_equals_one_on_disk(workdir, tmp_path, capsys):
   """Bit for bit: what was logged and measured, and the state of each step."""
   process = subprocess.Popen(

@@ -102,9 +102,8 @@ def compare_end(run, first, family, variables, want):
         f"{max(of_ways):.1e} of their ways")
 
 
-@pytest.mark.parametrize("run", [
-    pytest.param(run, id=run.name, marks=[pytest.mark.slow] * bool(i))
-    for i, run in enumerate(lockstep_cases.SMALL)])
+@pytest.mark.slow
+@pytest.mark.parametrize("run", lockstep_cases.SMALL, ids=lambda r: r.name)
 def test_trains_as_pytorch(run):
   compare(run, GOLDEN / f"{run.name}.npz")
 
