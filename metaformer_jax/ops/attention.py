@@ -22,7 +22,7 @@ def dot_product_attention(q: Array, k: Array, v: Array, *,
   """softmax(q k^T / sqrt(D)) v, the softmax in float32.
 
   In a program for an NVIDIA GPU, traced where there is one, it is cuDNN's flash
-  attention (arXiv 2307.08691) for half precision without a mask. This has no
+  attention (arXiv 2205.14135) for half precision without a mask. This has no
   second derivative.
 
   Args:
