@@ -100,8 +100,8 @@ def ours(height: int, width: int, batch: int, repeats: int):
     return optax.apply_updates(trained, updates), opt_state
 
   variables = {"params": params, **state}
-  network = jax.jit(task.outputs)
-  detect = jax.jit(task.detections)
+  network = jax.jit(task.detector.outputs)
+  detect = jax.jit(task.detector.detections)
   outputs = network(variables, found)
   opt_state = tx.init(trained)
   return {

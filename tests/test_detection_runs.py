@@ -8,6 +8,7 @@ import io
 import json
 import os
 
+import benchmark_detection
 import coco_tree
 import dense_runs
 import numpy as np
@@ -149,3 +150,11 @@ def test_processes_measure_what_one_does(run):
 
 def test_two_processes_train_like_one(home):
   dense_runs.check_processes_train(home, steps=12)
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_what_the_task_is():
+  found = benchmark_detection.ours(64, 96, batch=1, repeats=1)
+  assert found.keys() == {"training step", "network", "post-processing",
+                          "detections"}
+  assert all(value > 0 for value in found.values())
