@@ -270,6 +270,7 @@ def tool(*args):
     sys.argv = before
 
 
+@pytest.mark.slow
 def test_tool_converts_pth_to_timms_safetensors(tmp_path):
   """As a user runs it: a new process."""
   given = tensors_of("resnet18", "timm", num_classes=1000)

@@ -189,6 +189,7 @@ def assert_damage_is_reported(saved, caplog, n):
                 make_state(2))
 
 
+@pytest.mark.slow
 def test_damage(saved, caplog):
   assert_damage_is_reported(saved, caplog, 8)
 

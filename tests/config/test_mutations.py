@@ -243,6 +243,7 @@ def test_every_change_is_refused(data, step):
     refused_here(path, data, key, changes)
 
 
+@pytest.mark.slow
 def test_changes_as_json(data, tmp_path):
   part = [*in_turn(step=25)]
   assert len(part) >= 40

@@ -46,8 +46,7 @@ def small(name, norm=None, dtype=None, **task):
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] * (name not in (
-        "poolformer_s12", "poolformer_s36", "resnet18")))
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "poolformer_s12"))
     for name in TABLE])
 def test_retinanet_has_the_parameters_of_the_table(name):
   overrides, norm = PUBLISHED[metaformer_jax.get_spec(name).family]

@@ -148,6 +148,7 @@ def test_the_last_level_is_every_other_place():
                                       [2, 3]]]
 
 
+@pytest.mark.slow
 def test_initial_values_are_mmdetections():
   """Deviations of normal distributions; biases are 0."""
   def init(module, *x):

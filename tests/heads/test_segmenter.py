@@ -180,6 +180,7 @@ def test_dropout_drops_whole_channels():
   np.testing.assert_array_equal(classifier.apply(variables, x), x)
 
 
+@pytest.mark.slow
 def test_initial_values_are_mmsegmentations():
   x = [jnp.zeros((1, n, n, 64)) for n in (4, 2)]
   pyramid = fpn.Pyramid(128).init(jax.random.key(0), x, [None] * 2)["params"]

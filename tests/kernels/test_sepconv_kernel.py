@@ -36,12 +36,12 @@ def test_any_shape_size_activation_and_norm(shape, hidden, size, activation,
   assert_same(shape, hidden, size, activation=activation, norm=norm, bias=bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape,hidden,dtype", [
     # Groups of two columns; two tiles of hidden channels, the last one ragged.
     ((16, 8, 4, 64), 192, "float32"),
-    pytest.param((8, 14, 2, 320), 256, "bfloat16", marks=pytest.mark.slow),
-    pytest.param((16, 28, 2, 128), 256, "bfloat16", marks=pytest.mark.slow),
-    pytest.param((8, 7, 7, 512), 1024, "float32", marks=pytest.mark.slow)])
+    ((8, 14, 2, 320), 256, "bfloat16"), ((16, 28, 2, 128), 256, "bfloat16"),
+    ((8, 7, 7, 512), 1024, "float32")])
 def test_groups_of_columns_and_tiles_of_the_hidden_channels(shape, hidden,
                                                             dtype):
   assert_same(shape, hidden, dtype=dtype)

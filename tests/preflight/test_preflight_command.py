@@ -186,8 +186,9 @@ def test_exit_code_1_if_it_does_not_fit(tmp_path):
                  marks=pytest.mark.slow),
     pytest.param(["--topology=v5e-8", "--config.mesh.fsdp=16"],
                  "does not fit 8 devices", marks=pytest.mark.slow),
-    (["--topology=v5e-8", "--config.mesh.fsdp=8",
-      "--config.mesh.rules=(('nothing', 0),)"], "matches no parameter"),
+    pytest.param(["--topology=v5e-8", "--config.mesh.fsdp=8",
+                  "--config.mesh.rules=(('nothing', 0),)"],
+                 "matches no parameter", marks=pytest.mark.slow),
     (["--topology=v5e-8", "--n_examples=0"], "n_examples"),
 ])
 def test_mistakes_are_one_line(tmp_path, arguments, says):

@@ -116,7 +116,9 @@ def arguments(folder, **changed):
       **changed})
 
 
-@pytest.mark.parametrize("label,method", [(None, "gradcam"), ("2", "layercam")])
+@pytest.mark.parametrize("label,method", [
+    (None, "gradcam"),
+    pytest.param("2", "layercam", marks=pytest.mark.slow)])
 def test_the_tool_draws_what_the_function_gives(tiny, tmp_path, capsys, label,
                                                 method):
   model, variables, spec, pixels = tiny

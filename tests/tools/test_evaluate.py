@@ -53,6 +53,7 @@ def measured(weights, root, names=drawings.SHAPES):
           "n_examples": len(paths)}
 
 
+@pytest.mark.slow
 def test_weights_on_other_data(weights, tmp_path):
   """Two files; a split that lacks classes, and no training split."""
   photos = drawings.write(tmp_path / "data" / "val", 5,
