@@ -16,7 +16,7 @@ def window_sum(x: jax.Array, size: int) -> jax.Array:
   """Sums of size x size windows around each pixel, zero outside the image.
 
   On a GPU, the barrier keeps XLA from computing each sum again within the
-  reductions that follow, those of a norm, which took most of the time.
+  reductions that follow, those of a norm.
 
   Args:
     x: [B, H, W, C].
