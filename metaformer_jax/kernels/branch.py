@@ -133,7 +133,8 @@ def _choose(settings: Any, plain: Callable[..., Any],
 def _split(kernel, devices, args):
   """Runs a kernel on each device's images; sums the parameters' gradients.
 
-  The images come first among the arguments, then keep.
+  The images come first among the arguments, then keep. Gradients of matrices
+  and convolutions are sent in the images' dtype, as those of `plain`.
   """
   axes, whole = P(devices.axis_names), P()
   n_images = sum(getattr(v, "ndim", 0) == 4 for v in args)
@@ -144,7 +145,10 @@ def _split(kernel, devices, args):
     if not backward:
       return out
     dx, *gradients = out
-    return dx, *lax.psum(gradients, devices.axis_names)
+    sent = jax.tree.map(
+        lambda g: g.astype(dx.dtype) if g.ndim > 1 else g, gradients)
+    return dx, *jax.tree.map(lambda g: g.astype(jnp.float32),
+                             lax.psum(sent, devices.axis_names))
 
   n_parameters = len(args) - n_images - 1
   specs = (*(axes,) * (n_images + 1), *(whole,) * n_parameters)

@@ -43,7 +43,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import util
 from typing import Any
 
@@ -228,7 +228,7 @@ def _theirs(stack: contextlib.ExitStack, case: Mapping[str, Any],
             cfg: schema.Experiment, args: argparse.Namespace, platform: str,
             found: dict[str, list[dict[str, Any]]]) -> Iterator[workers.Worker]:
   """timm's programs that can be prepared; adds why others cannot."""
-  for form in _FORMS if args.against else ():
+  for form in args.timm_forms if args.against else ():
     spec = workers.timm_spec(cfg, case["mode"])
     other = workers.theirs(args.timm_python, spec | {
         "form": form, "platform": platform})
@@ -348,46 +348,46 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument("--batch_size", type=_sizes, help="images of a call, on "
                       "all devices; several by commas. Default: the config's, "
                       "or 32")
-  parser.add_argument("--mode", type=_modes, default=_MODES,
+  parser.add_argument("--mode", type=_names(_MODES), default=_MODES,
                       help="train, infer or both, the default: train,infer")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"),
                       help="of the computation. Default: the config's, or "
                       "float32")
-  parser.add_argument("--image_size", type=_positive, help="side of the images "
-                      "in pixels. Default: the model's")
-  parser.add_argument("--rounds", type=_positive, default=5,
+  parser.add_argument("--image_size", type=command.positive, help="side of the "
+                      "images in pixels. Default: the model's")
+  parser.add_argument("--rounds", type=command.positive, default=5,
                       help="measurements of each program (5)")
   parser.add_argument("--seconds", type=float, default=2.0,
                       help="about how long each of them takes (2)")
   parser.add_argument("--against", choices=("timm",), help="also measure timm")
   parser.add_argument("--timm-python", help="an interpreter that has timm")
+  parser.add_argument("--timm-forms", type=_names(_FORMS), default=_FORMS,
+                      help=f"of timm's; default: {','.join(_FORMS)}")
   parser.add_argument("--trace", help="a folder for profiles")
   parser.add_argument("--compiled_for", metavar="SLICE", help="a TPU slice, as "
                       "v5litepod-8: compile for it, and measure nothing")
-  parser.add_argument("--json", action="store_true", help="print one JSON "
-                      "object instead of tables")
+  parser.add_argument("--json", action="store_true", help="instead of tables")
   args, rest = parser.parse_known_args()
   if rest and not any(re.match("--?config", arg) for arg in rest):
     parser.error(f"{rest[0]!r} is not a flag")
   return args, rest
 
 
-def _positive(text: str) -> int:
-  if not text.isdecimal() or not int(text):
-    raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-  return int(text)
-
-
 def _sizes(text: str) -> list[int]:
-  return [_positive(part) for part in text.split(",")]
+  return [command.positive(part) for part in text.split(",")]
 
 
-def _modes(text: str) -> list[str]:
-  unknown = [part for part in text.split(",") if part not in _MODES]
-  if unknown:
-    raise argparse.ArgumentTypeError(
-        f"{unknown[0]!r} is neither train nor infer")
-  return text.split(",")
+def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
+  """Reads some of the known names, by commas."""
+
+  def read(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+      if name not in known:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {known}")
+    return names
+
+  return read
 
 
 def console() -> None:

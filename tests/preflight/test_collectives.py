@@ -16,7 +16,7 @@ from metaformer_jax.runtime import devices
 pytestmark = pytest.mark.slow
 
 
-def compiled(monkeypatch, name):
+def compiled(monkeypatch, name, kernels):
   """The compiled step, and the program of which it is."""
   for key, value in topologies.ENVIRONMENT.items():
     monkeypatch.setenv(key, value)
@@ -24,6 +24,7 @@ def compiled(monkeypatch, name):
   config = classification.poolformer("poolformer_s12")
   config.model.depths = (1, 1, 1, 1)
   config.model.dtype = "bfloat16"
+  config.compile.kernels = kernels
   config.task.num_classes = 1000
   config.task.image_size = 64
   config.data.path = "/imagenet"
@@ -34,9 +35,11 @@ def compiled(monkeypatch, name):
   return compilation.compile_step(lowered), lowered.program
 
 
-@pytest.mark.parametrize("name", ["v5e-8", "v5e-256"])
-def test_gradients_are_summed_once_and_little_else_is_sent(monkeypatch, name):
-  found, program = compiled(monkeypatch, name)
+@pytest.mark.parametrize(("name", "kernels"), [
+    ("v5e-8", "xla"), ("v5e-256", "xla"), ("v5e-8", "pallas")])
+def test_gradients_are_summed_once_and_little_else_is_sent(
+    monkeypatch, name, kernels):
+  found, program = compiled(monkeypatch, name, kernels)
   n_params = sum(x.size for x in jax.tree.leaves(program.shapes.params))
   assert {c.kind for c in found.collectives} == {"all-reduce"}
   by_dtype = {}

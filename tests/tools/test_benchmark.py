@@ -1,5 +1,6 @@
 """tools.benchmark: its figures, the protocol of its processes, its errors."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -280,6 +281,19 @@ def test_the_command_compares_and_prints_the_same_in_both_forms(
   assert len(ratios.splitlines()) == 3
 
 
+def test_some_of_timms_forms(tmp_path, monkeypatch):
+  python = interpreter(tmp_path / "python", TIMM)
+  monkeypatch.setattr(sys, "argv", [
+      "benchmark", "--model=poolformer_s12", "--against=timm",
+      f"--timm-python={python}", "--timm-forms=channels_last,eager"])
+  args, overrides = benchmark.parse()
+  (mode, cfg), _ = benchmark.cases(benchmark.experiment(args, overrides), args)
+  with contextlib.ExitStack() as stack:
+    assert [program.name for program in benchmark._theirs(
+        stack, {"mode": mode}, cfg, args, "cpu", {"failed": []})] == [
+            "timm channels_last", "timm eager"]
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--model=poolformer_s1"], "--model.*did you mean poolformer_s12"),
     (["--model=semanticfpn/poolformer_s12"], "did you mean semantic_fpn"),
@@ -288,7 +302,9 @@ def test_the_command_compares_and_prints_the_same_in_both_forms(
      "--task: .* is for detection"),
     ([], "--model: is missing"),
     (["--model=poolformer_s12", "--nope=1"], "'--nope=1' is not a flag"),
-    (["--model=poolformer_s12", "--mode=test"], "'test' is neither train"),
+    (["--model=poolformer_s12", "--mode=test"], "'test' is none of .*train"),
+    (["--model=poolformer_s12", "--timm-forms=eager,jit"],
+     "--timm-forms: 'jit' is none of .*compile"),
     (["--model=poolformer_s12", "--batch_size=8,0"], "'0' is not a positive"),
     (["--model=poolformer_s12", "--batch_size=99999999"],
      "config.train.batch_size: 99999999"),
