@@ -106,6 +106,7 @@ def test_predictions_are_those_of_the_run(home, trained_run):
   assert right == pytest.approx(summary["top1"])
 
 
+@pytest.mark.slow
 def test_evaluations_agree(home, trained_run):
   line = run(home, command("tools.evaluate", "--checkpoint=best")).stdout
   best = json.loads(line)
