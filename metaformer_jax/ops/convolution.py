@@ -184,6 +184,17 @@ def _winograd_kernel_gradient(x, dy, shape, window):
 
 
 def _depthwise(x, kernel, window):
+  """`_weighted_taps`, of one more row, which is cut off.
+
+  XLA joins the product of matrices that follows with the last terms of a sum,
+  each of which it then computes by itself; but not with a slice.
+  """
+  rows, columns = window.padding
+  more = window._replace(padding=((rows[0], rows[1] + 1), columns))
+  return _weighted_taps(x, kernel, more)[:, :-1]
+
+
+def _weighted_taps(x, kernel, window):
   """The sum of shifted images, each weighted by its part of the kernel."""
   size = kernel.shape[:2]
   out = [n + sum(pad) - k + 1
@@ -199,7 +210,8 @@ def _depthwise_input_gradient(dy, kernel, shape, window):
   del shape
   padding = tuple(tuple(k - 1 - pad for pad in pads)
                   for k, pads in zip(kernel.shape, window.padding))
-  return _depthwise(dy, kernel[::-1, ::-1], window._replace(padding=padding))
+  return _weighted_taps(dy, kernel[::-1, ::-1],
+                        window._replace(padding=padding))
 
 
 def _depthwise_kernel_gradient(x, dy, shape, window):
