@@ -31,7 +31,7 @@ class StarReLU(nn.Module):
     scale = self.param("scale", nn.initializers.ones, (1,))
     bias = self.param("bias", nn.initializers.zeros, (1,))
     scale, bias = (norms.spread(v, x, x.dtype) for v in (scale, bias))
-    return scale * activations.squared_relu(x) + bias
+    return activations.star_relu(x, scale, bias)
 
 
 ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {

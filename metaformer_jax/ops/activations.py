@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from metaformer_jax.ops import platforms
+
 Array = jax.Array
 
 
@@ -44,7 +46,8 @@ def _gelu_fwd(x):
 
 
 def _gelu_bwd(x, dy):
-  _, slope = _gelu_and_slope(x.astype(jnp.float32))
+  z = platforms.computed_again(x).astype(jnp.float32)
+  _, slope = _gelu_and_slope(z)
   return ((dy.astype(jnp.float32) * slope).astype(x.dtype),)
 
 
@@ -66,6 +69,38 @@ def _squared_relu_bwd(x, dy):
 
 
 squared_relu.defvjp(_squared_relu_fwd, _squared_relu_bwd)
+
+
+@jax.custom_vjp
+def star_relu(x: Array, scale: Array, bias: Array) -> Array:
+  """scale relu(x)^2 + bias (arXiv 2210.13452, eq. 7), of arrays of one shape.
+
+  The gradient is computed from x and scale alone, as that of `gelu`.
+  """
+  return scale * squared_relu(x) + bias
+
+
+def _star_relu_fwd(x, scale, bias):
+  return star_relu(x, scale, bias), (x, scale)
+
+
+def _star_relu_bwd(kept, dy):
+  return *platforms.choose(_star_relu_gradients, *kept, dy,
+                           cpu=_star_relu_gradients_on_cpu), dy
+
+
+def _star_relu_gradients(x, scale, dy):
+  y, pull = jax.vjp(squared_relu, x)
+  return *pull(dy * scale), dy * y
+
+
+def _star_relu_gradients_on_cpu(x, scale, dy):
+  """The same without relu(x), which XLA would write in the forward pass."""
+  dy = jnp.where(x > 0, dy, 0)
+  return 2 * x * (dy * scale), dy * x * x
+
+
+star_relu.defvjp(_star_relu_fwd, _star_relu_bwd)
 
 
 def _relu(z):

@@ -66,7 +66,7 @@ def _cpu_fwd(q, k, v, mask):
     logits = jnp.where(mask[:, None, :, None], logits, _IGNORED)
   weights = lax.optimization_barrier(
       jnp.exp(logits - logits.max(2, keepdims=True)))
-  total = weights.sum(2)[..., None]
+  total = platforms.unfused(weights.sum(2))[..., None]
   y = jnp.einsum("bhkq,bhkd->bhqd", weights, values) / total
   return _heads_last(y, v), (q, k, v, mask, weights, total, y)
 
@@ -80,9 +80,9 @@ def _cpu_bwd(kept, dy):
   dlogits = weights * (dlogits - (dy * y).sum(3)[:, :, None])
   if mask is not None:
     dlogits = jnp.where(mask[:, None, :, None], dlogits, 0)
-  dlogits = lax.optimization_barrier(dlogits * q.shape[-1] ** -0.5)
-  dq = jnp.einsum("bhkq,bhkd->bhqd", dlogits, keys)
-  dk = jnp.einsum("bhkq,bhqd->bhkd", dlogits, queries)
+  dlogits, scale = lax.optimization_barrier(dlogits), q.shape[-1] ** -0.5
+  dq = jnp.einsum("bhkq,bhkd->bhqd", dlogits, keys) * scale
+  dk = jnp.einsum("bhkq,bhqd->bhkd", dlogits, queries * scale)
   return _heads_last(dq, q), _heads_last(dk, k), _heads_last(dv, v), None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import custom_derivatives, lax
 
 Array = jax.Array
@@ -32,6 +33,34 @@ def choose(default: Callable[..., Any], *args: Any,
   own = {platform: form for platform, form in forms.items() if form}
   return lax.platform_dependent(*args, default=default, **own) if own else (
       default(*args))
+
+
+def computed_again(x: Array) -> Array:
+  """x as a gradient reads it that computes again what the forward pass had.
+
+  Without it, XLA finds both equal on a CPU, and keeps the forward pass's array:
+  each page of a program's memory costs a CPU time, and so does each pass.
+  """
+  return choose(_unchanged, x, cpu=lax.optimization_barrier)
+
+
+def unfused(x: Any) -> Any:
+  """x, arrays which a CPU computes in another loop than what reads them.
+
+  XLA leaves reductions, with what they read and what reads them, to a library,
+  YNNPACK (jaxlib 0.10.2). What it reads must be written in full: a vector over
+  the channels is spread over all pixels. The library has no clamp.
+  """
+  return choose(_unchanged, x, cpu=functools.partial(jax.tree.map, _clamped))
+
+
+def _unchanged(x):
+  return x
+
+
+def _clamped(x):
+  low, high = (jnp.array(v, x.dtype) for v in (-jnp.inf, jnp.inf))
+  return lax.clamp(low, x, high)
 
 
 class Forms(NamedTuple):

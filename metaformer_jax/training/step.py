@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from metaformer_jax import errors
@@ -39,25 +40,46 @@ def train_step(state: TrainState, batch: base.Batch, *, task: base.Task,
   grads, metrics, model_state = gradients(task, state, batch, rngs, accumulate,
                                           frozen)
   trained, fixed = frozen.split(state.params)
+  with jax.named_scope("checks"):
+    ok = finite.of_step(metrics["loss"], grads)
+    metrics |= {"learning_rate": schedule(state.step),
+                "grad_norm": optax.tree.norm(grads), "finite": ok}
   with jax.named_scope("optimizer"):
-    updates, opt_state = tx.update(grads, state.opt_state, trained)
-    params = freeze.merge(optax.apply_updates(trained, updates), fixed)
+    trained, opt_state = _update(tx, ok.all(), grads, trained,
+                                 state.opt_state)
+    params = freeze.merge(trained, fixed)
   ema_params, ema_state = state.ema_params, state.ema_state
   if ema_params is not None:
     with jax.named_scope("average"):
       ema_params, ema_state = state_lib.average_trained(
           (params, state_lib.averaged(model_state)), (ema_params, ema_state),
           ema_decay, frozen)
-  with jax.named_scope("checks"):
-    ok = finite.of_step(metrics["loss"], grads)
-    metrics |= {"learning_rate": schedule(state.step),
-                "grad_norm": optax.tree.norm(grads), "finite": ok}
-  new = TrainState(step=state.step, params=params, opt_state=opt_state,
-                   model_state=model_state, ema_params=ema_params,
-                   ema_state=ema_state)
-  with jax.named_scope("optimizer"):  # The update is fused with the choice.
-    state = jax.tree.map(functools.partial(jnp.where, ok.all()), new, state)
-  return state.replace(step=state.step + 1), metrics
+  with jax.named_scope("average"):  # It is fused with the choice.
+    model_state, ema_params, ema_state = jax.tree.map(
+        functools.partial(jnp.where, ok.all()),
+        (model_state, ema_params, ema_state),
+        (state.model_state, state.ema_params, state.ema_state))
+  return TrainState(step=state.step + 1, params=params, opt_state=opt_state,
+                    model_state=model_state, ema_params=ema_params,
+                    ema_state=ema_state), metrics
+
+
+def _update(tx, ok, grads, params, opt_state):
+  """Parameters and the optimizer's state after a step; the same unless ok."""
+  @functools.partial(jax.jit, inline=True)  # It is traced once.
+  def update(grads, params, opt_state):
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  def select(ok, grads, *old):  # The choice is fused with the update.
+    return jax.tree.map(functools.partial(jnp.where, ok), update(grads, *old),
+                        old)
+
+  def branch(ok, grads, *old):  # With `select`, a CPU copies the moments.
+    return lax.cond(ok, update, lambda _, *old: old, grads, *old)
+
+  return lax.platform_dependent(ok, grads, params, opt_state,
+                                default=select, cpu=branch)
 
 
 def gradients(task, state, batch, rngs, accumulate, frozen=freeze.NOTHING):
@@ -94,7 +116,7 @@ def gradients(task, state, batch, rngs, accumulate, frozen=freeze.NOTHING):
   micro_batches = jax.tree.map(
       lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
   zeros = jax.tree.map(jnp.zeros_like, trained)
-  (total, model_state), metrics = jax.lax.scan(
+  (total, model_state), metrics = lax.scan(
       micro_step, (zeros, state.model_state),
       (jnp.arange(accumulate), micro_batches))
   grads, metrics = (jax.tree.map(lambda g: g / accumulate, total),

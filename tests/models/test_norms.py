@@ -185,7 +185,8 @@ def test_running_statistics_of_flax_are_used_as_well():
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 2e-6),
                                              ("bfloat16", 8e-3)])
 @pytest.mark.parametrize("axes,masked", [
-    ((1, 2, 3), False), ((1, 2, 3), True), ((-1,), False)])
+    ((1, 2, 3), False), ((1, 2, 3), True), ((0, 1, 2), False),
+    ((0, 1, 2), True), ((-1,), False)])
 def test_the_gradient_is_that_of_automatic_differentiation(
     axes, masked, dtype, tolerance):
   """Also where the mean is far from 0, and of what padding is given."""

@@ -57,10 +57,20 @@ class Task(line_task.LineTask):
     return loss, {"loss": loss}, state
 
 
+def not_on_a_cpu(monkeypatch):
+  """Traces the forms for other platforms, to run them on a CPU."""
+  monkeypatch.setattr(jax.lax, "platform_dependent",
+                      lambda *args, default, **forms: default(*args))
+
+
 @pytest.mark.parametrize("value", sorted(BAD))
 @pytest.mark.parametrize("steep", [False, True])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_that_is_not_finite_changes_nothing(value, steep, accumulate):
+@pytest.mark.parametrize(("accumulate", "platform"), [
+    (1, "cpu"), (2, "cpu"), (1, "another")])
+def test_a_step_that_is_not_finite_changes_nothing(value, steep, accumulate,
+                                                   platform, monkeypatch):
+  if platform != "cpu":
+    not_on_a_cpu(monkeypatch)
   cfg = small_runs.line(optim={"name": "lamb"},
                         train={"accumulate": accumulate})
   task = Task(steep=steep)
@@ -80,6 +90,28 @@ def test_a_step_that_is_not_finite_changes_nothing(value, steep, accumulate):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
   later, _ = train_step(after, good)
   assert not np.array_equal(later.params["a"], after.params["a"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+def test_a_step_is_the_same_on_all_platforms(name, monkeypatch):
+  """By a branch on a CPU, and by a choice of each value elsewhere."""
+  cfg = small_runs.line(optim={"name": name})
+  tx, schedule = optim.create(cfg, 30, 1.25)
+  first = state_lib.create(Task(), tx, 0, 0.5)
+
+  def steps():
+    state = first
+    for i in range(3):
+      state, _ = jax.jit(lambda state, batch: step.train_step(
+          state, batch, task=Task(), tx=tx, schedule=schedule, seed=0,
+          ema_decay=0.5, accumulate=1))(state, {"x": i + jnp.arange(8.0)})
+    return jax.tree.leaves(state)
+
+  on_a_cpu = steps()
+  not_on_a_cpu(monkeypatch)
+  for a, b in zip(on_a_cpu, steps(), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+  assert not np.array_equal(on_a_cpu[0], jax.tree.leaves(first)[0])
 
 
 def test_skipped_steps_are_counted_and_the_run_continues(tmp_path, caplog):
