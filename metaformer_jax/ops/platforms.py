@@ -36,20 +36,24 @@ def choose(default: Callable[..., Any], *args: Any,
 
 
 def computed_again(x: Array) -> Array:
-  """x as a gradient reads it that computes again what the forward pass had.
+  """x, for a gradient that recomputes values of the forward pass from it.
 
-  Without it, XLA finds both equal on a CPU, and keeps the forward pass's array:
-  each page of a program's memory costs a CPU time, and so does each pass.
+  Otherwise XLA finds on a CPU that both are equal, and keeps those of the
+  forward pass: that is one pass more, and memory whose pages take time to make.
   """
   return choose(_unchanged, x, cpu=lax.optimization_barrier)
 
 
 def unfused(x: Any) -> Any:
-  """x, arrays which a CPU computes in another loop than what reads them.
+  """x, arrays that a CPU does not compute in one loop with what reads them.
 
-  XLA leaves reductions, with what they read and what reads them, to a library,
-  YNNPACK (jaxlib 0.10.2). What it reads must be written in full: a vector over
-  the channels is spread over all pixels. The library has no clamp.
+  XLA gives a reduction to a library, YNNPACK, together with the operations
+  before and after it (jaxlib 0.10.2). Their operands are then written in full:
+  a vector over the channels is repeated for every pixel. The library has no
+  clamp, so that one to all numbers, infinity included, separates the two.
+
+  Args:
+    x: a tree of float arrays.
   """
   return choose(_unchanged, x, cpu=functools.partial(jax.tree.map, _clamped))
 

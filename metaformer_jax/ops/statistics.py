@@ -88,7 +88,7 @@ def _standardize_bwd(axes, eps, kept, dy):
   if axes == (-1,):
     # XLA's one kernel for both passes is slow on a GPU: it has a row at a time.
     means = platforms.choose(
-        _unchanged, *means, cuda=lambda *v: lax.optimization_barrier(v))
+        lambda *v: v, *means, cuda=lambda *v: lax.optimization_barrier(v))
   through_statistics = means[0] + y * means[1]
   if weight is not None:
     through_statistics *= weight
@@ -97,12 +97,8 @@ def _standardize_bwd(axes, eps, kept, dy):
 
 
 def _unfused(values, axes):
-  """For statistics of each pixel. Of others there are few: it gains nothing."""
+  """`platforms.unfused` for statistics of pixels; those of images are few."""
   return platforms.unfused(values) if axes == (-1,) else values
-
-
-def _unchanged(*values):
-  return values
 
 
 standardize_by.defvjp(_standardize_fwd, _standardize_bwd)

@@ -54,7 +54,7 @@ def train_step(state: TrainState, batch: base.Batch, *, task: base.Task,
       ema_params, ema_state = state_lib.average_trained(
           (params, state_lib.averaged(model_state)), (ema_params, ema_state),
           ema_decay, frozen)
-  with jax.named_scope("average"):  # It is fused with the choice.
+  with jax.named_scope("average"):  # The choice is fused with it.
     model_state, ema_params, ema_state = jax.tree.map(
         functools.partial(jnp.where, ok.all()),
         (model_state, ema_params, ema_state),
