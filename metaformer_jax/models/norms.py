@@ -95,16 +95,16 @@ class BatchNorm(_Norm):
       mean, var = (per_channel(v.value, x) for v in (running_mean, running_var))
       return self._affine((x - mean) * lax.rsqrt(var + self.eps))
     axes, weight = tuple(range(x.ndim - 1)), _weight(mask)
-    mean, var = statistics.moments(lax.stop_gradient(x), axes, weight)
     if not self.is_initializing():
+      # The norm computes the same; XLA merges the two.
+      mean, var = statistics.moments(lax.stop_gradient(x), axes, weight)
       n = x.size / dim if mask is None else statistics.count(x, axes, weight)
       unbiased = var * (n / jnp.maximum(n - 1, 1))
       n_batches.value = n_batches.value + 1
       for running, new in ((running_mean, mean), (running_var, unbiased)):
         running.value = running.value + (1 - self.momentum) * (
             new.reshape(-1) - running.value)
-    return self._affine(statistics.standardize_by(
-        x, (mean, var), weight, axes, self.eps))
+    return self._affine(statistics.standardize(x, weight, axes, self.eps))
 
 
 @contextlib.contextmanager

@@ -43,40 +43,29 @@ def moments(x: Array, axes: tuple[int, ...], weight: Array | None = None,
   return mean, (jnp.square(x - mean) * weight).sum(axes, keepdims=True) / n
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def standardize(x: Array, weight: Array | None, axes: tuple[int, ...],
                 eps: float) -> Array:
   """(x - mean) / sqrt(variance + eps) over the axes; float32.
 
-  The arguments are those of `standardize_by`.
-  """
-  z = lax.stop_gradient(x).astype(jnp.float32)
-  return standardize_by(x, moments(z, axes, weight), weight, axes, eps)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def standardize_by(x: Array, moments_of_x: tuple[Array, Array],
-                   weight: Array | None, axes: tuple[int, ...],
-                   eps: float) -> Array:
-  """`standardize` where the moments of x are at hand.
-
-  The gradient is that of x alone, through its moments too. It has two sums over
-  x, in one pass, and needs x and the moments. That of automatic differentiation
-  has a third one, after these: of the deviations from the mean, which is 0.
+  The gradient has two sums over x, in one pass, and needs x and the statistics
+  alone. That of automatic differentiation has a third one, after these: of the
+  deviations from the mean, which is 0.
 
   Args:
     x: floats.
-    moments_of_x: `moments` of x in float32.
     weight: as of `count`; None if all values count.
     axes: of the statistics.
     eps: is added to the variance.
   """
-  return _standardize_fwd(x, moments_of_x, weight, axes, eps)[0]
+  return _standardize_fwd(x, weight, axes, eps)[0]
 
 
-def _standardize_fwd(x, moments_of_x, weight, axes, eps):
-  mean, var = moments_of_x
+def _standardize_fwd(x, weight, axes, eps):
+  z = x.astype(jnp.float32)
+  mean, var = moments(z, axes, weight)
   mean, scale = _unfused((mean, lax.rsqrt(var + eps)), axes)
-  return (x.astype(jnp.float32) - mean) * scale, (x, weight, mean, scale)
+  return (z - mean) * scale, (x, weight, mean, scale)
 
 
 def _standardize_bwd(axes, eps, kept, dy):
@@ -93,7 +82,7 @@ def _standardize_bwd(axes, eps, kept, dy):
   if weight is not None:
     through_statistics *= weight
   dx = scale * _unfused(dy - through_statistics, axes)
-  return dx.astype(x.dtype), None, None
+  return dx.astype(x.dtype), None
 
 
 def _unfused(values, axes):
@@ -101,4 +90,4 @@ def _unfused(values, axes):
   return platforms.unfused(values) if axes == (-1,) else values
 
 
-standardize_by.defvjp(_standardize_fwd, _standardize_bwd)
+standardize.defvjp(_standardize_fwd, _standardize_bwd)

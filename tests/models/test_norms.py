@@ -210,6 +210,25 @@ def test_the_gradient_is_that_of_automatic_differentiation(
                              rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.parametrize("axes", [(1, 2, 3), (0, 1, 2), (-1,)])
+def test_the_second_derivative_has_that_of_the_statistics(axes):
+  x, dy, v = (jnp.asarray(normal(SHAPE, seed)) for seed in range(3))
+
+  def plain(x):
+    mean, var = statistics.moments(x, axes)
+    return (x - mean) / jnp.sqrt(var + EPS)
+
+  def second(fn):
+    def along(x):
+      return (jax.vjp(fn, x)[1](dy)[0] * v).sum()
+    return jax.grad(along)(x)
+
+  got = second(lambda x: statistics.standardize(x, None, axes, EPS))
+  want = second(plain)
+  np.testing.assert_allclose(got, want, rtol=0,
+                             atol=1e-5 * float(jnp.abs(want).max()))
+
+
 @pytest.mark.parametrize(("axes", "barriers"), [((-1,), 1), ((1, 2, 3), 0)])
 def test_a_gpu_computes_the_means_of_a_gradient_first(axes, barriers):
   x = normal(SHAPE)

@@ -35,6 +35,16 @@ def test_star_relu_and_its_gradients(dtype):
       jnp.full_like(x, -0.4))
 
 
+@pytest.mark.parametrize(("fn", "plain"), [
+    (activations.gelu, gelu),
+    (lambda x: activations.star_relu(x, jnp.sin(x), x),
+     lambda x: star_relu(x, jnp.sin(x), x))])
+def test_second_derivatives(fn, plain):
+  x = jnp.asarray(VALUES[:42], jnp.float32)
+  got, want = (jax.vmap(jax.grad(jax.grad(f)))(x) for f in (fn, plain))
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
 def test_other_platforms_have_no_trace_of_the_forms_for_a_cpu():
   def gradients(x, dy):
     return (jax.vjp(activations.gelu, x)[1](dy),
