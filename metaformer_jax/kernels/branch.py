@@ -38,9 +38,7 @@ def spread(values: Array, x: Array) -> Array:
 def norm(x: Array, scale: Array, bias: Array, axes: tuple[int, ...],
          eps: float) -> Array:
   """A norm with statistics over axes of x, in float32; in x's dtype."""
-  z = statistics.standardize(x, None, axes, eps)
-  scale, bias = (jnp.broadcast_to(v, z.shape) for v in (scale, bias))
-  return (z * scale + bias).astype(x.dtype)
+  return statistics.normalize(x, scale, bias, axes, eps).astype(x.dtype)
 
 
 def add(x: Array, y: Array, keep: Array, layer_scale: Array,

@@ -36,19 +36,22 @@ def _weight(mask):
 
 
 class _Norm(nn.Module):
-  """Base of the norms: an epsilon, and a scale and bias at the end."""
+  """Base of the norms: an epsilon, a scale and a bias."""
 
   eps: float = 1e-5
   use_bias: bool = True
   scale_init: nn.initializers.Initializer = nn.initializers.ones
   dtype: DTypeLike | None = None
 
-  def _affine(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", self.scale_init, (x.shape[-1],))
-    y = x * per_channel(scale, x)
-    if self.use_bias:
-      bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-      y = y + per_channel(bias, y)
+  def _vectors(self, dim: int) -> tuple[jax.Array, jax.Array | None]:
+    return (self.param("scale", self.scale_init, (dim,)),
+            self.param("bias", nn.initializers.zeros, (dim,))
+            if self.use_bias else None)
+
+  def _normalize(self, x: jax.Array, axes: tuple[int, ...],
+                 weight: jax.Array | None = None) -> jax.Array:
+    y = statistics.normalize(x, *self._vectors(x.shape[-1]), axes, self.eps,
+                             weight)
     return y.astype(self.dtype or jnp.float32)
 
 
@@ -60,8 +63,7 @@ class GroupNorm(_Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
-    return self._affine(statistics.standardize(
-        x, _weight(mask), (1, 2, 3), self.eps))
+    return self._normalize(x, (1, 2, 3), _weight(mask))
 
 
 class LayerNorm(_Norm):
@@ -69,7 +71,7 @@ class LayerNorm(_Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask=None, train: bool = False):
-    return self._affine(statistics.standardize(x, None, (-1,), self.eps))
+    return self._normalize(x, (-1,))
 
 
 class BatchNorm(_Norm):
@@ -93,7 +95,9 @@ class BatchNorm(_Norm):
                               jnp.int32)
     if not train:
       mean, var = (per_channel(v.value, x) for v in (running_mean, running_var))
-      return self._affine((x - mean) * lax.rsqrt(var + self.eps))
+      y = statistics.affine((x - mean) * lax.rsqrt(var + self.eps),
+                            *self._vectors(dim))
+      return y.astype(self.dtype or jnp.float32)
     axes, weight = tuple(range(x.ndim - 1)), _weight(mask)
     if not self.is_initializing():
       # The norm computes the same; XLA merges the two.
@@ -104,7 +108,7 @@ class BatchNorm(_Norm):
       for running, new in ((running_mean, mean), (running_var, unbiased)):
         running.value = running.value + (1 - self.momentum) * (
             new.reshape(-1) - running.value)
-    return self._affine(statistics.standardize(x, weight, axes, self.eps))
+    return self._normalize(x, axes, weight)
 
 
 @contextlib.contextmanager

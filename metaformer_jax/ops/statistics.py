@@ -1,4 +1,4 @@
-"""Means, variances and standardisation over some of an array's axes."""
+"""Means and variances over an array's axes, and normalisation by them."""
 
 import functools
 
@@ -43,51 +43,94 @@ def moments(x: Array, axes: tuple[int, ...], weight: Array | None = None,
   return mean, (jnp.square(x - mean) * weight).sum(axes, keepdims=True) / n
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def standardize(x: Array, weight: Array | None, axes: tuple[int, ...],
-                eps: float) -> Array:
-  """(x - mean) / sqrt(variance + eps) over the axes; float32.
+def affine(x: Array, scale: Array, bias: Array | None) -> Array:
+  """x * scale + bias: vectors over the last axis of x; a bias of None is 0."""
+  shape = (1,) * (x.ndim - 1) + (-1,)
+  y = x * scale.reshape(shape)
+  return y if bias is None else y + bias.reshape(shape)
 
-  The gradient has two sums over x, in one pass, and needs x and the statistics
-  alone. That of automatic differentiation has a third one, after these: of the
-  deviations from the mean, which is 0.
+
+def normalize(x: Array, scale: Array, bias: Array | None,
+              axes: tuple[int, ...], eps: float,
+              weight: Array | None = None) -> Array:
+  """(x - mean) / sqrt(variance + eps) * scale + bias; float32.
 
   Args:
-    x: floats.
-    weight: as of `count`; None if all values count.
-    axes: of the statistics.
+    x: floats [..., C].
+    scale: [C].
+    bias: [C]; None for 0.
+    axes: of the statistics: (-1,), or those of all pixels of an image or a
+      batch, without C or with it.
     eps: is added to the variance.
+    weight: as of `count`; None if all values count, as for (-1,).
   """
-  return _standardize_fwd(x, weight, axes, eps)[0]
+  if axes == (-1,):
+    return affine(_standardize(x, eps), scale, bias)
+  return _normalize(x, scale, bias, weight, axes, eps)
 
 
-def _standardize_fwd(x, weight, axes, eps):
+# The gradients of both need x and the statistics alone, and have one pass of
+# sums. Those of automatic differentiation have another one after it: of the
+# deviations from the mean, which is 0.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _normalize(x, scale, bias, weight, axes, eps):
+  return _normalize_fwd(x, scale, bias, weight, axes, eps)[0]
+
+
+def _normalize_fwd(x, scale, bias, weight, axes, eps):
   z = x.astype(jnp.float32)
   mean, var = moments(z, axes, weight)
-  mean, scale = _unfused((mean, lax.rsqrt(var + eps)), axes)
-  return (z - mean) * scale, (x, weight, mean, scale)
+  inverse = lax.rsqrt(var + eps)
+  y = affine((z - mean) * inverse, scale, bias)
+  return y, (x, scale, bias, weight, mean, inverse)
 
 
-def _standardize_bwd(axes, eps, kept, dy):
-  x, weight, mean, scale = kept
-  dy = _unfused(dy, axes)
-  y = (x.astype(jnp.float32) - mean) * scale
+def _normalize_bwd(axes, eps, kept, dy):
+  x, scale, bias, weight, mean, inverse = kept
+  mean, inverse = platforms.computed_again((mean, inverse))
+  y = (x.astype(jnp.float32) - mean) * inverse
+  # The sums of a channel's pixels serve the scale and the statistics as well.
+  pixels = tuple(axis for axis in axes if axis != x.ndim - 1)
+  sums = [v.sum(pixels, keepdims=True) for v in (dy, platforms.unfused(dy * y))]
   n = x.size // mean.size if weight is None else count(x, axes, weight)
-  means = [v.sum(axes, keepdims=True) / n for v in (dy, dy * y)]
-  if axes == (-1,):
-    # XLA's one kernel for both passes is slow on a GPU: it has a row at a time.
-    means = platforms.choose(
-        lambda *v: v, *means, cuda=lambda *v: lax.optimization_barrier(v))
+  means = [affine(v, scale, None) / n for v in sums]
+  if pixels != axes:
+    means = [v.sum(-1, keepdims=True) for v in means]
   through_statistics = means[0] + y * means[1]
   if weight is not None:
     through_statistics *= weight
-  dx = scale * _unfused(dy - through_statistics, axes)
-  return dx.astype(x.dtype), None
+  dx = inverse * (affine(dy, scale, None) - through_statistics)
+  d_bias, d_scale = (v.reshape(-1, v.shape[-1]).sum(0) for v in sums)
+  return (dx.astype(x.dtype), d_scale, None if bias is None else d_bias, None)
 
 
-def _unfused(values, axes):
-  """`platforms.unfused` for statistics of pixels; those of images are few."""
-  return platforms.unfused(values) if axes == (-1,) else values
+_normalize.defvjp(_normalize_fwd, _normalize_bwd)
 
 
-standardize.defvjp(_standardize_fwd, _standardize_bwd)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _standardize(x, eps):
+  return _standardize_fwd(x, eps)[0]
+
+
+def _standardize_fwd(x, eps):
+  z = x.astype(jnp.float32)
+  mean, var = moments(z, (-1,))
+  mean, inverse = platforms.unfused((mean, lax.rsqrt(var + eps)))
+  return (z - mean) * inverse, (x, mean, inverse)
+
+
+def _standardize_bwd(eps, kept, dy):
+  x, mean, inverse = kept
+  dy = platforms.unfused(dy)
+  y = (x.astype(jnp.float32) - mean) * inverse
+  means = [v.mean(-1, keepdims=True) for v in (dy, dy * y)]
+  # XLA's one kernel for both passes is slow on a GPU: it has a row at a time.
+  means = platforms.choose(
+      lambda *v: v, *means, cuda=lambda *v: lax.optimization_barrier(v))
+  dx = inverse * platforms.unfused(dy - (means[0] + y * means[1]))
+  return (dx.astype(x.dtype),)
+
+
+_standardize.defvjp(_standardize_fwd, _standardize_bwd)

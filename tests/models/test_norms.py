@@ -182,51 +182,60 @@ def test_running_statistics_of_flax_are_used_as_well():
   assert not np.any(new["batch_stats"]["mean"])
 
 
+SCALE, BIAS = (jnp.asarray(np.linspace(*ends, 6, dtype=np.float32))
+               for ends in ((0.5, -2), (1, 3)))
+
+
+def plainly(x, scale, bias, axes, weight=None):
+  """`statistics.normalize`, for JAX to differentiate."""
+  z = x.astype(jnp.float32)
+  mean, var = statistics.moments(z, axes, weight)
+  y = (z - mean) / jnp.sqrt(var + EPS) * norms.per_channel(scale, x)
+  return y if bias is None else y + norms.per_channel(bias, x)
+
+
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 2e-6),
                                              ("bfloat16", 8e-3)])
 @pytest.mark.parametrize("axes,masked", [
     ((1, 2, 3), False), ((1, 2, 3), True), ((0, 1, 2), False),
     ((0, 1, 2), True), ((-1,), False)])
-def test_the_gradient_is_that_of_automatic_differentiation(
-    axes, masked, dtype, tolerance):
+@pytest.mark.parametrize("bias", [BIAS, None], ids=["bias", "no bias"])
+def test_the_gradients_are_those_of_automatic_differentiation(
+    bias, axes, masked, dtype, tolerance):
   """Also where the mean is far from 0, and of what padding is given."""
   x = jnp.asarray(normal(SHAPE) * np.linspace(0.1, 3, 6) + 7).astype(dtype)
   weight = norms._weight(valid_mask([5, 1, 3, 2, 5, 4, 1, 5], 4)
                          ) if masked else None
   dy = jnp.asarray(normal(SHAPE, 1))
 
-  def plain(x):
-    z = x.astype(jnp.float32)
-    mean, var = statistics.moments(z, axes, weight)
-    return (z - mean) / jnp.sqrt(var + EPS)
-
-  y, grad = jax.vjp(lambda x: statistics.standardize(x, weight, axes, EPS), x)
-  want_y, want_grad = jax.vjp(plain, x)
-  np.testing.assert_allclose(y, want_y, rtol=0, atol=1e-5)
-  (got,), (want,) = (f(dy) for f in (grad, want_grad))
-  assert got.dtype == x.dtype
-  scale = float(jnp.abs(want.astype(jnp.float32)).max())
-  np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32),
-                             rtol=0, atol=tolerance * scale)
+  y, gradients = jax.vjp(lambda *v: statistics.normalize(
+      *v, axes, EPS, weight), x, SCALE, bias)
+  want_y, want_gradients = jax.vjp(
+      lambda *v: plainly(*v, axes, weight), x, SCALE, bias)
+  np.testing.assert_allclose(y, want_y, rtol=0, atol=3e-5)
+  assert gradients(dy)[0].dtype == x.dtype
+  for got, want in zip(*map(jax.tree.leaves, (
+      gradients(dy), want_gradients(dy))), strict=True):
+    got, want = (v.astype(jnp.float32) for v in (got, want))
+    np.testing.assert_allclose(
+        got, want, rtol=0, atol=tolerance * float(jnp.abs(want).max()))
 
 
 @pytest.mark.parametrize("axes", [(1, 2, 3), (0, 1, 2), (-1,)])
 def test_the_second_derivative_has_that_of_the_statistics(axes):
   x, dy, v = (jnp.asarray(normal(SHAPE, seed)) for seed in range(3))
 
-  def plain(x):
-    mean, var = statistics.moments(x, axes)
-    return (x - mean) / jnp.sqrt(var + EPS)
-
   def second(fn):
-    def along(x):
-      return (jax.vjp(fn, x)[1](dy)[0] * v).sum()
-    return jax.grad(along)(x)
+    def along(*args):
+      return (jax.vjp(fn, *args)[1](dy)[0] * v).sum()
+    return jax.grad(along, (0, 1))(x, SCALE)
 
-  got = second(lambda x: statistics.standardize(x, None, axes, EPS))
-  want = second(plain)
-  np.testing.assert_allclose(got, want, rtol=0,
-                             atol=1e-5 * float(jnp.abs(want).max()))
+  got, want = (
+      second(lambda x, scale, fn=fn: fn(x, scale, BIAS, axes))
+      for fn in (lambda *v: statistics.normalize(*v, EPS), plainly))
+  for one, other in zip(got, want):
+    np.testing.assert_allclose(one, other, rtol=0,
+                               atol=1e-5 * float(jnp.abs(other).max()))
 
 
 @pytest.mark.parametrize(("axes", "barriers"), [((-1,), 1), ((1, 2, 3), 0)])
@@ -234,8 +243,8 @@ def test_a_gpu_computes_the_means_of_a_gradient_first(axes, barriers):
   x = normal(SHAPE)
 
   def gradient(dy):
-    return jax.vjp(lambda x: statistics.standardize(x, None, axes, EPS), x)[1](
-        dy)
+    return jax.vjp(lambda x: statistics.normalize(
+        x, SCALE, BIAS, axes, EPS), x)[1](dy)
 
   for platform, n in (("cuda", barriers), ("tpu", 0)):
     lowered = jax.jit(gradient).trace(x).lower(lowering_platforms=(platform,))
