@@ -6,17 +6,16 @@ so that they do not depend on the number of devices; each device then applies
 them to its own images.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from metaformer_jax.config import policies, tasks
 from metaformer_jax.ops import augment as ops
+from metaformer_jax.ops import images as image_ops
 
 
 class Drawn(NamedTuple):
@@ -135,22 +134,11 @@ def apply(images: jax.Array, drawn: Drawn, fill: tuple[int, ...]) -> jax.Array:
   """Applies the drawn operations to uint8 [B, H, W, 3].
 
   Images come one after the other, so that only what was drawn is computed: all
-  operations for all images would take longer than a small model's step. Each
-  device has its own part of a batch that is divided over all axes of a mesh.
+  operations for all images would take longer than a small model's step.
   """
-  each = functools.partial(_one_by_one, fill=fill)
-  mesh = jax.typeof(images).sharding.mesh
-  if mesh.empty:
-    return each(images, drawn)
-  split = PartitionSpec(mesh.axis_names)
-  return jax.shard_map(each, mesh=mesh, in_specs=split, out_specs=split)(
-      images, drawn)
-
-
-def _one_by_one(images: jax.Array, drawn: Drawn,
-                fill: tuple[int, ...]) -> jax.Array:
 
   def step(image, operation):
     return ops.apply(image, *operation, fill=fill), None
 
-  return lax.map(lambda pair: lax.scan(step, *pair)[0], (images, drawn))
+  return image_ops.one_by_one(
+      lambda image, drawn: lax.scan(step, image, drawn)[0], images, drawn)

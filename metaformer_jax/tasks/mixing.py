@@ -6,10 +6,15 @@ script, images are mixed before boxes are erased; unlike there, mixed images are
 not rounded to 8 bits.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from metaformer_jax.ops import images as image_ops
+from metaformer_jax.ops import platforms
 
 _GROUP = 16  # Examples among which partners are chosen.
 
@@ -31,8 +36,11 @@ def partners(x: jax.Array) -> jax.Array:
   partners; and repetitions of an image, which come in a row, do not meet.
   """
   size = _GROUP if len(x) % _GROUP == 0 else len(x)
-  groups = x.reshape(-1, size, *x.shape[1:])
-  return jnp.roll(groups, -(size // 2), axis=1).reshape(x.shape)
+  if size % 2:
+    return jnp.roll(x, -(size // 2), axis=0)
+  # Halves change places: a CPU computes this in one loop with what follows.
+  halves = x.reshape(-1, 2, size // 2, *x.shape[1:])
+  return jnp.flip(halves, axis=1).reshape(x.shape)
 
 
 def blend(x: jax.Array, partners: jax.Array, lam: jax.Array) -> jax.Array:
@@ -148,5 +156,18 @@ def random_erasing(rng: jax.Array, images: jax.Array, prob: float) -> jax.Array:
   n, height, width, _ = images.shape
   key_box, key_noise = jax.random.split(rng)
   boxes = erasing_boxes(key_box, n, height, width, prob=prob)
-  noise = jax.random.normal(key_noise, images.shape, images.dtype)
-  return jnp.where(inside(height, width, boxes)[..., None], noise, images)
+  # A CPU draws noise for the images that are erased, others for all at once.
+  return platforms.choose(
+      jax.vmap(_erase), images, jax.random.split(key_noise, n), boxes,
+      cpu=functools.partial(image_ops.one_by_one, _erase))
+
+
+def _erase(image, key, box):
+  height, width, _ = image.shape
+
+  def erase(image):
+    noise = jax.random.normal(key, image.shape, image.dtype)
+    return jnp.where(inside(height, width, box)[..., None], noise, image)
+
+  top, bottom, _, _ = box
+  return lax.cond(bottom > top, erase, lambda image: image, image)

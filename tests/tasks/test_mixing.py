@@ -142,6 +142,27 @@ def test_erasing_puts_noise_into_the_box_and_leaves_the_rest():
   assert (mixing.random_erasing(key, images, 0.0) == images).all()
 
 
+def test_each_device_erases_its_own_images_as_all_are_erased_at_once():
+  images = np.full((16, 12, 10, 3), 9, np.float32)
+  run = jax.jit(lambda key, images: mixing.random_erasing(key, images, 0.5))
+  mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
+  split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (
+      [("data", "fsdp")], []))
+  key = jax.random.key(3)
+  program = run.lower(*map(jax.device_put, (key, images), (whole, split))
+                      ).compile()
+  got = program(*map(jax.device_put, (key, images), (whole, split)))
+  np.testing.assert_array_equal(got, run(key, images))
+  assert 4 < (np.asarray(got) != images).any(axis=(1, 2, 3)).sum() < 12
+  key_box, key_noise = jax.random.split(key)
+  boxes = mixing.erasing_boxes(key_box, 16, 12, 10, prob=0.5)
+  np.testing.assert_allclose(got, jax.jit(jax.vmap(mixing._erase))(
+      images, jax.random.split(key_noise, 16), boxes), rtol=1e-5)
+  # No device is sent another's images.
+  text = program.as_text()
+  assert "f32[16,12,10,3]" not in text and "f32[2,12,10,3]" in text
+
+
 # In the task's loss.
 
 
