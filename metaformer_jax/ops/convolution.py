@@ -7,6 +7,7 @@ On a GPU, one kind of gradient has a faster form.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,9 @@ from jax import lax
 from metaformer_jax.ops import dense, platforms, winograd
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+# Of the pixels that `_patches_kernel_gradient` copies at once, unless a row has
+# more: what stays in the processor's cache, and needs no new pages of memory.
+_BAND_BYTES = 8 * 2**20
 # Pixels of a row that `_depthwise_kernel_gradient` sums in one expression.
 _LONGEST_ROW = 64
 # With fewer, the transforms take more time than the products that they save.
@@ -88,8 +92,7 @@ def cpu_forms(kernel_shape: tuple[int, ...], window: Window) -> platforms.Forms:
       map(any, window.padding)):
     return platforms.Forms(_pointwise, _pointwise_input_gradient,
                            _pointwise_kernel_gradient)
-  # Not of images: with few channels, XLA is as fast, and patches are large.
-  if window.groups == 1 and max(window.strides) > 1 and in_channels > 3:
+  if window.groups == 1 and max(window.strides) > 1:
     return platforms.Forms(kernel_gradient=_patches_kernel_gradient)
   if (size == [3, 3] and window.strides == (1, 1) and window.groups == 1
       and min(in_channels, out_channels) >= _FEWEST_WINOGRAD_CHANNELS):
@@ -164,9 +167,32 @@ def _taps(x, size, window, out):
 
 
 def _patches_kernel_gradient(x, dy, shape, window):
-  """One matrix product with all pixels that meet the kernel."""
-  taps = _taps(x, shape[:2], window, dy.shape[1:3])
-  return dense.outer(jnp.concatenate(taps, -1), dy, shape)
+  """Matrix products with all pixels that meet the kernel, of bands of rows.
+
+  A batch is not cut, since it may be divided among devices.
+  """
+  height, width = dy.shape[1:3]
+  down = window.strides[0]
+  row_bytes = 4 * len(x) * width * math.prod(shape[:3])
+  n_bands = math.ceil(height / max(1, _BAND_BYTES // row_bytes))
+  rows = math.ceil(height / n_bands)
+  needed = (n_bands * rows - 1) * down + shape[0]
+  (top, _), columns = window.padding
+  bottom = needed - x.shape[1] - top
+  padded = _pad(x.astype(jnp.float32), (top, bottom), columns)
+  dy = _pad(dy.astype(jnp.float32), (0, n_bands * rows - height), (0, 0))
+  unpadded = window._replace(padding=((0, 0), (0, 0)))
+
+  def add_band(i, total):
+    pixels = lax.dynamic_slice_in_dim(
+        padded, i * rows * down, (rows - 1) * down + shape[0], 1)
+    taps = _taps(pixels, shape[:2], unpadded, (rows, width))
+    return total + dense.outer(
+        jnp.concatenate(taps, -1),
+        lax.dynamic_slice_in_dim(dy, i * rows, rows, 1), shape)
+
+  return lax.fori_loop(0, n_bands, add_band,
+                       jnp.zeros(shape, jnp.float32)).astype(x.dtype)
 
 
 def _winograd(x, kernel, window):

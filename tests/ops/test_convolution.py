@@ -63,6 +63,24 @@ def test_values_and_gradients_are_the_same(kind, dtype):
         functools.partial(plain, window=window), *arrays(shapes, dtype, seed))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("shapes", "window"), [
+    (((2, 23, 9, 4), (3, 2, 4, 5)), ((2, 2), ((1, 2), (0, 1)), 1)),
+    (((2, 40, 32, 3), (7, 7, 3, 8)), ((4, 4), ((2, 2), (2, 2)), 1))])
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_a_strided_kernels_gradient_is_the_sum_of_bands(
+    rows, shapes, window, dtype, monkeypatch):
+  """Of 12 and 10 rows: in some cases, the last band is smaller."""
+  window = convolution.Window(*window)
+  x, kernel = arrays(shapes, dtype)
+  y = jax.eval_shape(lambda: plain(x, kernel, window))
+  row_bytes = 4 * y.shape[0] * y.shape[2] * kernel[..., 0].size
+  monkeypatch.setattr(convolution, "_BAND_BYTES", rows * row_bytes)
+  platform_forms.assert_same(
+      functools.partial(convolution.conv, window=window),
+      functools.partial(plain, window=window), x, kernel)
+
+
 def test_other_platforms_compute_what_flax_computes():
   for kind in KINDS:
     *shapes, window = case(kind, np.random.default_rng(2))
