@@ -249,3 +249,21 @@ def test_a_gpu_computes_the_means_of_a_gradient_first(axes, barriers):
   for platform, n in (("cuda", barriers), ("tpu", 0)):
     lowered = jax.jit(gradient).trace(x).lower(lowering_platforms=(platform,))
     assert lowered.as_text().count("optimization_barrier") == n
+
+
+@pytest.mark.parametrize("axes", [(1, 2, 3), (0, 1, 2)])
+def test_a_gradient_keeps_what_is_normalised_and_not_the_result(axes):
+  """On a CPU; and the activation, which the next layer's gradient needs."""
+  n_layers, dim = 6, 64
+  layer = np.eye(dim), np.ones(dim), np.ones(dim)
+
+  def loss(layers, x):
+    for weight, scale, bias in layers:
+      x = jax.nn.relu(statistics.normalize(x @ weight, scale, bias, axes, EPS))
+    return x.sum()
+
+  layers = jax.tree.map(jnp.float32, [layer] * n_layers)
+  x = jnp.zeros((4, 32, 32, dim))
+  compiled = jax.jit(jax.grad(loss)).lower(layers, x).compile()
+  kept = compiled.memory_analysis().temp_size_in_bytes / x.nbytes
+  assert kept < 2.5 * n_layers  # And one or two at a time on the way.
