@@ -16,11 +16,6 @@ from jax.typing import DTypeLike
 from metaformer_jax.ops import statistics
 
 
-def per_channel(vector: jax.Array, x: jax.Array) -> jax.Array:
-  """Shapes a vector over channels to multiply or add to x [..., C]."""
-  return vector.reshape((1,) * (x.ndim - 1) + (-1,))
-
-
 def spread(vector: jax.Array, x: jax.Array, dtype: DTypeLike) -> jax.Array:
   """Broadcasts a vector over channels, or one value, to x [..., C].
 
@@ -28,7 +23,8 @@ def spread(vector: jax.Array, x: jax.Array, dtype: DTypeLike) -> jax.Array:
   float32: a CPU sums bfloat16 in bfloat16, which stops growing at 256 times the
   summand.
   """
-  return jnp.broadcast_to(per_channel(vector, x), x.shape).astype(dtype)
+  vector = statistics.per_channel(vector, x)
+  return jnp.broadcast_to(vector, x.shape).astype(dtype)
 
 
 def _weight(mask):
@@ -94,7 +90,8 @@ class BatchNorm(_Norm):
     n_batches = self.variable("batch_stats", "n_batches", jnp.zeros, (),
                               jnp.int32)
     if not train:
-      mean, var = (per_channel(v.value, x) for v in (running_mean, running_var))
+      mean, var = (statistics.per_channel(v.value, x)
+                   for v in (running_mean, running_var))
       y = statistics.affine((x - mean) * lax.rsqrt(var + self.eps),
                             *self._vectors(dim))
       return y.astype(self.dtype or jnp.float32)

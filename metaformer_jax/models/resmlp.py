@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from metaformer_jax.models import layers, mlp_mixer, norms, settings
+from metaformer_jax.models import layers, mlp_mixer, settings
+from metaformer_jax.ops import statistics
 
 
 class Affine(nn.Module):
@@ -19,8 +20,7 @@ class Affine(nn.Module):
   def __call__(self, x: jax.Array):
     alpha = self.param("alpha", nn.initializers.ones, (x.shape[-1],))
     beta = self.param("beta", nn.initializers.zeros, (x.shape[-1],))
-    alpha, beta = (norms.per_channel(v, x) for v in (alpha, beta))
-    return (alpha * x + beta).astype(self.dtype or jnp.float32)
+    return statistics.affine(x, alpha, beta).astype(self.dtype or jnp.float32)
 
 
 class ResMLPBlock(nn.Module):

@@ -43,11 +43,15 @@ def moments(x: Array, axes: tuple[int, ...], weight: Array | None = None,
   return mean, (jnp.square(x - mean) * weight).sum(axes, keepdims=True) / n
 
 
+def per_channel(vector: Array, x: Array) -> Array:
+  """Shapes a vector over channels to multiply or add to x [..., C]."""
+  return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
 def affine(x: Array, scale: Array, bias: Array | None) -> Array:
-  """x * scale + bias: vectors over the last axis of x; a bias of None is 0."""
-  shape = (1,) * (x.ndim - 1) + (-1,)
-  y = x * scale.reshape(shape)
-  return y if bias is None else y + bias.reshape(shape)
+  """x [..., C] * scale [C] + bias [C]; without a bias if it is None."""
+  y = x * per_channel(scale, x)
+  return y if bias is None else y + per_channel(bias, x)
 
 
 def normalize(x: Array, scale: Array, bias: Array | None,

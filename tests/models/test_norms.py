@@ -190,8 +190,8 @@ def plainly(x, scale, bias, axes, weight=None):
   """`statistics.normalize`, for JAX to differentiate."""
   z = x.astype(jnp.float32)
   mean, var = statistics.moments(z, axes, weight)
-  y = (z - mean) / jnp.sqrt(var + EPS) * norms.per_channel(scale, x)
-  return y if bias is None else y + norms.per_channel(bias, x)
+  y = (z - mean) / jnp.sqrt(var + EPS) * statistics.per_channel(scale, x)
+  return y if bias is None else y + statistics.per_channel(bias, x)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 2e-6),
