@@ -17,7 +17,7 @@ from metaformer_jax.doctor.versions import FAIL, OK, WARN, Line
 
 # Environment variables that jax and its libraries read, and the effect of some
 # values.
-_VARIABLES = re.compile(r"(JAX|XLA|TPU|LIBTPU|CUDA|NVIDIA|NCCL)_\w+"
+_VARIABLES = re.compile(r"(JAX|XLA|PJRT|TPU|LIBTPU|CUDA|NVIDIA|NCCL)_\w+"
                         r"|LD_LIBRARY_PATH|TF_CPP_\w+")
 _CHANGING = (
     ("XLA_FLAGS", "host_platform_device_count", "all devices are the same CPU"),

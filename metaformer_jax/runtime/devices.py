@@ -1,6 +1,7 @@
 """The devices of a run: how jax starts, and the mesh that it computes on."""
 
 import os
+import re
 from collections.abc import Sequence
 from importlib import util
 
@@ -10,6 +11,9 @@ from jax.sharding import AxisType, Mesh
 from metaformer_jax import errors
 from metaformer_jax.config import checks, schema
 from metaformer_jax.runtime import agreement, processes
+
+# Of XLA's pool, for each virtual device of a CPU.
+_THREADS_PER_DEVICE = 16
 
 
 def start_jax(cfg: schema.Experiment, coordinator: str | None = None,
@@ -50,6 +54,23 @@ def configure(cache: str) -> None:
           or util.find_spec("jax_plugins")):
     # With libtpu but no TPU, jax would look for one and log five lines.
     jax.config.update("jax_platforms", "cpu")
+  _prevent_deadlock()
+
+
+def _prevent_deadlock() -> None:
+  """Gives XLA enough threads for several virtual devices on one CPU.
+
+  A device holds a thread while it waits in a collective. By default all devices
+  share as many threads as there are devices. Two collectives that do not depend
+  on each other can take all of them, in an order in which neither completes:
+  with mesh.fsdp=2 on a busy machine, jax 0.10.2 waits for its time-out and
+  aborts.
+  """
+  flag = re.findall(r"xla_force_host_platform_device_count=(\d+)",
+                    os.environ.get("XLA_FLAGS", ""))
+  n = max(jax.config.jax_num_cpu_devices, *map(int, flag[-1:]), 1)
+  if n > 1:  # Read by XLA when the devices are started.
+    os.environ.setdefault("PJRT_NPROC", str(_THREADS_PER_DEVICE * n))
 
 
 def make_mesh(cfg: schema.Experiment,
