@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from metaformer_jax import errors
@@ -151,14 +151,16 @@ def ratios(one: Worker, other: Worker) -> dict[str, Any]:
           "min": min(found), "max": max(found), "pairs": len(found)}
 
 
-def in_turns(workers: Sequence[Worker], rounds: int,
-             seconds: float) -> dict[str, str]:
+def in_turns(workers: Sequence[Worker], rounds: int, seconds: float,
+             say: Callable[[str], None]) -> dict[str, str]:
   """Measures all in turns; the first one must not fail.
 
   Args:
     workers: that are running.
     rounds: of each.
     seconds: about how long a round takes.
+    say: is called with a line about each round, so that what was measured is
+      not lost if the command is stopped.
 
   Returns:
     Why those that have failed did, by name; they are left out from then on.
@@ -167,7 +169,7 @@ def in_turns(workers: Sequence[Worker], rounds: int,
     UserError: the first one has failed.
   """
   failed = {}
-  for _ in range(rounds):
+  for i in range(rounds):
     for worker in workers:
       if worker.name in failed:
         continue
@@ -177,6 +179,9 @@ def in_turns(workers: Sequence[Worker], rounds: int,
         if worker is workers[0]:
           raise
         failed[worker.name] = errors.one_line(e)
+    say(f"round {i + 1} of {rounds}: images/s " + ", ".join(
+        f"{worker.images_per_second[-1]:.1f} {worker.name}"
+        for worker in workers if worker.name not in failed))
   return failed
 
 

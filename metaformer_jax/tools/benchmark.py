@@ -173,8 +173,8 @@ def measure(mode: str, cfg: schema.Experiment,
     others = list(_theirs(stack, case, cfg, args, ours.facts["platform"],
                           found))
     programs = [ours, *others]
-    _say(case, f"measuring {args.rounds} rounds")
-    failed = workers.in_turns(programs, args.rounds, args.seconds)
+    failed = workers.in_turns(programs, args.rounds, args.seconds,
+                              lambda line: _say(case, line))
     for name, reason in failed.items():
       _fail(case, found, name, reason)
     for program in programs:

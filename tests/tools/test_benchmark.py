@@ -178,21 +178,27 @@ class Turn:
 
   def __init__(self, name, turns, fails_at=None):
     self.name, self._turns, self._fails_at = name, turns, fails_at
+    self.images_per_second = []
 
   def measure(self, seconds):
     self._turns.append(self.name)
+    self.images_per_second.append(float(len(self._turns)))
     if self._turns.count(self.name) == self._fails_at:
       raise workers.WorkerError(f"{self.name}: no\nmemory")
 
 
 def test_programs_are_measured_in_turns_and_one_that_fails_is_left_out():
-  turns = []
+  turns, said = [], []
   failed = workers.in_turns(
-      [Turn("ours", turns), Turn("a", turns, 2), Turn("b", turns)], 3, 1.0)
+      [Turn("ours", turns), Turn("a", turns, 2), Turn("b", turns)], 3, 1.0,
+      said.append)
   assert turns == ["ours", "a", "b", "ours", "a", "b", "ours", "b"]
   assert failed == {"a": "a: no memory"}
+  assert said == ["round 1 of 3: images/s 1.0 ours, 2.0 a, 3.0 b",
+                  "round 2 of 3: images/s 4.0 ours, 6.0 b",
+                  "round 3 of 3: images/s 7.0 ours, 8.0 b"]
   with pytest.raises(workers.WorkerError):
-    workers.in_turns([Turn("first", turns, 1)], 1, 1.0)
+    workers.in_turns([Turn("first", turns, 1)], 1, 1.0, said.append)
 
 
 def test_ratios_are_of_neighbouring_rounds():
