@@ -18,7 +18,7 @@ from metaformer_jax.doctor.versions import FAIL, OK, WARN, Line
 # Environment variables that jax and its libraries read, and the effect of some
 # values.
 _VARIABLES = re.compile(r"(JAX|XLA|PJRT|TPU|LIBTPU|CUDA|NVIDIA|NCCL)_\w+"
-                        r"|LD_LIBRARY_PATH|TF_CPP_\w+")
+                        r"|LD_LIBRARY_PATH|GLIBC_TUNABLES|TF_CPP_\w+")
 _CHANGING = (
     ("XLA_FLAGS", "host_platform_device_count", "all devices are the same CPU"),
     ("JAX_DISABLE_JIT", "1|true", "nothing is compiled; this is very slow"),
@@ -27,6 +27,8 @@ _CHANGING = (
     ("LD_LIBRARY_PATH", "cuda|nvidia", "may hide the CUDA that pip installed"),
 )
 
+# Who has them: [always], [madvise] (who asks), or [never].
+_LARGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 _GIB = 2**30
 
 
@@ -74,6 +76,19 @@ def memory(meminfo: str = "/proc/meminfo",
   if free < 2 * _GIB:  # The quickstart needs 0.9.
     return Line("memory", WARN, f"{text}; may be too little for a run")
   return Line("memory", OK, text)
+
+
+def pages(env: Mapping[str, str],
+          large: str = _LARGE_PAGES) -> Iterator[Line]:
+  """How a run on a CPU gets large pages of memory, if only on request.
+
+  Each step has new memory for its temporary arrays (docs/benchmarks.md).
+  """
+  with contextlib.suppress(OSError):
+    if ("[madvise]" in pathlib.Path(large).read_text()
+        and "hugetlb" not in env.get("GLIBC_TUNABLES", "")):
+      yield Line("pages", OK, "small; large ones make training on a CPU "
+                 "faster: GLIBC_TUNABLES=glibc.malloc.hugetlb=1")
 
 
 def writing(name: str, folder: str | pathlib.Path, state: str = FAIL,

@@ -210,8 +210,11 @@ def examine(args: argparse.Namespace, overrides: list[str]) -> Iterator[Line]:
     if not failed and not problem:
       yield Line("imports", OK, f"{len(_names(packages))} packages")
     yield from machine.environment(os.environ)
-    yield from devices(*started.result(), machine.accelerators(), os.environ)
+    found, problem = started.result()
+    yield from devices(found, problem, machine.accelerators(), os.environ)
     yield from _guarded("memory", lambda: [machine.memory()])
+    if found.get("platform") == "cpu":
+      yield from machine.pages(os.environ)
     yield machine.writing("workdir", workdir)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", (
         cfg.log if cfg else schema.Log()).compilation_cache)
