@@ -203,9 +203,9 @@ class Run:
     self.clock.switch_to("setup")
     self.progress.say("compiling the training step; a large model takes "
                       "minutes")
-    for arguments, lowered in step.lower(
+    for arguments, compiled in step.compiled(
         self.cfg, self.task, self.mesh, self.program, self.progress.say):
-      self._compiled[base.signature(arguments[1])] = lowered.compile()
+      self._compiled[base.signature(arguments[1])] = compiled
     self.progress.say(
         f"compiled the training step in {self.clock.spent():.1f} s")
 

@@ -23,6 +23,10 @@ from metaformer_jax.training import state as state_lib
 from metaformer_jax.training.schedules import Schedule
 from metaformer_jax.training.state import TrainState
 
+# Of a CPU: bytes of temporary arrays for which micro-batches are advised, and
+# images of each at least.
+_LARGE, _MICRO_BATCH = 2**30, 8
+
 
 def train_step(state: TrainState, batch: base.Batch, *, task: base.Task,
                tx: optax.GradientTransformation, schedule: Schedule, seed: int,
@@ -272,6 +276,43 @@ def lower(cfg: Experiment, task: base.Task, mesh: Mesh, program: Program,
         warn(line)
       said.add(line)
     yield arguments, lowered
+
+
+def compiled(cfg: Experiment, task: base.Task, mesh: Mesh, program: Program,
+             say: Callable[[str], None],
+             ) -> Iterator[tuple[tuple[Any, Any, Any], jax.stages.Compiled]]:
+  """As `lower`, compiled; `say` is also called with what may be faster."""
+  for arguments, lowered in lower(cfg, task, mesh, program, say):
+    step = lowered.compile()
+    # BatchNorm's statistics would be those of a micro-batch.
+    if (mesh.devices.flat[0].platform == "cpu"
+        and "batch_stats" not in program.shapes.model_state):
+      hint = micro_batches(cfg, mesh.size,
+                           step.memory_analysis().temp_size_in_bytes)
+      if hint:
+        say(hint)
+    yield arguments, step
+
+
+def micro_batches(cfg: Experiment, n_devices: int, n_bytes: int) -> str:
+  """Advice for a step on a CPU with large temporary arrays; empty for none.
+
+  Their memory is new in each step, and its pages are cleared when they are
+  first used. Micro-batches use the same memory one after the other
+  (docs/benchmarks.md).
+
+  Args:
+    cfg: the experiment.
+    n_devices: of the mesh.
+    n_bytes: of a device's temporary arrays.
+  """
+  n = cfg.train.batch_size // n_devices
+  if cfg.train.accumulate > 1 or n_bytes < _LARGE or n < 2 * _MICRO_BATCH:
+    return ""
+  k = max(k for k in range(1, n // _MICRO_BATCH + 1) if n % k == 0)
+  return "" if k == 1 else (
+      f"the step has {n_bytes / 2**30:.1f} GiB of temporary arrays; on a CPU, "
+      f"micro-batches may be faster: --config.train.accumulate={k}")
 
 
 def _about_kernels(cfg, mesh, branches) -> Iterator[str]:

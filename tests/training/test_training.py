@@ -262,6 +262,34 @@ def test_keys_differ_by_seed_name_and_step():
       rng.for_step(1, 1, names)["drop_path"]))
 
 
+@pytest.mark.parametrize("batch_size, accumulate, n_devices, gib, advised", [
+    (32, 1, 1, 2.2, 4), (40, 1, 1, 2.2, 5), (96, 1, 2, 1.0, 6),
+    (35, 1, 1, 2.2, None),  # Only parts of 7, 5 and 1.
+    (16, 1, 2, 2.2, None), (32, 2, 1, 2.2, None), (32, 1, 1, 0.9, None)])
+def test_micro_batches_are_advised_if_a_cpu_needs_much_memory(
+    batch_size, accumulate, n_devices, gib, advised):
+  cfg = experiment_of(train={"batch_size": batch_size,
+                             "accumulate": accumulate})
+  found = step.micro_batches(cfg, n_devices, int(gib * 2**30))
+  assert found.rpartition("--config.train.accumulate=")[2] == (
+      str(advised) if advised else "")
+
+
+@pytest.mark.parametrize("norm, advised", [
+    ("group_norm", True), ("batch_norm", False)])
+def test_advice_is_given_while_a_step_is_compiled(monkeypatch, norm, advised):
+  """Not with BatchNorm, of which micro-batches change the statistics."""
+  monkeypatch.setattr(step, "_LARGE", 1)
+  cfg = experiment_of(mesh={"data": 2}, model={"norm": norm})
+  task = classification.create(cfg)[1]
+  mesh = devices.make_mesh(cfg)
+  said = []
+  (_, compiled), = step.compiled(
+      cfg, task, mesh, step.build(cfg, task, mesh, 100), said.append)
+  assert compiled.memory_analysis().temp_size_in_bytes > 0
+  assert ["accumulate=2" in line for line in said] == [True] * advised
+
+
 @pytest.mark.parametrize("mesh,message", [
     ({"data": 3, "fsdp": 5}, "does not fit 8 devices"),
     ({"data": 16}, "does not fit 8 devices"),
