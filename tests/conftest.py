@@ -24,8 +24,8 @@ gc.set_threshold(50_000, 20, 100)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# As `runtime.devices.configure` does: collectives of eight devices deadlock
-# with only eight threads.
+# As `runtime.devices.configure` does: collectives of eight devices can
+# deadlock with only eight threads.
 os.environ["PJRT_NPROC"] = "128"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 

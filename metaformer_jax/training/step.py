@@ -4,6 +4,7 @@
 its own devices, the preflight for those of a TPU elsewhere.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -306,13 +307,17 @@ def micro_batches(cfg: Experiment, n_devices: int, n_bytes: int) -> str:
     n_devices: of the mesh.
     n_bytes: of a device's temporary arrays.
   """
-  n = cfg.train.batch_size // n_devices
-  if cfg.train.accumulate > 1 or n_bytes < _LARGE or n < 2 * _MICRO_BATCH:
+  if cfg.train.accumulate > 1 or n_bytes < _LARGE:
     return ""
-  k = max(k for k in range(1, n // _MICRO_BATCH + 1) if n % k == 0)
-  return "" if k == 1 else (
-      f"the step has {n_bytes / 2**30:.1f} GiB of temporary arrays; on a CPU, "
-      f"micro-batches may be faster: --config.train.accumulate={k}")
+  n = cfg.train.batch_size // n_devices
+  for k in range(n // _MICRO_BATCH, 1, -1):
+    changed = dataclasses.replace(
+        cfg, train=dataclasses.replace(cfg.train, accumulate=k))
+    if n % k == 0 and not list(cfg.task.check(changed, files=False)):
+      return (f"the step has {n_bytes / 2**30:.1f} GiB of temporary arrays; on "
+              "a CPU, micro-batches may be faster: "
+              f"--config.train.accumulate={k}")
+  return ""
 
 
 def _about_kernels(cfg, mesh, branches) -> Iterator[str]:

@@ -275,6 +275,15 @@ def test_micro_batches_are_advised_if_a_cpu_needs_much_memory(
       str(advised) if advised else "")
 
 
+@pytest.mark.parametrize("group, advised", [(2, "4"), (16, "2"), (32, "")])
+def test_micro_batches_that_are_advised_fit_the_task(group, advised):
+  """In detection, they must have whole groups of `loss_group` images."""
+  cfg = schema.Experiment(task=tasks.Detection(loss_group=group),
+                          train=schema.Train(batch_size=32))
+  found = step.micro_batches(cfg, 1, 2**31)
+  assert found.rpartition("=")[2] == advised
+
+
 @pytest.mark.parametrize("norm, advised", [
     ("group_norm", True), ("batch_norm", False)])
 def test_advice_is_given_while_a_step_is_compiled(monkeypatch, norm, advised):
